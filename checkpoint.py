@@ -1,0 +1,212 @@
+"""Files that are never half written: checkpoints, resume states and the run's log of JSON lines."""
+
+import contextlib
+import hashlib
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib
+import numpy
+import torch
+import torchvision
+
+from runtime import UserError
+
+FORMAT = 1
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    modules = (torch, torchvision, numpy, matplotlib)
+    return {module.__name__: str(module.__version__) for module in modules}
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Yield a temporary file beside `path` that replaces it, durably, if the block succeeds.
+
+    Temporary, fsync, replace, fsync of the folder: at any moment `path` is the old file or the new one,
+    whole. A full disk or a read-only folder is a UserError and leaves the old file.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        make_folder(path.parent)
+        for stale in path.parent.glob(f"{path.name}.*.tmp"):  # of runs that were killed in mid-save
+            if not process_lives(int(stale.suffixes[-2][1:] or 0)):
+                stale.unlink(missing_ok=True)
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        # torch's zip writer reports a failed write as a RuntimeError
+        if isinstance(error, OSError) or "file write failed" in str(error) or "unexpected pos" in str(error):
+            raise UserError(f"can't write {path}: {reason(error)}; what was there is unchanged") from error
+        raise
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or "the disk is full or refuses writes"
+
+
+def process_lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` durable, where the system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder that can be written to; UserError where that fails."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"can't use {folder} as a folder: {reason(error)}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"can't write into {folder}: permission denied; give another folder")
+
+
+def save(path: Path, content: dict) -> None:
+    """Write a dict of plain values and tensors to `path`, atomically and durably."""
+    with writing(path) as temporary:
+        torch.save({"format": FORMAT, **content}, temporary)
+
+
+def load(path: Path, **expected) -> dict:
+    """Read what `save` wrote, tensors on the CPU; no code in the file is ever run.
+
+    UserError where the file is missing, damaged, of a newer format, or says of itself something else
+    than `expected` (`role="teacher"`, `dataset="cifar10"`, ...).
+    """
+    wanted = "expected a checkpoint of this project" + "".join(f", {k} {v}" for k, v in expected.items())
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():  # torch itself does not check the CRCs
+                raise zipfile.BadZipFile(f"{damaged} fails its check sum")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        found = content["format"]
+        content["model"], content["options"]  # noqa: B018
+    except FileNotFoundError:
+        raise UserError(f"no checkpoint {path}") from None
+    except OSError as error:
+        raise UserError(f"can't read {path}: {reason(error)}") from error
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError,
+            AttributeError, IndexError, NotImplementedError, OverflowError) as error:  # fmt: skip
+        raise UserError(f"{path} is damaged or no checkpoint; {wanted}") from error
+    if not isinstance(found, int) or found > FORMAT:
+        raise UserError(f"{path} has format {found}, this version reads up to {FORMAT}: update the project")
+    for key, value in expected.items():
+        if content.get(key) != value:
+            raise UserError(f"{path} holds {key} {content.get(key)}; {wanted}")
+    return content
+
+
+def load_weights(model: torch.nn.Module, content: dict, path: Path) -> torch.nn.Module:
+    """Put a checkpoint's weights into `model`; UserError where they don't fit."""
+    try:
+        model.load_state_dict(content["model"])
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} does not fit the model {type(model).__name__}: damaged or of another version"
+        ) from error
+    return model
+
+
+def fingerprint(state: dict[str, torch.Tensor], *context) -> str:
+    """A hash of weights, and of whatever else logits depend on, as 16 hexadecimal digits."""
+    digest = hashlib.sha256(repr(context).encode())
+    for name, tensor in state.items():
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold `path`'s lock, one run at a time; the system releases it however its holder ends."""
+    try:
+        import fcntl
+    except ImportError:  # no such locks on Windows
+        yield
+        return
+    make_folder(path.parent)
+    lock_path = path.with_name(f"{path.name}.lock")
+    try:
+        file = open(lock_path, "a")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"can't write into {path.parent}: {reason(error)}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another run is writing {path}: wait for it, or stop it") from None
+        yield
+        # Unlinked while held: a waiting process that opened this file locks a name that is gone, harmlessly.
+        lock_path.unlink(missing_ok=True)
+
+
+class RunLog:
+    """The run's JSON lines: a header, then one line an epoch, each on disk before the next step is taken."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def begin(self, header: dict) -> int:
+        """Start the file with its header line, an older one moved aside; return its length in bytes."""
+        make_folder(self.path.parent)
+        if self.path.exists():
+            os.replace(self.path, self.path.with_name(self.path.name + ".previous"))
+        return self.append(header)
+
+    def append(self, line: dict) -> int:
+        """Append one line durably; return the file's length in bytes."""
+        try:
+            with open(self.path, "ab") as file:
+                file.write(json.dumps(line).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+                return file.tell()
+        except OSError as error:
+            raise UserError(f"can't write {self.path}: {reason(error)}") from error
+
+    def trim(self, length: int) -> None:
+        """Cut what was written after a resume state; UserError where the file is not that long."""
+        try:
+            if self.path.stat().st_size < length:
+                raise UserError(f"{self.path} is shorter than the unfinished run left it: use --resume False")
+            os.truncate(self.path, length)
+        except OSError as error:
+            raise UserError(f"can't go on with {self.path}: {reason(error)}; or use --resume False") from error
+
+
+def read_log(path: Path) -> tuple[dict, list[dict]]:
+    """A log's header and its epochs; UserError where it is missing or not such a log."""
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        return lines[0], lines[1:]
+    except (OSError, ValueError, IndexError) as error:
+        raise UserError(
+            f"can't read the log {path}: {reason(error) if isinstance(error, OSError) else 'damaged'}"
+        ) from error

@@ -1,0 +1,33 @@
+"""The student: a plain convolutional network, small enough to train in seconds an epoch."""
+
+from torch import nn
+
+from models.vgg import conv_bn_relu, initialise
+
+WIDTHS = ((32, 32), (64, 64), (128, 128))
+
+
+class StudentCNN(nn.Module):
+    """Images (B, 3, 32, 32) -> logits (B, num_classes).
+
+    Three stages of two conv-BN-ReLU at 32, 64 and 128 channels with a 2 x 2 max pool between them, no
+    residual block, global average pooling (Lin et al., 2014, section 3.2) and one linear layer: 288,554
+    parameters, 1/69 of the teacher's, and 38.6 M multiply-accumulates an image, 1/10 of the teacher's.
+    """
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels = 3
+        for stage, widths in enumerate(WIDTHS):
+            if stage > 0:
+                layers.append(nn.MaxPool2d(2))
+            for width in widths:
+                layers += conv_bn_relu(channels, width, bias=False)
+                channels = width
+        self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1))
+        self.classifier = nn.Linear(channels, num_classes)
+        initialise(self)
+
+    def forward(self, images):
+        return self.classifier(self.features(images).flatten(1))

@@ -1,0 +1,57 @@
+"""VGG19 with batch normalisation (Simonyan & Zisserman, 2015, table 1, configuration E)."""
+
+from torch import nn
+
+# One row a resolution: the widths of its 3 x 3 convolutions, each row followed by a 2 x 2 max pool.
+CONFIGURATION_E = ((64, 64), (128, 128), (256,) * 4, (512,) * 4, (512,) * 4)
+
+
+def conv_bn_relu(in_channels: int, out_channels: int, bias: bool) -> list[nn.Module]:
+    """A 3 x 3 convolution that keeps the resolution, batch norm and ReLU."""
+    return [
+        nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=bias),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(inplace=True),
+    ]
+
+
+def initialise(model: nn.Module) -> None:
+    """Kaiming-normal convolutions (He et al., 2015), small linear weights, batch norm as the identity."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.01)
+            nn.init.zeros_(module.bias)
+
+
+def make_layers(rows: tuple[tuple[int, ...], ...]) -> nn.Sequential:
+    """The convolutional part; layer for layer torchvision's, so that state dicts are interchangeable."""
+    layers: list[nn.Module] = []
+    channels = 3
+    for row in rows:
+        for width in row:
+            layers += conv_bn_relu(channels, width, bias=True)
+            channels = width
+        layers.append(nn.MaxPool2d(2))
+    return nn.Sequential(*layers)
+
+
+class VGG(nn.Module):
+    """Images (B, 3, 32, 32) -> logits (B, num_classes); the five pools leave one 1 x 1 cell of 512 features."""
+
+    def __init__(self, rows: tuple[tuple[int, ...], ...], num_classes: int) -> None:
+        super().__init__()
+        self.features = make_layers(rows)
+        self.classifier = nn.Linear(rows[-1][-1], num_classes)
+        initialise(self)
+
+    def forward(self, images):
+        return self.classifier(self.features(images).flatten(1))
+
+
+def vgg19_bn(num_classes: int = 10) -> nn.Module:
+    """VGG19-BN for 32 x 32 images: 20.0 M parameters, 398 M multiply-accumulates an image."""
+    return VGG(CONFIGURATION_E, num_classes)

@@ -1,0 +1,244 @@
+"""Where a run runs: device, precision, processes, seeds, the stop signal, the progress bar, a user's errors."""
+
+import contextlib
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """Something the user can mend; shown as one line, exit code 2."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop by a signal; its number is the argument."""
+
+
+def exit_code(main: Callable[[], int]) -> int:
+    """Call `main`; a UserError becomes one line on stderr and 2, a stop signal 128 + its number."""
+    try:
+        return main()
+    except UserError as error:
+        code, line = 2, f"{os.path.basename(sys.argv[0]) or 'error'}: error: {error}"
+    except Stopped as stop:
+        code, line = 128 + stop.args[0], "stopped; the same command goes on from here"
+    # Each rank fails with the same error: the first to say it speaks for all.
+    if not dist.is_initialized() or dist.distributed_c10d._get_default_store().add("failed", 1) == 1:
+        print(line, file=sys.stderr, flush=True)
+    return code
+
+
+@dataclass
+class StopSignal:
+    """SIGINT and SIGTERM, noted when they come and acted on between two steps."""
+
+    number: int = 0
+    previous: dict = field(default_factory=dict)
+
+    def __enter__(self) -> "StopSignal":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame) -> None:
+        self.number = number
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """The device, the autocast type (None: float32) and this process's place among all."""
+
+    device: torch.device
+    autocast_dtype: torch.dtype | None
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def precision(self) -> str:
+        return "bf16" if self.autocast_dtype is torch.bfloat16 else "fp32"
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.autocast_dtype)
+
+    def agree(self, *numbers: float) -> list[float]:
+        """The maximum of each number over all processes, so that all of them decide alike."""
+        if self.world_size == 1:
+            return list(numbers)
+        shared = torch.tensor(numbers, dtype=torch.float64)
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
+        return shared.tolist()
+
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over all processes, in float64 on the CPU."""
+        summed = values.detach().cpu().double()
+        if self.world_size > 1:
+            dist.all_reduce(summed)
+        return summed
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def synchronize(self) -> None:
+        """Wait for the device: what follows may read a clock."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a --device word; UserError where it is absent."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; try cpu")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: not available on this machine; try --device cpu")
+    if kind == "cuda" and not index and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
+    return torch.device(name)
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices in hardware (elsewhere it is emulated, and slow)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False
+
+
+@contextlib.contextmanager
+def start(device_name: str, precision: str, deterministic: bool = False):
+    """Yield the Runtime of this process; under torchrun it joins and leaves the process group."""
+    device = pick_device(device_name)
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = not deterministic
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.deterministic = True
+        torch.use_deterministic_algorithms(True)
+    bf16 = precision == "bf16" or (precision == "auto" and has_fast_bf16(device))
+    if world_size > 1:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30)
+        )
+    try:
+        yield Runtime(device, torch.bfloat16 if bf16 else None, int(os.environ.get("RANK", 0)), world_size)
+    finally:
+        if world_size > 1:
+            dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def main_first(runtime: Runtime):
+    """Let the first process do the block before the others: it downloads, they find."""
+    if not runtime.is_main:
+        runtime.barrier()
+    yield
+    if runtime.is_main:
+        runtime.barrier()
+
+
+def device_title(runtime: Runtime) -> str:
+    """The device in words, with its precision."""
+    if runtime.device.type == "cuda":
+        return f"{torch.cuda.get_device_name(runtime.device)}, {runtime.precision}"
+    return f"{runtime.device.type}, {torch.get_num_threads()} threads, {runtime.precision}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    return str(timedelta(seconds=int(seconds)))
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, numpy's and torch's generators: initial weights are a function of the seed."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+class SyncedBatchNorm(nn.BatchNorm2d):
+    """Batch norm over the batches of all processes, on any device (torch's SyncBatchNorm knows only CUDA)."""
+
+    def forward(self, images):
+        if not self.training:
+            return super().forward(images)
+        moments = torch.stack((images.float().mean((0, 2, 3)), images.float().square().mean((0, 2, 3))))
+        mean, square = dist.nn.functional.all_reduce(moments) / dist.get_world_size()
+        variance = square - mean.square()
+        with torch.no_grad():
+            count = images.numel() // images.shape[1] * dist.get_world_size()
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / max(count - 1, 1), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        shape = (1, -1, 1, 1)
+        output = images.float() * scale.view(shape) + (self.bias - mean * scale).view(shape)
+        return output.to(images.dtype)
+
+
+def sync_batch_norm(model: nn.Module) -> nn.Module:
+    """Make every batch norm of `model` normalise over the global batch, in place."""
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = SyncedBatchNorm
+    return model
+
+
+class Progress:
+    """A tqdm bar an epoch on a terminal, plain lines elsewhere; silent on all ranks but the first."""
+
+    def __init__(self, title: str, total: int, runtime: Runtime, initial: int = 0, seconds: float = 30.0) -> None:
+        self.terminal = sys.stderr.isatty() and runtime.is_main
+        self.silent = not runtime.is_main
+        self.title, self.total, self.count = title, total, initial
+        self.every = 0.5 if self.terminal else seconds
+        self.shown_at = time.monotonic()
+        self.bar = tqdm(total=total, initial=initial, desc=title, disable=not self.terminal, leave=False, unit="step")
+
+    def step(self) -> bool:
+        """Count a step; True where it is time to show numbers."""
+        self.count += 1
+        self.bar.update()
+        return time.monotonic() - self.shown_at >= self.every
+
+    def show(self, text: str) -> None:
+        self.shown_at = time.monotonic()
+        if self.terminal:
+            self.bar.set_postfix_str(text)
+        elif not self.silent:
+            print(f"{self.title} {self.count}/{self.total} {text}", flush=True)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.bar.close()

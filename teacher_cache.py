@@ -1,0 +1,92 @@
+"""The teacher's logits, paid for once: a file that remembers them for each (image, view).
+
+The teacher is in evaluation mode, so its logits for a view never change. The file's name is a fingerprint
+of all they depend on (weights, data, padding, normalisation, precision): another teacher never reads it.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from checkpoint import make_folder, writing
+from runtime import Runtime, UserError
+from utils import VIEWS, Views
+
+# A record's last word is the XOR of its logits' bits with this: zeros, or a record torn by a crash or by
+# two writers, do not fit their seal and count as not filled.
+SEAL = np.uint16(0xA5C3)
+SIZES = (32, 128)  # a forward pass is padded to one of these, so that kernels are tuned and compiled but twice
+
+
+class TeacherCache:
+    """Logits (N, 162, C) in half precision, filled as views are first seen, shared by processes through a file."""
+
+    def __init__(self, path: Path | None, teacher: torch.nn.Module, views: Views, num_classes: int, runtime: Runtime):
+        """`path` None keeps nothing; where the file can't be made, neither, and it says so."""
+        self.teacher, self.views, self.runtime, self.num_classes = teacher, views, runtime, num_classes
+        self.hits = self.misses = 0
+        self.records = None
+        if path is not None:
+            try:
+                self.records = open_records(path, (len(views), VIEWS, num_classes + 1))
+            except (UserError, OSError, ValueError) as error:
+                print(f"teacher cache: {error}; going on without it", flush=True)
+
+    def logits(self, rows: torch.Tensor, views: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        """The teacher's logits (B, C), float32 on the device, of image rows (B,) seen in views (B,), on the CPU."""
+        if self.records is None:
+            self.misses += len(rows)
+            return self.compute(images)
+        rows, views = rows.numpy(), views.numpy()
+        records = self.records[rows, views]
+        missing = np.flatnonzero(seal(records[:, :-1]) != records[:, -1])
+        self.misses += len(missing)
+        self.hits += len(rows) - len(missing)
+        if len(missing):
+            wanted = images[torch.from_numpy(missing).to(images.device)] if len(missing) < len(rows) else images
+            fresh = self.compute(wanted).half().cpu().numpy().view(np.uint16)
+            records[missing] = np.concatenate((fresh, seal(fresh)[:, None]), axis=1)
+            self.records[rows[missing], views[missing]] = records[missing]
+        # What was just computed is rounded like what is read back: a run is the same whatever was cached.
+        halves = torch.from_numpy(np.ascontiguousarray(records[:, :-1]).view(np.float16))
+        return halves.to(self.runtime.device).float()
+
+    def compute(self, images: torch.Tensor) -> torch.Tensor:
+        """The teacher's forward pass over (B, 3, 32, 32), padded to a size of SIZES or a multiple of the last."""
+        count = len(images)
+        size = next((size for size in SIZES if count <= size), -(-count // SIZES[-1]) * SIZES[-1])
+        if count < size:
+            images = torch.cat((images, images[:1].expand(size - count, -1, -1, -1)))
+            images = images.contiguous(memory_format=torch.channels_last)
+        with torch.inference_mode(), self.runtime.autocast():
+            return self.teacher(images)[:count].float()
+
+    def hit_rate(self) -> float:
+        """The fraction of logits since the last call that needed no forward pass."""
+        hits, misses = self.runtime.total(torch.tensor([self.hits, self.misses])).tolist()
+        self.hits = self.misses = 0
+        return hits / max(hits + misses, 1)
+
+
+def seal(logits: np.ndarray) -> np.ndarray:
+    """The word (B,) that goes with half-precision logits (B, C) given as uint16."""
+    return np.bitwise_xor.reduce(logits, axis=1) ^ SEAL
+
+
+def open_records(path: Path, shape: tuple[int, ...]) -> np.memmap:
+    """Map the file of records, made whole first: a full disk shows here, not as a crash in mid-run."""
+    size = 2 * int(np.prod(shape))
+    make_folder(path.parent)
+    if not path.exists() or path.stat().st_size != size:
+        with writing(path) as temporary, open(temporary, "wb") as file:
+            block = bytes(1 << 20)
+            for start in range(0, size, len(block)):
+                file.write(block[: size - start])
+        for old in path.parent.glob(f"{path.stem.rsplit('_', 1)[0]}_*{path.suffix}"):
+            if old != path:  # of a teacher that is no more
+                old.unlink(missing_ok=True)
+    if not os.access(path, os.R_OK | os.W_OK):
+        raise UserError(f"can't read and write {path}: permission denied")
+    return np.memmap(path, dtype=np.uint16, mode="r+", shape=shape)
