@@ -160,11 +160,14 @@ def locked(path: Path) -> Iterator[None]:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(file.fileno()), os.stat(lock_path)):
+                raise BlockingIOError  # its holder has just ended and removed the name that was opened here
         except OSError:
             raise UserError(f"another run is writing {path}: wait for it, or stop it") from None
-        yield
-        # Unlinked while held: a waiting process that opened this file locks a name that is gone, harmlessly.
-        lock_path.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            lock_path.unlink(missing_ok=True)
 
 
 class RunLog:

@@ -165,6 +165,10 @@ class Options:
         return self.plots_path / f"{self.run_name}.jsonl"
 
     @property
+    def comparison_path(self) -> Path:
+        return self.plots_path / f"{self.spec.prefix}comparison.png"
+
+    @property
     def test_command(self) -> str:
         """What to type to evaluate this run."""
         words = ["python test.py"]
@@ -220,6 +224,10 @@ class TrainOptions(Options):
     save_seconds: float = option(
         300.0, "seconds between saves of the resume state within an epoch", number(float, at_least=0)
     )
+
+    @property
+    def run_name(self) -> str:
+        return super().run_name + "_holdout" * bool(self.holdout)
 
     @property
     def resume_path(self) -> Path:

@@ -50,6 +50,7 @@ class Run:
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: learning_rate_factor(min(step, self.total_steps - 1), self.total_steps)
         )
+        self.compiling = options.compile
         self.forward = torch.compile(self.model) if options.compile else self.model
         if world > 1:
             self.forward = DistributedDataParallel(self.forward)
@@ -72,7 +73,6 @@ class Run:
         dtype = torch.float32 if self.runtime.device.type == "mps" else torch.float64
         self.totals = torch.zeros(len(METRICS), dtype=dtype, device=self.runtime.device)
         self.losses = torch.zeros(self.steps, device=self.runtime.device)
-        self.clock = time.monotonic()
 
     def record(self, loss, ce, kl, correct, count: int) -> None:
         """Count a step: its mean losses and its correct answers over `count` images; nothing waits for the device."""
@@ -80,7 +80,11 @@ class Run:
         self.totals += torch.stack((loss.detach() * count, ce * count, kl * count, *correct))
         self.step += 1
         now = time.monotonic()
-        self.seconds += now - self.clock
+        if self.compiling:
+            self.runtime.print(f"compiled in {now - self.clock:.1f} s, which the epoch's time leaves out")
+            self.compiling = False
+        else:
+            self.seconds += now - self.clock
         self.clock = now
 
     def check_finite(self) -> None:

@@ -25,18 +25,23 @@ class Stopped(Exception):
     """The run was asked to stop by a signal; its number is the argument."""
 
 
-def exit_code(main: Callable[[], int]) -> int:
-    """Call `main`; a UserError becomes one line on stderr and 2, a stop signal 128 + its number."""
+class SaidElsewhere(Exception):
+    """Another process has already shown the error that this one ends with; its exit code is the argument."""
+
+
+def exit_code(main: Callable[[], None]) -> int:
+    """Call `main`: 0, or after one line on stderr 2 for a UserError and 128 + its number for a stop signal."""
     try:
-        return main()
+        main()
+    except SaidElsewhere as error:
+        return error.args[0]
     except UserError as error:
-        code, line = 2, f"{os.path.basename(sys.argv[0]) or 'error'}: error: {error}"
+        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
+        return 2
     except Stopped as stop:
-        code, line = 128 + stop.args[0], "stopped; the same command goes on from here"
-    # Each rank fails with the same error: the first to say it speaks for all.
-    if not dist.is_initialized() or dist.distributed_c10d._get_default_store().add("failed", 1) == 1:
-        print(line, file=sys.stderr, flush=True)
-    return code
+        print("stopped; the same command goes on from here", file=sys.stderr, flush=True)
+        return 128 + stop.args[0]
+    return 0
 
 
 @dataclass
@@ -96,6 +101,11 @@ class Runtime:
             dist.all_reduce(summed)
         return summed
 
+    def print(self, text: str) -> None:
+        """Print a line, once for all processes."""
+        if self.is_main:
+            print(text, flush=True)
+
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
@@ -145,15 +155,22 @@ def start(device_name: str, precision: str, deterministic: bool = False):
         torch.backends.cudnn.deterministic = True
         torch.use_deterministic_algorithms(True)
     bf16 = precision == "bf16" or (precision == "auto" and has_fast_bf16(device))
-    if world_size > 1:
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30)
-        )
+    dtype = torch.bfloat16 if bf16 else None
+    if world_size == 1:
+        yield Runtime(device, dtype)
+        return
+    store, rank, _ = next(dist.rendezvous("env://"))
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     try:
-        yield Runtime(device, torch.bfloat16 if bf16 else None, int(os.environ.get("RANK", 0)), world_size)
+        yield Runtime(device, dtype, rank, world_size)
+    except (UserError, Stopped) as error:
+        # Every process ends with the same error: the first to come here speaks for all.
+        if store.add("failed", 1) > 1:
+            raise SaidElsewhere(2 if isinstance(error, UserError) else 128 + error.args[0]) from error
+        raise
     finally:
-        if world_size > 1:
-            dist.destroy_process_group()
+        dist.destroy_process_group()
 
 
 @contextlib.contextmanager

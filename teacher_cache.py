@@ -32,7 +32,7 @@ class TeacherCache:
             try:
                 self.records = open_records(path, (len(views), VIEWS, num_classes + 1))
             except (UserError, OSError, ValueError) as error:
-                print(f"teacher cache: {error}; going on without it", flush=True)
+                runtime.print(f"teacher cache: {error}; going on without it")
 
     def logits(self, rows: torch.Tensor, views: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
         """The teacher's logits (B, C), float32 on the device, of image rows (B,) seen in views (B,), on the CPU."""
@@ -84,9 +84,6 @@ def open_records(path: Path, shape: tuple[int, ...]) -> np.memmap:
             block = bytes(1 << 20)
             for start in range(0, size, len(block)):
                 file.write(block[: size - start])
-        for old in path.parent.glob(f"{path.stem.rsplit('_', 1)[0]}_*{path.suffix}"):
-            if old != path:  # of a teacher that is no more
-                old.unlink(missing_ok=True)
     if not os.access(path, os.R_OK | os.W_OK):
         raise UserError(f"can't read and write {path}: permission denied")
     return np.memmap(path, dtype=np.uint16, mode="r+", shape=shape)

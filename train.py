@@ -28,19 +28,14 @@ from report import write_table
 from run import METRICS, Run
 from runtime import Progress, Runtime, Stopped, UserError
 from teacher_cache import TeacherCache
-from utils import Views, evaluate, load_images, loss_terms, plot_curves, topk_correct
-
-
-def print_main(runtime: Runtime, text: str) -> None:
-    if runtime.is_main:
-        print(text, flush=True)
+from utils import Views, evaluate, find_logs, load_images, loss_terms, plot_comparison, plot_curves, topk_correct
 
 
 def train_epoch(run: Run, views: Views, teacher: TeacherCache | None, stop: rt.StopSignal) -> None:
     """The rest of the run's current epoch; the sums of its metrics go to `run.totals`."""
     options, runtime = run.options, run.runtime
     order, view_of = views.plan(options.seed, run.epoch)
-    saved_at = time.monotonic()
+    run.clock = saved_at = time.monotonic()
     run.model.train()
     with Progress(f"epoch {run.epoch + 1}/{options.num_epochs}", run.steps, runtime, run.step) as progress:
         while run.step < run.steps:
@@ -64,11 +59,11 @@ def train_epoch(run: Run, views: Views, teacher: TeacherCache | None, stop: rt.S
                 run.check_finite()
             if show:
                 progress.show(running_text(run))
-            if save_due or stopped:
-                run.save()
-                saved_at = time.monotonic()
             if stopped:
                 raise Stopped(int(stopped))
+            if save_due:
+                run.save()
+                saved_at = time.monotonic()
 
 
 def running_text(run: Run) -> str:
@@ -92,7 +87,7 @@ def end_epoch(run: Run, teacher: TeacherCache | None, held_out, split: str, stop
         split: percent(evaluate(run.model, held_out, options.spec, runtime, stop)),
         "lr": run.scheduler.get_last_lr()[0],
         "seconds": round(run.seconds, 3),
-        "images_per_second": round(images / run.seconds, 1),
+        "images_per_second": round(images / max(run.seconds, 1e-9), 1),
     }
     if teacher:
         line["teacher_cache_hits"] = teacher.hit_rate()
@@ -101,8 +96,7 @@ def end_epoch(run: Run, teacher: TeacherCache | None, held_out, split: str, stop
     run.epoch += 1
     run.begin_epoch()
     hits = f", teacher cache hits {100 * line['teacher_cache_hits']:.1f}%" if teacher else ""
-    print_main(
-        runtime,
+    runtime.print(
         f"epoch {line['epoch']}/{options.num_epochs}: train loss {line['train']['loss']:.4f} top1 "
         f"{line['train']['top1']:.2f}%, {split} loss {line[split]['loss']:.4f} top1 {line[split]['top1']:.2f}% "
         f"top5 {line[split]['top5']:.2f}%, {line['seconds']:.1f} s, {line['images_per_second']:,.0f} img/s{hits}",
@@ -129,7 +123,7 @@ def load_teacher(options: config.TrainOptions, runtime: Runtime) -> tuple[torch.
     return teacher, checkpoint.fingerprint(content["model"])
 
 
-def train(options: config.TrainOptions, runtime: Runtime) -> None:
+def train(options: config.TrainOptions, runtime: Runtime, stop: rt.StopSignal) -> None:
     """One run from its options to its checkpoint, log and figures, going on with an unfinished one."""
     options = replace(options, precision=runtime.precision)
     teacher, teacher_id = load_teacher(options, runtime) if options.kd else (None, "")
@@ -139,7 +133,7 @@ def train(options: config.TrainOptions, runtime: Runtime) -> None:
     held_out = held_out.to(runtime.device)
     split = "holdout" if options.holdout else "test"
     lock = checkpoint.locked(options.checkpoint_path) if runtime.is_main else contextlib.nullcontext()
-    with lock, rt.StopSignal() as stop:
+    with lock:
         run = Run(options, runtime, views, teacher_id)
         begin(run, split, len(views))
         cache = make_cache(run, teacher, views) if options.kd else None
@@ -149,7 +143,8 @@ def train(options: config.TrainOptions, runtime: Runtime) -> None:
                 end_epoch(run, cache, held_out, split, stop)
                 run.save()
         except Stopped:
-            print_main(runtime, f"saved {options.resume_path} at epoch {run.epoch + 1}, step {run.step}/{run.steps}")
+            run.save()
+            runtime.print(f"saved {options.resume_path} at epoch {run.epoch + 1}, step {run.step}/{run.steps}")
             raise
         if runtime.is_main:
             finish(run, split)
@@ -166,13 +161,10 @@ def begin(run: Run, split: str, count: int) -> None:
     runtime.barrier()
     if exists and options.resume != "False":
         run.restore()
-        print_main(
-            runtime, f"going on with {options.resume_path} at epoch {run.epoch + 1}, step {run.step}/{run.steps}"
-        )
+        runtime.print(f"going on with {options.resume_path} at epoch {run.epoch + 1}, step {run.step}/{run.steps}")
         return
     chosen = ("num_epochs", "batch_size", "lr", "weight_decay", "seed")
-    print_main(
-        runtime,
+    runtime.print(
         f"{options.run_name}: {count:,} images, {run.steps} steps an epoch, {runtime.device} "
         f"{runtime.precision}, " + ", ".join(f"{name} {getattr(options, name):g}" for name in chosen),
     )
@@ -190,7 +182,8 @@ def make_cache(run: Run, teacher: torch.nn.Module, views: Views) -> TeacherCache
         pixels = {"pixels": views.padded}
         key = checkpoint.fingerprint(pixels, run.identity["teacher"], spec.mean, spec.std, options.precision)
         path = options.weights_path / f"{spec.prefix}teacher_{key}.cache"
-    return TeacherCache(path, teacher, views, len(spec.classes), run.runtime)
+    with rt.main_first(run.runtime):
+        return TeacherCache(path, teacher, views, len(spec.classes), run.runtime)
 
 
 def finish(run: Run, split: str) -> None:
@@ -198,8 +191,9 @@ def finish(run: Run, split: str) -> None:
     options = run.options
     metrics = checkpoint.read_log(options.log_path)[1][-1][split]
     checkpoint.save(options.checkpoint_path, run.state(metrics=metrics))
-    options.resume_path.unlink(missing_ok=True)
     figures = plot_curves(options.log_path, options.plots_path)
+    figures.append(plot_comparison(find_logs(options.plots_path, options.dataset), options.comparison_path))
+    options.resume_path.unlink(missing_ok=True)
     print(f"saved {options.checkpoint_path}, {options.log_path} and {', '.join(path.name for path in figures)}")
     print(f"next: {options.test_command}")
 
@@ -207,29 +201,33 @@ def finish(run: Run, split: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run train.py with `argv` (None: the command line); the exit code."""
     options = config.parse_train(argv)
+    return rt.exit_code(lambda: train_all(options))
 
-    def run_all() -> int:
-        with rt.start(options.device, options.precision, options.deterministic) as runtime:
-            for run_options in options.runs():
-                if options.all and is_finished(run_options, runtime):
-                    print_main(runtime, f"{run_options.run_name}: finished before, kept")
-                else:
-                    train(run_options, runtime)
-            if options.all and runtime.is_main:
-                write_table(options, runtime)
-        return 0
 
-    return rt.exit_code(run_all)
+def train_all(options: config.TrainOptions) -> None:
+    """The run asked for, or with --all every run that is not finished yet, and then the table."""
+    with rt.StopSignal() as stop, rt.start(options.device, options.precision, options.deterministic) as runtime:
+        for run_options in options.runs():
+            if options.all and is_finished(run_options, runtime):
+                runtime.print(f"{run_options.run_name}: finished before, kept")
+            else:
+                train(run_options, runtime, stop)
+        if options.all and runtime.is_main:
+            write_table(options, runtime)
 
 
 def is_finished(options: config.TrainOptions, runtime: Runtime) -> bool:
-    """Whether a finished checkpoint of these very options (and this teacher) is there."""
-    if not options.checkpoint_path.exists():
+    """Whether a finished checkpoint of these options, and for KD of the present teacher, is there.
+
+    A teacher only has to know the same images: one that was trained longer is not to be trained again.
+    """
+    if options.resume == "False" or not options.checkpoint_path.exists():
         return False
-    content = checkpoint.load(options.checkpoint_path, role=options.role, dataset=options.dataset)
+    found = checkpoint.load(options.checkpoint_path, role=options.role, dataset=options.dataset)
     wanted = replace(options, precision=runtime.precision).result_options()
-    teacher = options.kd and checkpoint.fingerprint(checkpoint.load(options.teacher_path, role="teacher")["model"])
-    return content["options"] == wanted and (not options.kd or content["teacher"] == teacher)
+    if options.tto:
+        return all(found["options"][name] == wanted[name] for name in ("subset", "holdout"))
+    return found["options"] == wanted and found["teacher"] == (load_teacher(options, runtime)[1] if options.kd else "")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """CIFAR-10 in memory, the distillation loss, the metrics and the curves: functions of tensors and paths."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,13 +66,11 @@ def torchvision_split(spec: DatasetSpec, folder: Path, train: bool) -> tuple[np.
     try:
         dataset = dataset_class(folder, train=train, download=True)
         return dataset.data, np.asarray(dataset.targets, dtype=np.int64)
-    except Exception as error:  # noqa: BLE001 - a network, a disk or an archive fails in many ways
-        for partial in folder.glob(f"{dataset_class.filename}*") if folder.is_dir() else ():
-            partial.unlink(missing_ok=True)
+    except Exception as error:  # a network, a disk or an archive fails in many ways
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"no whole {spec.torchvision_class} in {needed} and the download from {dataset_class.url} failed ({why}); "
-            f"run again with a network, or put that file's content there by hand and check --data_path"
+            f"no whole {spec.torchvision_class} in {needed}, and to download it from {dataset_class.url} failed: {why}; "
+            f"run again with a network, put {dataset_class.filename} into {folder}, or give its folder by --data_path"
         ) from error
 
 
@@ -259,12 +258,29 @@ def plot_curves(log_path: Path, out_dir: Path) -> list[Path]:
     return paths
 
 
-def plot_comparison(log_paths: list[Path], out_dir: Path, name: str = "comparison") -> Path:
-    """Draw the evaluated top-1 accuracy (%) of several runs over their epochs; the figure's path."""
-    axes = new_axes("Top-1 accuracy on images not trained on", "accuracy (%)")
-    for colour, path in zip(COLOURS * len(log_paths), log_paths, strict=False):
+def find_logs(folder: Path, dataset: str) -> list[Path]:
+    """The logs in `folder` of runs on a data set that were evaluated on its test images, with an epoch or more."""
+    logs = []
+    for path in sorted(Path(folder).glob("*.jsonl")):
         header, lines = read_log(path)
-        values = [line[header["evaluated_on"]]["top1"] for line in lines]
-        label = f"{run_title(header)}: {values[-1]:.2f}" if values else run_title(header)
-        axes.plot([line["epoch"] for line in lines], values, color=colour, label=label)
-    return save_figure(axes, Path(out_dir) / f"{name}.png")
+        if lines and header["dataset"] == dataset and header["evaluated_on"] == "test":
+            logs.append(path)
+    return logs
+
+
+def plot_comparison(log_paths: list[Path], figure_path: Path) -> Path:
+    """Draw the test top-1 (%) of runs over their epochs, seeds of one kind in one colour; the figure's path."""
+    kinds: dict[str, list[list[dict]]] = {}
+    for path in log_paths:
+        header, lines = read_log(path)
+        kinds.setdefault(run_title(header), []).append(lines)
+    axes = new_axes("Top-1 accuracy on the test images", "accuracy (%)")
+    for colour, (title, runs) in zip(itertools.cycle(COLOURS), kinds.items(), strict=False):
+        last = [lines[-1]["test"]["top1"] for lines in runs]
+        label = f"{title}: {np.mean(last):.2f}" + (f" (mean of {len(runs)})" if len(runs) > 1 else "")
+        for lines in runs:
+            axes.plot(
+                [line["epoch"] for line in lines], [line["test"]["top1"] for line in lines], color=colour, label=label
+            )
+            label = None
+    return save_figure(axes, figure_path)
