@@ -18,6 +18,7 @@ class Recipe:
     lr: float
     weight_decay: float
     batch_size: int = 128
+    views: int | None = None
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,9 @@ DATASETS = {
     ),
     "digits": DatasetSpec(
         classes=tuple("0123456789"),
-        mean=(0.5, 0.5, 0.5),
-        std=(0.25, 0.25, 0.25),
-        recipes={"teacher": Recipe(8, 0.05, 5e-4, 64), "student": Recipe(20, 0.1, 5e-4, 64)},
+        mean=(0.4950, 0.4964, 0.4980),
+        std=(0.2416, 0.2400, 0.2413),
+        recipes={"teacher": Recipe(8, 0.05, 5e-4, 64), "student": Recipe(20, 0.1, 5e-4, 64, views=8)},
         torchvision_class=None,
         flip=False,
         prefix="digits_",
@@ -121,7 +122,9 @@ class Options:
     data_path: Path = option(Path("data"), "folder of the data sets", Path)
     weights_path: Path = option(Path("weights"), "folder of the checkpoints", Path)
     plots_path: Path = option(Path("plots"), "folder of the logs and figures", Path)
-    teacher: Path | None = option(None, "the teacher's checkpoint (default: <weights_path>/[digits_]teacher.pt)", Path)
+    teacher: Path | None = option(
+        None, "the teacher's checkpoint (default: [digits_]teacher.pt in --weights_path)", Path
+    )
     seed: int = option(
         DEFAULT_SEED, "seed of initial weights, order and views; another one is part of the files' names",
         number(int, at_least=0, at_most=2**31 - 1), shapes_result=True,
@@ -211,7 +214,7 @@ class TrainOptions(Options):
         number(int, at_least=0), shapes_result=True,
     )  # fmt: skip
     views: int | None = option(
-        None, "crops and flips drawn an image, out of all (default: all, 162; 81 for digits)",
+        None, "crops and flips drawn an image (default: all 162; for a student of digits 8 of 81)",
         number(int, at_least=1), shapes_result=True,
     )  # fmt: skip
     cache_teacher: bool = option(True, "with KD: keep the teacher's logits on disk", boolean)
@@ -270,6 +273,21 @@ class TestOptions(Options):
     export: Path | None = option(None, "file for the model as a torch.export program, .pt2 (default: none)", Path)
 
 
+def option_help(f) -> str:
+    """What a field's option means, in which unit, and its default."""
+    text = f.metadata["help"]
+    return text if "(default:" in text else f"{text} (default: {f.default})"
+
+
+def option_table() -> str:
+    """README's Markdown table of every option, from the same text as `--help`."""
+    rows = ["| option | script | meaning |", "|---|---|---|"]
+    for script, options_class in (("both", Options), ("train.py", TrainOptions), ("test.py", TestOptions)):
+        known = 0 if options_class is Options else len(fields(Options))
+        rows += [f"| `--{f.name}` | {script} | {option_help(f)} |" for f in fields(options_class)[known:]]
+    return "\n".join(rows)
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, exit code 2."""
 
@@ -282,9 +300,7 @@ def build_parser(script: str, options_class: type[Options]) -> Parser:
     first_lines = {"train.py": "Train the teacher, or the student with or without knowledge distillation."}
     parser = Parser(script, description=first_lines.get(script, "Evaluate what train.py left."), allow_abbrev=False)
     for f in fields(options_class):
-        text = f.metadata["help"]
-        if "(default:" not in text:
-            text += f" (default: {f.default})"
+        text = option_help(f)
         keywords = dict(f.metadata["keywords"])
         if f.metadata["parse"] is boolean:
             keywords |= {"nargs": "?", "const": True, "metavar": "True|False"}
