@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import os
-import pickle
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,11 +31,12 @@ def writing(path: Path) -> Iterator[Path]:
     Temporary, fsync, replace, fsync of the folder: at any moment `path` is the old file or the new one,
     whole. A full disk or a read-only folder is a UserError and leaves the old file.
     """
+    make_folder(path.parent)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        make_folder(path.parent)
         for stale in path.parent.glob(f"{path.name}.*.tmp"):  # of runs that were killed in mid-save
-            if not process_lives(int(stale.suffixes[-2][1:] or 0)):
+            pid = stale.name.split(".")[-2]
+            if pid.isdecimal() and not process_lives(int(pid)):
                 stale.unlink(missing_ok=True)
         yield temporary
         with open(temporary, "rb") as file:
@@ -61,7 +61,7 @@ def reason(error: Exception) -> str:
 def process_lives(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except OSError:
         pass
@@ -105,6 +105,8 @@ def load(path: Path, **expected) -> dict:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():  # torch itself does not check the CRCs
                 raise zipfile.BadZipFile(f"{damaged} fails its check sum")
+            if any(entry.external_attr for entry in archive.infolist()):  # what is called a folder, torch does not read
+                raise zipfile.BadZipFile("an entry has attributes, which torch never writes")
         content = torch.load(path, map_location="cpu", weights_only=True)
         found = content["format"]
         content["model"], content["options"]  # noqa: B018
@@ -112,8 +114,7 @@ def load(path: Path, **expected) -> dict:
         raise UserError(f"no checkpoint {path}") from None
     except OSError as error:
         raise UserError(f"can't read {path}: {reason(error)}") from error
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError,
-            AttributeError, IndexError, NotImplementedError, OverflowError) as error:  # fmt: skip
+    except Exception as error:  # what a damaged file leads to is anybody's guess
         raise UserError(f"{path} is damaged or no checkpoint; {wanted}") from error
     if not isinstance(found, int) or found > FORMAT:
         raise UserError(f"{path} has format {found}, this version reads up to {FORMAT}: update the project")
@@ -177,11 +178,12 @@ class RunLog:
         self.path = path
 
     def begin(self, header: dict) -> int:
-        """Start the file with its header line, an older one moved aside; return its length in bytes."""
-        make_folder(self.path.parent)
-        if self.path.exists():
-            os.replace(self.path, self.path.with_name(self.path.name + ".previous"))
-        return self.append(header)
+        """Start the file with its header line, an older one with epochs moved aside; return its length in bytes."""
+        with writing(self.path) as temporary:
+            temporary.write_bytes(json.dumps(header).encode() + b"\n")
+            if self.path.exists() and self.path.read_bytes().count(b"\n") > 1:
+                os.replace(self.path, self.path.with_name(self.path.name + ".previous"))
+        return self.path.stat().st_size
 
     def append(self, line: dict) -> int:
         """Append one line durably; return the file's length in bytes."""

@@ -246,7 +246,7 @@ class TrainOptions(Options):
         """The runs to do, in order: one, or with `all` the teacher, then each seed's students."""
         if not self.all:
             return [self]
-        plan = [self.resolved(tto=True, temp=self.temp[:1])]
+        plan = [self.resolved(tto=True, seed=DEFAULT_SEED, temp=self.temp[:1])]
         for seed in range(self.seed, self.seed + self.seeds):
             plan.append(self.resolved(seed=seed, temp=self.temp[:1]))
             plan += [self.resolved(seed=seed, kd=True, temp=(temp,)) for temp in self.temp]
@@ -349,4 +349,6 @@ def parse_test(argv: list[str] | None = None) -> TestOptions:
     parser, options = parse("test.py", TestOptions, argv)
     if options.export and options.export.suffix != ".pt2":
         parser.error(f"--export writes a .pt2 file, not {options.export}")
+    if (options.json or options.export) and (options.compare or options.image):
+        parser.error("--json and --export go with the report of one checkpoint: leave --compare and --image out")
     return options

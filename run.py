@@ -1,6 +1,7 @@
 """A training under way: what a checkpoint holds, what a resume brings back, how far the run is."""
 
 import time
+from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -112,9 +113,19 @@ class Run:
             checkpoint.save(self.options.resume_path, self.state(**position, **engines))
 
     def restore(self) -> None:
-        """Go on where the resume state was saved; UserError where its run had other options."""
-        path, options = self.options.resume_path, self.identity["options"]
+        """Go on where the resume state was saved; UserError where its run had other options, or it is damaged."""
+        path = self.options.resume_path
         state = checkpoint.load(path, role=self.options.role, architecture=self.identity["architecture"])
+        try:
+            self.take_over(state, path)
+        except UserError:
+            raise
+        except Exception as error:  # its parts are there and whole, but not a resume state's
+            raise UserError(f"{path} is damaged or no unfinished run: give --resume False to start anew") from error
+
+    def take_over(self, state: dict, path: Path) -> None:
+        """Make a loaded resume state this run's own."""
+        options = self.identity["options"]
         differing = [f"--{k} {v}, not {options.get(k)}" for k, v in state["options"].items() if v != options.get(k)]
         if state["teacher"] != self.identity["teacher"]:
             differing.append("another teacher")

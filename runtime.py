@@ -202,6 +202,20 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+class SumOverProcesses(torch.autograd.Function):
+    """The sum of a tensor over all processes, whose gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx, values):
+        values = values.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(values)
+        return values
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return SumOverProcesses.forward(ctx, gradient)
+
+
 class SyncedBatchNorm(nn.BatchNorm2d):
     """Batch norm over the batches of all processes, on any device (torch's SyncBatchNorm knows only CUDA)."""
 
@@ -209,7 +223,7 @@ class SyncedBatchNorm(nn.BatchNorm2d):
         if not self.training:
             return super().forward(images)
         moments = torch.stack((images.float().mean((0, 2, 3)), images.float().square().mean((0, 2, 3))))
-        mean, square = dist.nn.functional.all_reduce(moments) / dist.get_world_size()
+        mean, square = SumOverProcesses.apply(moments) / dist.get_world_size()
         variance = square - mean.square()
         with torch.no_grad():
             count = images.numel() // images.shape[1] * dist.get_world_size()

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoint import make_folder, writing
+from checkpoint import make_folder, reason
 from runtime import Runtime, UserError
 from utils import VIEWS, Views
 
@@ -31,7 +31,7 @@ class TeacherCache:
         if path is not None:
             try:
                 self.records = open_records(path, (len(views), VIEWS, num_classes + 1))
-            except (UserError, OSError, ValueError) as error:
+            except (UserError, OSError) as error:
                 runtime.print(f"teacher cache: {error}; going on without it")
 
     def logits(self, rows: torch.Tensor, views: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
@@ -79,11 +79,13 @@ def open_records(path: Path, shape: tuple[int, ...]) -> np.memmap:
     """Map the file of records, made whole first: a full disk shows here, not as a crash in mid-run."""
     size = 2 * int(np.prod(shape))
     make_folder(path.parent)
-    if not path.exists() or path.stat().st_size != size:
-        with writing(path) as temporary, open(temporary, "wb") as file:
-            block = bytes(1 << 20)
-            for start in range(0, size, len(block)):
-                file.write(block[: size - start])
-    if not os.access(path, os.R_OK | os.W_OK):
-        raise UserError(f"can't read and write {path}: permission denied")
-    return np.memmap(path, dtype=np.uint16, mode="r+", shape=shape)
+    try:
+        # Zeros are appended and the file never replaced: of processes that make it at once, all map the same one.
+        with open(path, "ab", buffering=0) as file:
+            while (missing := size - os.fstat(file.fileno()).st_size) > 0:
+                file.write(bytes(min(missing, 1 << 20)))
+        return np.memmap(path, dtype=np.uint16, mode="r+", shape=shape)
+    except OSError as error:
+        if path.exists() and path.stat().st_size < size:
+            path.unlink()
+        raise UserError(f"can't write {path}: {reason(error)}") from error

@@ -23,7 +23,7 @@ import torch
 
 import checkpoint
 import runtime as rt
-from models import ARCHITECTURES, build_model
+from inference import load_model
 from report import write_table
 from run import METRICS, Run
 from runtime import Progress, Runtime, Stopped, UserError
@@ -114,12 +114,7 @@ def load_teacher(options: config.TrainOptions, runtime: Runtime) -> tuple[torch.
     if not path.exists():
         digits = f" --dataset {options.dataset}" if options.spec.prefix else ""
         raise UserError(f"no teacher {path}: train one with `python train.py --tto True{digits}`")
-    classes = len(options.spec.classes)
-    content = checkpoint.load(
-        path, role="teacher", architecture=ARCHITECTURES["teacher"], dataset=options.dataset, num_classes=classes
-    )
-    teacher = checkpoint.load_weights(build_model("teacher", classes), content, path)
-    teacher.to(runtime.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    teacher, content = load_model(path, "teacher", options.dataset, options.spec, runtime.device)
     return teacher, checkpoint.fingerprint(content["model"])
 
 

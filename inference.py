@@ -1,0 +1,177 @@
+"""A trained model at work: its logits, what it costs, the class of any picture, its exported form."""
+
+import copy
+import io
+import json
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.utils.flop_counter import FlopCounterMode
+
+import checkpoint
+from config import DatasetSpec
+from models import ARCHITECTURES, build_model
+from runtime import Runtime, UserError
+from utils import EVALUATION_BATCH, SIDE, Images, Normaliser, evaluation_batches
+
+SMALLEST = 8  # pixels along a side, below which a picture shows nothing
+
+
+def load_model(path: Path, role: str, dataset: str, spec: DatasetSpec, device: torch.device):
+    """The model of a checkpoint, ready to evaluate, and what the checkpoint says; UserError where it is no such one."""
+    classes = len(spec.classes)
+    content = checkpoint.load(path, role=role, architecture=ARCHITECTURES[role], dataset=dataset, num_classes=classes)
+    model = checkpoint.load_weights(build_model(role, classes), content, path)
+    return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), content
+
+
+@torch.inference_mode()
+def all_logits(model: torch.nn.Module, images: Images, spec: DatasetSpec, runtime: Runtime) -> torch.Tensor:
+    """The logits (N, C) of all images in their order, float64 on every process's CPU, each computed once."""
+    rows = torch.arange(runtime.rank, len(images), runtime.world_size)
+    logits = torch.zeros(len(images), len(spec.classes), dtype=torch.float64)
+    for part, (batch, _) in zip(
+        rows.split(EVALUATION_BATCH), evaluation_batches(images, spec, rows, EVALUATION_BATCH), strict=True
+    ):
+        with runtime.autocast():
+            logits[part] = model(batch).cpu().double()
+    logits = runtime.total(logits)  # another process's rows are zeros here
+    if not logits.isfinite().all():
+        raise UserError("the model answers with numbers that are not finite: train it anew")
+    return logits
+
+
+# ---------------------------------------------------------------------------------------------- cost
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model costs: counts, bytes, and (lower quartile, median, upper quartile) of what was timed."""
+
+    parameters: int
+    macs: int  # multiply-accumulates an image
+    bytes: int  # of the checkpoint
+    latency_ms: tuple[float, ...]  # of one image
+    images_per_second: tuple[float, ...]  # 256 at a time
+
+    def medians(self) -> dict[str, float]:
+        """One number each, by the names that --json writes."""
+        values = {"parameters": self.parameters, "macs": self.macs, "bytes": self.bytes}
+        return values | {"latency_ms": self.latency_ms[1], "images_per_second": self.images_per_second[1]}
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def count_macs(model: torch.nn.Module) -> int:
+    """Multiply-accumulates of one image, by torch's own count of the convolutions and matrix products."""
+    image = torch.zeros(1, 3, SIDE, SIDE, device=next(model.parameters()).device)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(image)
+    return counter.get_total_flops() // 2
+
+
+@torch.inference_mode()
+def pass_seconds(model: torch.nn.Module, batch: int, runtime: Runtime, budget: float = 1.0) -> np.ndarray:
+    """Quartiles (3,) of the seconds of a forward pass over `batch` images, timed for about `budget` seconds."""
+    images = torch.randn(batch, 3, SIDE, SIDE, device=runtime.device).contiguous(memory_format=torch.channels_last)
+
+    def times(least: int, most: int, seconds: float) -> list[float]:
+        taken: list[float] = []
+        while len(taken) < least or (len(taken) < most and sum(taken) < seconds):
+            runtime.synchronize()
+            start = time.perf_counter()
+            with runtime.autocast():
+                model(images)
+            runtime.synchronize()
+            taken.append(time.perf_counter() - start)
+        return taken
+
+    warm_up = times(1, 10, budget / 4)  # kernels are chosen, memory is taken: milliseconds, lost in a long pass
+    taken = warm_up + times(2, 2, 0) if warm_up[0] > budget else times(3, 50, budget)
+    return np.quantile(taken, (0.25, 0.5, 0.75))
+
+
+def measure_cost(model: torch.nn.Module, path: Path, runtime: Runtime) -> Cost:
+    """The cost of a model and its checkpoint on this device, in this precision."""
+    latency = 1000 * pass_seconds(model, 1, runtime)
+    speed = 256 / pass_seconds(model, 256, runtime)[::-1]
+    sizes = (count_parameters(model), count_macs(model), path.stat().st_size)
+    return Cost(*sizes, tuple(latency.tolist()), tuple(speed.tolist()))
+
+
+# ---------------------------------------------------------------------------------------------- pictures
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """Any picture's middle square (32, 32, 3) uint8: upright by its EXIF, what is transparent on white.
+
+    UserError in one line where it is missing, no picture, or of a size that can't be used.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as picture:
+                width, height = picture.size
+                if min(width, height) < SMALLEST:
+                    raise UserError(f"{path} is {width} x {height} pixels: give at least {SMALLEST} x {SMALLEST}")
+                picture.draft("RGB", (4 * SIDE, 4 * SIDE))  # a large JPEG is decoded at a fraction of its size
+                picture = ImageOps.exif_transpose(picture)
+                if picture.mode.startswith("I"):  # 16 bits of grey, which PIL would cut off at 255
+                    picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+                picture = ImageOps.fit(picture.convert("RGBA"), (SIDE, SIDE), Image.Resampling.BICUBIC)
+                paper = Image.new("RGBA", picture.size, "white")
+                return np.array(Image.alpha_composite(paper, picture).convert("RGB"))
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        limit = Image.MAX_IMAGE_PIXELS / 1e6
+        raise UserError(f"{path} has more than {limit:.0f} million pixels: make it smaller") from None
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"no picture {path}: check its name") from None
+    except Exception as error:  # noqa: BLE001 - a damaged picture fails in as many ways as there are formats
+        why = checkpoint.reason(error) if isinstance(error, OSError) and error.errno else "damaged, or no picture"
+        raise UserError(f"can't read {path} ({why}): give a PNG, JPEG or WebP file") from error
+
+
+@torch.inference_mode()
+def classify(model: torch.nn.Module, pixels: np.ndarray, spec: DatasetSpec, runtime: Runtime) -> torch.Tensor:
+    """The probabilities (B, C), float64 on the CPU, of pictures (B, 32, 32, 3) uint8."""
+    images = Normaliser(spec, runtime.device)(torch.from_numpy(pixels).to(runtime.device))
+    with runtime.autocast():
+        return model(images).double().cpu().softmax(1)
+
+
+# ---------------------------------------------------------------------------------------------- export
+
+
+def export_model(model: torch.nn.Module, path: Path, spec: DatasetSpec) -> float:
+    """Write `model` by torch.export with a dynamic batch; the largest difference of the reloaded program's logits.
+
+    The file's `preprocessing.json` says what the input (B, 3, 32, 32) is. RuntimeError where the outputs disagree.
+    """
+    model = copy.deepcopy(model).to("cpu", memory_format=torch.contiguous_format)
+    images = torch.randn(5, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    preprocessing = {
+        "classes": spec.classes,
+        "mean": spec.mean,
+        "std": spec.std,
+        "input": "RGB, 0 to 1, (x - mean) / std",
+    }
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer, extra_files={"preprocessing.json": json.dumps(preprocessing)})
+    reloaded = torch.export.load(io.BytesIO(buffer.getvalue())).module()
+    with torch.inference_mode():
+        differences = [(reloaded(images[:n]) - model(images[:n])).abs().max().item() for n in (1, 2, 5)]
+    if max(differences) > 1e-4:
+        raise RuntimeError(f"the exported program's logits differ by {max(differences):g}")
+    with checkpoint.writing(path) as temporary:
+        temporary.write_bytes(buffer.getvalue())
+    return max(differences)

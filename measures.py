@@ -1,0 +1,115 @@
+"""Numbers that logits and repeated runs give: pure functions of tensors and lists, no files, no options."""
+
+import math
+import statistics
+
+import torch
+import torch.nn.functional as F
+
+from utils import topk_correct
+
+BINS = 15  # of equal width, as in Guo et al. (2017)
+Z = statistics.NormalDist().inv_cdf(0.975)
+
+
+def predictions(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The highest class (N,) of logits (N, C); a tie with the label (N,) goes against it, as in top-1."""
+    rival = logits.scatter(1, labels[:, None], -math.inf).max(1)
+    right = logits.gather(1, labels[:, None])[:, 0] > rival.values
+    return torch.where(right, labels, rival.indices)
+
+
+def wilson(correct: int, count: int) -> tuple[float, float]:
+    """The 95 % interval, within 0 to 1, of a fraction of `count` >= 1 trials (Wilson, 1927)."""
+    share, z2 = correct / count, Z**2 / count
+    centre = (share + z2 / 2) / (1 + z2)
+    half = math.sqrt(z2 * (share * (1 - share) + z2 / 4)) / (1 + z2)
+    return max(centre - half, 0.0), min(centre + half, 1.0)
+
+
+def confusion_matrix(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Counts (C, C) int64: row the label, column the prediction."""
+    classes = logits.shape[1]
+    pairs = labels * classes + predictions(logits, labels)
+    return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+
+
+def reliability(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Images, mean confidence and accuracy of each bin, all (15,); NaN where a bin is empty.
+
+    Bin m holds confidences in ((m - 1) / 15, m / 15] (Guo et al., 2017, section 2).
+    """
+    confidence = logits.double().softmax(1).amax(1)
+    right = (predictions(logits, labels) == labels).double()
+    bin_of = (confidence * BINS).ceil().long() - 1
+    count = torch.bincount(bin_of, minlength=BINS)
+    confidence, accuracy = (torch.bincount(bin_of, values, BINS) / count for values in (confidence, right))
+    return count, confidence, accuracy
+
+
+def calibration_error(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """Expected calibration error, 0 to 1: the bins' |accuracy - confidence|, by images (Guo et al., 2017, eq. 3)."""
+    count, confidence, accuracy = reliability(logits, labels)
+    return float(((accuracy - confidence).abs() * count).nansum() / count.sum())
+
+
+def measure(logits: torch.Tensor, labels: torch.Tensor) -> dict:
+    """All that logits (N, C) and labels (N,) say of a model: fractions 0 to 1, nats, counts, as plain values."""
+    count = len(labels)
+    top1, top5 = topk_correct(logits, labels).tolist()
+    confusion = confusion_matrix(logits, labels)
+    per_class = [row[i] / sum(row) if sum(row) else None for i, row in enumerate(confusion.tolist())]
+    nll = float(F.cross_entropy(logits.double(), labels))
+    return {
+        "images": count,
+        "loss": nll,
+        "top1": top1 / count,
+        "top5": top5 / count,
+        "top1_ci": list(wilson(top1, count)),
+        "per_class": per_class,
+        "confusion": confusion.tolist(),
+        "ece": calibration_error(logits, labels),
+        "nll": nll,
+    }
+
+
+def fidelity(logits: torch.Tensor, teacher_logits: torch.Tensor, labels: torch.Tensor) -> dict:
+    """How a student (N, C) imitates its teacher (N, C) (Stanton et al., 2021, section 3).
+
+    `agreement` of their top-1, mean KL(teacher || student) at T = 1 in nats, and counts of images
+    `contingency`: rows the teacher right, wrong; columns the student right, wrong.
+    """
+    student, teacher = predictions(logits, labels), predictions(teacher_logits, labels)
+    log_p, log_q = (F.log_softmax(values.double(), 1) for values in (teacher_logits, logits))
+    cells = 2 * (teacher != labels).long() + (student != labels).long()
+    return {
+        "agreement": (student == teacher).double().mean().item(),
+        "kl_to_teacher": F.kl_div(log_q, log_p, reduction="batchmean", log_target=True).item(),
+        "contingency": torch.bincount(cells, minlength=4).view(2, 2).tolist(),
+    }
+
+
+def t_quantile(freedom: int) -> float:
+    """The t between whose -t and t lies 95 % of Student's distribution (Abramowitz & Stegun, 26.7.3 and 26.7.4)."""
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        angle = (low + high) / 2  # of t = tan(angle) * sqrt(freedom)
+        odd = freedom % 2
+        term, total = math.cos(angle) if odd else 1.0, 0.0
+        for i in range(odd, freedom - 1, 2):
+            total += term
+            term *= (i + 1) / (i + 2) * math.cos(angle) ** 2
+        within = math.sin(angle) * total
+        within = 2 / math.pi * (angle + within) if odd else within
+        low, high = (angle, high) if within < 0.95 else (low, angle)
+    return math.tan(low) * math.sqrt(freedom)
+
+
+def paired_gain(with_kd: list[float], without: list[float]) -> dict:
+    """Mean, standard deviation and 95 % interval of n >= 2 differences of pairs, by Student's t."""
+    gains = [a - b for a, b in zip(with_kd, without, strict=True)]
+    mean, deviation = statistics.mean(gains), statistics.stdev(gains)
+    half = t_quantile(len(gains) - 1) * deviation / math.sqrt(len(gains))
+    interval = [mean - half, mean + half]
+    noise = interval[0] <= 0 <= interval[1]
+    return {"pairs": len(gains), "mean": mean, "sd": deviation, "ci": interval, "within_seed_noise": noise}

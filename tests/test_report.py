@@ -1,0 +1,394 @@
+"""The report's numbers against independent computations, its pictures, its files and the table of models."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import checkpoint
+import config
+import inference
+import measures
+import report
+import runtime as rt
+import test as test_script
+from models import ARCHITECTURES, build_model
+from runtime import UserError
+from utils import Images
+
+CPU = rt.Runtime(torch.device("cpu"), None)
+SPEC = config.DATASETS["cifar10"]
+KEYS = [
+    "checkpoint", "role", "images", "loss", "top1", "top5", "top1_ci", "per_class", "confusion", "ece", "nll",
+    "parameters", "macs", "bytes", "latency_ms", "images_per_second", "agreement", "kl_to_teacher", "contingency",
+]  # fmt: skip
+
+
+def one_hot(classes, scale: float = 20.0, of: int = 3) -> torch.Tensor:
+    """Logits of a model that is sure of the given classes."""
+    return torch.nn.functional.one_hot(torch.tensor(classes), of).double() * scale
+
+
+# ---------------------------------------------------------------------------------------------- numbers
+
+
+def test_wilson_against_hand_worked_values():
+    assert measures.wilson(5, 10) == pytest.approx((0.236593, 0.763407), abs=1e-6)
+    assert measures.wilson(0, 10) == pytest.approx((0.0, 0.277533), abs=1e-6)
+    assert measures.wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)  # Newcombe (1998), table I
+    assert measures.wilson(10, 10)[1] == 1.0
+    for correct, count in ((3, 17), (900, 1000), (1, 1)):  # by its definition: the roots of the score test
+        for bound in measures.wilson(correct, count):
+            if 0 < bound < 1:
+                score = abs(correct / count - bound) / math.sqrt(bound * (1 - bound) / count)
+                assert score == pytest.approx(1.959964, abs=1e-5)
+
+
+def test_numbers_of_a_hand_worked_case():
+    # probabilities (1/2, 1/4, 1/4): right, right, wrong, and the fourth's (1/4, 1/4, 1/2): right
+    half = math.log(2)
+    logits = torch.tensor([[half, 0, 0], [half, 0, 0], [half, 0, 0], [0, 0, half]]).double()
+    labels = torch.tensor([0, 0, 1, 2])
+    numbers = measures.measure(logits, labels)
+    assert numbers["top1"] == 0.75 and numbers["top5"] == 1.0 and numbers["images"] == 4
+    assert numbers["per_class"] == [1.0, 0.0, 1.0]
+    assert numbers["confusion"] == [[2, 0, 0], [1, 0, 0], [0, 0, 1]]
+    assert numbers["nll"] == numbers["loss"] == pytest.approx((3 * math.log(2) + math.log(4)) / 4)
+    assert numbers["ece"] == pytest.approx(0.25)  # one bin: accuracy 3/4, confidence 1/2
+    assert numbers["top1_ci"] == list(measures.wilson(3, 4))
+
+
+def test_perfect_constant_and_adversarial_predictors():
+    labels = torch.arange(10).repeat(4)
+    perfect = measures.measure(one_hot(labels.tolist(), of=10), labels)
+    assert perfect["top1"] == perfect["top5"] == 1 and perfect["per_class"] == [1.0] * 10
+    assert perfect["ece"] < 1e-6 and perfect["nll"] < 1e-6
+    constant = measures.measure(torch.zeros(40, 10), labels)  # all ties: nothing is right by luck
+    assert constant["top1"] == constant["top5"] == 0 and sum(constant["per_class"]) == 0
+    assert constant["nll"] == pytest.approx(math.log(10)) and constant["ece"] == pytest.approx(0.1)
+    adversarial = measures.measure(one_hot(((labels + 1) % 10).tolist(), of=10), labels)
+    assert adversarial["top1"] == 0 and adversarial["ece"] == pytest.approx(1, abs=1e-6)
+    assert adversarial["nll"] == pytest.approx(20, abs=1e-6)
+
+
+def test_confusion_agrees_with_top1_on_ties():
+    logits = torch.randint(0, 3, (500, 10), generator=torch.Generator().manual_seed(0)).double()
+    labels = torch.arange(10).repeat(50)
+    numbers = measures.measure(logits, labels)
+    confusion = np.array(numbers["confusion"])
+    expected = np.mean([(np.delete(row, y) < row[y]).all() for row, y in zip(logits.numpy(), labels, strict=True)])
+    assert numbers["top1"] == pytest.approx(expected) and confusion.trace() == 500 * expected
+    assert (confusion.sum(1) == 50).all()
+    best = logits.max(1).values
+    predicted = measures.predictions(logits, labels)
+    assert (logits.gather(1, predicted[:, None])[:, 0] == best).all()
+
+
+def test_a_class_without_images_has_no_accuracy():
+    numbers = measures.measure(one_hot([0, 2]), torch.tensor([0, 0]))
+    assert numbers["per_class"] == [0.5, None, None]
+    assert "automobile no image" in report.accuracy_text(numbers, SPEC.classes[:3])
+
+
+def test_calibration_error_against_loops_over_bins():
+    generator = torch.Generator().manual_seed(1)
+    logits = 3 * torch.randn(400, 10, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 10, (400,), generator=generator)
+    exponentials = np.exp(logits.numpy())
+    confidence = (exponentials / exponentials.sum(1, keepdims=True)).max(1)
+    right = logits.numpy().argmax(1) == labels.numpy()
+    expected, filled = 0.0, 0
+    for m in range(1, 16):
+        inside = (confidence > (m - 1) / 15) & (confidence <= m / 15)
+        if inside.any():
+            filled += 1
+            expected += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
+    assert measures.calibration_error(logits, labels) == pytest.approx(expected, abs=1e-12)
+    count, mean_confidence, accuracy = measures.reliability(logits, labels)
+    assert count.sum() == 400 and (count > 0).sum() == filled < 15
+    assert (accuracy.isnan() == (count == 0)).all() and (mean_confidence.isnan() == (count == 0)).all()
+
+
+def test_a_confidence_on_an_edge_is_of_the_bin_below():
+    count, confidence, accuracy = measures.reliability(torch.zeros(2, 3), torch.tensor([0, 1]))  # 1/3 = 5/15
+    assert count.tolist() == [0] * 4 + [2] + [0] * 10
+    assert confidence[4] == pytest.approx(1 / 3) and accuracy[4] == 0
+    sure, *_ = measures.reliability(one_hot([0], scale=1000), torch.tensor([0]))
+    assert sure.tolist() == [0] * 14 + [1]
+
+
+def test_fidelity_against_hand_worked_values():
+    student = torch.tensor([[2.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 3.0]])
+    teacher = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    labels = torch.tensor([0, 0, 1, 0])  # teacher right, right, wrong, wrong; student right, wrong, wrong, wrong
+    found = measures.fidelity(student, teacher, labels)
+    assert found["agreement"] == 0.75 and found["contingency"] == [[1, 1], [0, 2]]
+    p, q = np.exp(teacher.double().numpy()), np.exp(student.double().numpy())
+    p, q = p / p.sum(1, keepdims=True), q / q.sum(1, keepdims=True)
+    assert found["kl_to_teacher"] == pytest.approx(np.mean((p * np.log(p / q)).sum(1)), abs=1e-9)
+    itself = measures.fidelity(teacher, teacher, labels)
+    assert itself["agreement"] == 1 and itself["kl_to_teacher"] == pytest.approx(0, abs=1e-12)
+    right_alone = measures.fidelity(one_hot([0, 1]), one_hot([1, 1]), torch.tensor([0, 1]))
+    assert right_alone["contingency"] == [[1, 0], [1, 0]]
+
+
+def test_t_quantile_against_printed_tables():
+    table = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 5: 2.5706, 9: 2.2622, 10: 2.2281, 30: 2.0423, 120: 1.9799}
+    for freedom, value in table.items():
+        assert measures.t_quantile(freedom) == pytest.approx(value, abs=6e-5)
+
+
+def test_paired_gain_against_hand_worked_values():
+    gain = measures.paired_gain([71.0, 74.0, 72.0], [70.0, 71.0, 70.0])  # +1, +3, +2
+    assert gain["mean"] == pytest.approx(2) and gain["sd"] == pytest.approx(1) and gain["pairs"] == 3
+    assert gain["ci"] == pytest.approx([2 - 4.302653 / math.sqrt(3), 2 + 4.302653 / math.sqrt(3)], abs=1e-5)
+    assert gain["within_seed_noise"]
+    assert not measures.paired_gain([71.0, 72.0, 71.5], [70.0, 70.9, 70.5])["within_seed_noise"]
+    assert not measures.paired_gain([70.0, 70.9, 70.5], [71.0, 72.0, 71.5])["within_seed_noise"]  # surely harmful
+
+
+# ---------------------------------------------------------------------------------------------- cost and export
+
+
+def save_checkpoint(folder: Path, name: str = "student", seed: int = 42, **more) -> Path:
+    """An untrained model as train.py leaves a trained one."""
+    role = "teacher" if name.startswith("teacher") else "student"
+    torch.manual_seed(seed)
+    content = {
+        "role": role, "architecture": ARCHITECTURES[role], "num_classes": 10, "dataset": "cifar10",
+        "kd": "temp" in more.get("options", {}), "model": build_model(role).state_dict(), "epoch": 1, "teacher": "",
+        "metrics": more.pop("metrics", {"loss": 2.3, "top1": 10.0, "top5": 50.0}),
+        "options": {"seed": seed, "precision": "fp32", "dataset": "cifar10"} | more.pop("options", {}),
+    }  # fmt: skip
+    checkpoint.save(folder / f"{name}.pt", content | more)
+    return folder / f"{name}.pt"
+
+
+def test_cost_counts_the_layers(tmp_path):
+    model = build_model("student").eval()
+    macs, parameters, side = 0, 0, 32
+    for module in model.modules():  # by the layers' definitions
+        if isinstance(module, torch.nn.Conv2d):
+            macs += module.in_channels * module.out_channels * 9 * side**2
+        elif isinstance(module, torch.nn.MaxPool2d):
+            side //= 2
+        elif isinstance(module, torch.nn.Linear):
+            macs += module.in_features * module.out_features
+        parameters += sum(p.numel() for p in module.parameters(recurse=False))
+    assert inference.count_macs(model) == macs
+    assert inference.count_parameters(model) == parameters
+    path = save_checkpoint(tmp_path)
+    seconds = inference.pass_seconds(model, 2, CPU, budget=0.05)
+    assert seconds.shape == (3,) and (np.diff(seconds) >= 0).all() and seconds[0] > 0
+    cost = inference.Cost(parameters, macs, path.stat().st_size, (1.0, 2.0, 3.0), (10.0, 20.0, 30.0))
+    assert cost.medians()["latency_ms"] == 2 and cost.medians()["images_per_second"] == 20
+    text = report.cost_text(cost, replace(cost, parameters=10 * parameters, latency_ms=(1.0, 0.5, 3.0)))
+    assert "1/10 " in text and "4 x" in text and "2.00 (1.00 to 3.00)" in text
+
+
+def test_logits_come_in_the_order_of_images_however_many_processes():
+    class Mean(torch.nn.Module):
+        def forward(self, images):
+            return images.mean((1, 2, 3))[:, None] * torch.arange(10.0)
+
+    pixels = torch.randint(0, 256, (7, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = Images(pixels, torch.zeros(7, dtype=torch.int64))
+    alone = inference.all_logits(Mean(), images, SPEC, CPU)
+
+    class Share(rt.Runtime):  # a process of three, whose sum with the others is taken below
+        def total(self, values):
+            return values
+
+    shares = [inference.all_logits(Mean(), images, SPEC, Share(CPU.device, None, rank, 3)) for rank in range(3)]
+    assert torch.equal(sum(shares), alone) and alone[:, 9].unique().numel() == 7
+    assert [int(share.any(1).sum()) for share in shares] == [3, 2, 2]
+
+
+def test_numbers_that_are_not_finite_are_refused():
+    class Broken(torch.nn.Module):
+        def forward(self, images):
+            return torch.full((len(images), 10), float("nan"))
+
+    images = Images(torch.zeros(2, 32, 32, 3, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(UserError, match="not finite"):
+        inference.all_logits(Broken(), images, SPEC, CPU)
+
+
+def test_export_runs_without_the_project(tmp_path):
+    model = build_model("student").to(memory_format=torch.channels_last).eval()
+    assert inference.export_model(model, tmp_path / "student.pt2", SPEC) < 1e-4
+    files = {"preprocessing.json": ""}
+    program = torch.export.load(tmp_path / "student.pt2", extra_files=files).module()
+    images = torch.randn(3, 3, 32, 32)
+    torch.testing.assert_close(program(images), model(images), rtol=1e-4, atol=1e-5)
+    assert json.loads(files["preprocessing.json"])["classes"] == list(SPEC.classes)
+
+
+# ---------------------------------------------------------------------------------------------- pictures
+
+
+def test_pictures_of_all_kinds(tmp_path):
+    red = np.zeros((40, 60, 3), np.uint8)
+    red[..., 0] = 200
+    for suffix in ("png", "jpg", "webp"):
+        Image.fromarray(red).save(tmp_path / f"red.{suffix}")
+        found = inference.read_picture(tmp_path / f"red.{suffix}")
+        assert found.shape == (32, 32, 3) and found.dtype == np.uint8
+        assert np.abs(found.astype(int) - (200, 0, 0)).max() < 8
+    Image.new("RGBA", (40, 40), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert (inference.read_picture(tmp_path / "clear.png") == 255).all()  # on white, whatever lies under
+    Image.new("LA", (40, 40), (0, 128)).save(tmp_path / "half.png")
+    assert np.abs(inference.read_picture(tmp_path / "half.png").astype(int) - 127).max() <= 1
+    Image.new("L", (9, 300), 77).save(tmp_path / "grey.png")
+    assert (inference.read_picture(tmp_path / "grey.png") == 77).all()
+    Image.fromarray(np.full((40, 40), 77 * 256, np.uint16)).save(tmp_path / "grey16.png")
+    assert (inference.read_picture(tmp_path / "grey16.png") == 77).all()
+    Image.new("RGB", (20_000, 20), (1, 2, 3)).save(tmp_path / "wide.png")
+    assert (inference.read_picture(tmp_path / "wide.png") == (1, 2, 3)).all()
+
+
+def test_exif_orientation_is_respected(tmp_path):
+    pixels = np.zeros((32, 32, 3), np.uint8)
+    pixels[:16] = 255  # white above
+    picture = Image.fromarray(pixels)
+    exif = picture.getexif()
+    exif[0x0112] = 3  # upside down
+    picture.save(tmp_path / "turned.png", exif=exif)
+    found = inference.read_picture(tmp_path / "turned.png")
+    assert found[:14].max() < 10 and found[18:].min() > 245
+
+
+def test_the_middle_square_is_what_is_seen(tmp_path):
+    pixels = np.zeros((32, 96, 3), np.uint8)
+    pixels[:, 32:64] = np.random.default_rng(0).integers(0, 256, (32, 32, 3))
+    Image.fromarray(pixels).save(tmp_path / "three.png")
+    assert (inference.read_picture(tmp_path / "three.png") == pixels[:, 32:64]).all()
+
+
+def bad_pictures(folder: Path) -> dict[str, str]:
+    (folder / "text.png").write_text("no picture")
+    (folder / "empty.png").touch()
+    Image.new("RGB", (1, 1)).save(folder / "point.png")
+    Image.new("1", (20_000, 5_000)).save(folder / "huge.png")
+    Image.new("RGB", (200, 200), "red").save(folder / "whole.png")
+    (folder / "cut.png").write_bytes((folder / "whole.png").read_bytes()[:80])
+    return {
+        "text.png": "no picture", "empty.png": "no picture", "point.png": "1 x 1", "huge.png": "million pixels",
+        "cut.png": "damaged", "missing.png": "check its name", ".": "directory",
+    }  # fmt: skip
+
+
+def test_bad_pictures_give_one_line_and_2(tmp_path, capfd):
+    for name, words in bad_pictures(tmp_path).items():
+        arguments = ["--image", str(tmp_path / name), "--device=cpu"]
+        assert test_script.main([*arguments, f"--weights_path={tmp_path}", f"--plots_path={tmp_path}"]) == 2
+        error = capfd.readouterr().err
+        assert error.count("\n") == 1 and words in error.lower() and str(tmp_path / name) in error
+
+
+# ---------------------------------------------------------------------------------------------- test.py
+
+
+@pytest.fixture
+def evaluate(tmp_path, monkeypatch):
+    """A function that runs test.py over 20 made-up images, with few timed passes."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (20, 32, 32, 3), dtype=torch.uint8, generator=generator)
+    images = Images(pixels, torch.arange(20) % 10)
+    monkeypatch.setattr(test_script, "load_images", lambda *arguments: (images, images))
+    monkeypatch.setattr(inference, "pass_seconds", lambda *arguments: np.array([0.01, 0.02, 0.03]))
+    folders = [f"--weights_path={tmp_path}", f"--plots_path={tmp_path / 'plots'}", "--device=cpu"]
+    return lambda *arguments: test_script.main([*folders, *arguments])
+
+
+def test_report_of_a_student_beside_teacher_and_control(tmp_path, evaluate, capfd):
+    for name, seed, options in (("student", 1, {}), ("student_kd_t5", 2, {"temp": [5.0]}), ("teacher", 3, {})):
+        save_checkpoint(tmp_path, name, seed, options=options)
+    assert evaluate("--kd", "True", f"--json={tmp_path / 'new' / 'report.json'}") == 0
+    output = capfd.readouterr().out
+    numbers = json.loads((tmp_path / "new" / "report.json").read_text())
+    assert sorted(numbers) == sorted(KEYS)
+    first = f"test loss {numbers['loss']:.4f} top1 {100 * numbers['top1']:.2f}% top5 {100 * numbers['top5']:.2f}%"
+    assert output.splitlines()[0] == first
+    assert "without KD" in output and "not the teacher that this student learned from" in output
+    assert numbers["role"] == "student" and numbers["images"] == 20 and 0 <= numbers["agreement"] <= 1
+    assert np.sum(numbers["contingency"]) == np.sum(numbers["confusion"]) == 20
+    assert numbers["latency_ms"] == 20 and numbers["images_per_second"] == 256 / 0.02
+    assert numbers["bytes"] == (tmp_path / "student_kd_t5.pt").stat().st_size
+    for figure in ("confusion", "reliability"):
+        with Image.open(tmp_path / "plots" / f"student_kd_t5_{figure}.png") as picture:
+            assert picture.width == 840
+
+
+def test_report_without_a_teacher_leaves_fidelity_out(tmp_path, evaluate, capfd):
+    save_checkpoint(tmp_path)
+    assert evaluate(f"--json={tmp_path / 'report.json'}") == 0
+    assert "fidelity to the teacher: left out" in capfd.readouterr().out
+    assert sorted(json.loads((tmp_path / "report.json").read_text())) == sorted(KEYS[:-3])
+
+
+def test_a_missing_checkpoint_names_the_command_that_makes_it(tmp_path, evaluate, capfd):
+    assert evaluate("--kd", "True", "--temp", "20") == 2
+    error = capfd.readouterr().err
+    assert "`python train.py --kd True --temp 20`" in error and error.count("\n") == 1
+    (tmp_path / "student.pt").write_text("no checkpoint")
+    assert evaluate() == 2 and "damaged" in capfd.readouterr().err
+    assert evaluate("--compare", "True") == 2 and "damaged" in capfd.readouterr().err
+
+
+def test_picture_is_classified_by_student_and_teacher(tmp_path, evaluate, capfd):
+    save_checkpoint(tmp_path)
+    save_checkpoint(tmp_path, "teacher")
+    Image.new("RGB", (50, 40), "blue").save(tmp_path / "blue.png")
+    assert evaluate("--image", str(tmp_path / "blue.png")) == 0
+    output = capfd.readouterr().out
+    assert "Student (w/o KD)" in output and "Teacher (VGG19 with BN)" in output
+    assert (tmp_path / "plots" / "student_images.png").exists()
+
+
+# ---------------------------------------------------------------------------------------------- the table of models
+
+
+def test_compare_and_the_table_of_all(tmp_path, evaluate, capfd):
+    assert evaluate("--compare", "True") == 2 and "train.py --all True" in capfd.readouterr().err
+    save_checkpoint(tmp_path, "teacher", metrics={"top1": 84.451, "top5": 99.22})
+    for seed, without, with_kd in ((42, 70.0, 71.0), (43, 71.0, 74.0), (44, 70.0, 72.0)):
+        suffix = "" if seed == 42 else f"_seed{seed}"
+        save_checkpoint(tmp_path, f"student{suffix}", seed, metrics={"top1": without, "top5": 97.0})
+        options = {"temp": [5.0], "alpha": 0.9}
+        metrics = {"top1": with_kd, "top5": 98.0}
+        save_checkpoint(tmp_path, f"student_kd_t5{suffix}", seed, options=options, metrics=metrics)
+    (tmp_path / "student.last.pt").write_text("a resume state is no finished checkpoint")
+    assert evaluate("--compare", "True") == 0
+    compared = capfd.readouterr().out
+    words = ["--all", "True", "--seeds", "3", "--temp", "5", f"--weights_path={tmp_path}", f"--plots_path={tmp_path}"]
+    report.write_table(config.parse_train(words), CPU)
+    table = (tmp_path / "results.md").read_text()
+    assert table == (tmp_path / "plots" / "comparison.md").read_text() and table in compared
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
+    assert rows[0] == ["Model", "Top 1 Accuracy", "Top 5 Accuracy", "Parameters"]
+    assert rows[2] == ["Teacher (VGG19 with BN)", "84.45%", "99.22%", "20,040,522"]
+    assert rows[3][:2] == ["Student (w/o KD)", "70.33% ± 0.58"]
+    assert rows[4][:2] == ["Student (with KD, Temp = 5)", "72.33% ± 1.53"]
+    assert "gains +2.00 points" in table and "interval -0.48 to +4.48), within seed noise" in table
+    gain = json.loads((tmp_path / "results.json").read_text())["gains"][0]
+    assert gain["mean"] == pytest.approx(2) and gain["sd"] == pytest.approx(1) and gain["pairs"] == 3
+
+
+def test_only_the_same_seed_and_options_are_paired():
+    def content(seed, top1, **options):
+        return {
+            "role": "student", "num_classes": 10, "kd": "temp" in options,
+            "options": {"seed": seed, "num_epochs": 60} | options, "metrics": {"top1": top1, "top5": 90.0},
+        }  # fmt: skip
+
+    kd = [content(seed, 72.0 + seed, temp=[5.0], alpha=0.9) for seed in (3, 1, 2)]
+    found = report.collect([content(1, 70.0), content(2, 71.5), content(3, 60.0, num_epochs=10), *kd])
+    assert found["gains"][0]["pairs"] == 2 and found["gains"][0]["mean"] == pytest.approx((3 + 2.5) / 2)
+    assert [len(row["seeds"]) for row in found["rows"]] == [2, 1, 3]
+    assert not report.collect([content(1, 70.0), kd[0]])["gains"]  # one pair has no spread
