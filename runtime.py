@@ -106,6 +106,12 @@ class Runtime:
         if self.is_main:
             print(text, flush=True)
 
+    def share_buffers(self, model: nn.Module) -> None:
+        """Give every process the first one's buffers; each has batch norm statistics of its own without --sync_bn."""
+        if self.world_size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()

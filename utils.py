@@ -190,6 +190,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Mean cross-entropy (nats), top-1 and top-5 (0 to 1) over all images, each counted once over all processes."""
     model.eval()
+    runtime.share_buffers(model)  # what is evaluated is what the first process saves
     rows = torch.arange(runtime.rank, len(images), runtime.world_size)
     sums = torch.zeros(3, dtype=torch.float64)
     for batch, labels in evaluation_batches(images, spec, rows, EVALUATION_BATCH):

@@ -1,0 +1,316 @@
+"""How fast this project trains, beside what it is compared with, measured in the same run.
+
+    python benchmarks/throughput.py                       the table, in some ten minutes on two cores
+    python benchmarks/throughput.py --quick               a rough one in about a minute
+    python benchmarks/throughput.py --json rows.json      the rows, hardware and versions as JSON too
+    python benchmarks/throughput.py --device cuda         further options are train.py's
+
+All jobs of a group are run in turn, several times, and each row is the ratio of two medians: whatever else
+the machine does meets both sides. Ours is train.py's own loop (loader, optimizer, schedule, metrics, progress).
+"""
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from plain import plain_batches, plain_steps
+
+import checkpoint
+import config
+import runtime as rt
+import train
+from models import build_model
+from run import Run
+from utils import SIDE, Images, Views, load_images
+
+IMAGES = 50_000  # of CIFAR-10's training set
+Job = Callable[[], float]  # runs once and returns a rate: images, operations or bytes a second
+
+
+class Bench:
+    """Images, options and sizes of this benchmark, and the jobs it times."""
+
+    def __init__(self, arguments: argparse.Namespace, options: config.TrainOptions, runtime: rt.Runtime) -> None:
+        self.options, self.runtime, self.quick = options, runtime, arguments.quick
+        fast = runtime.device.type == "cuda"
+        self.repeats = 3 if self.quick else 7
+        self.teacher_steps = (20 if fast else 2) if self.quick else (90 if fast else 6)
+        self.student_steps = (20 if fast else 8) if self.quick else (90 if fast else 24)
+        if arguments.data_path:
+            self.images = load_images(options.spec, arguments.data_path)[0]
+        else:
+            shape = (IMAGES, SIDE, SIDE, 3)
+            self.images = Images(torch.randint(256, shape, dtype=torch.uint8), torch.randint(10, (IMAGES,)))
+
+    def run_options(self, **changes) -> config.TrainOptions:
+        """Options of one run, so many epochs long that its learning rate stays low: random labels can't diverge it."""
+        return self.options.resolved(num_epochs=100_000, precision=self.runtime.precision, **changes)
+
+    def ours(self, steps: int, cache: str = "", **changes) -> Job:
+        """Our epoch of `steps` steps, images a second; with KD its `cache` is "cold" or "warm" each time."""
+        place = self.options.weights_path / cache  # a cold cache is removed, a warm one is not
+        options = self.run_options(kd=bool(cache), weights_path=place, **changes)
+        count = min(steps * options.batch_size, len(self.images))
+        views = Views(self.images[:count].to(self.runtime.device), options.spec)
+        run, stop = Run(options, self.runtime, views, cache), rt.StopSignal()
+        if cache:
+            teacher = build_model("teacher").to(self.runtime.device, memory_format=torch.channels_last)
+            teacher.eval().requires_grad_(False)
+
+        def job() -> float:
+            if cache == "cold":
+                for path in options.weights_path.glob("*.cache"):
+                    path.unlink()
+            else:
+                run.epoch += not cache  # warm: the same views again
+            run.begin_epoch()
+            logits = train.make_cache(run, teacher, views) if cache else None
+            self.runtime.synchronize()
+            start = time.perf_counter()
+            train.train_epoch(run, views, logits, stop)
+            self.runtime.synchronize()
+            return count / (time.perf_counter() - start)
+
+        return job
+
+    def plain(self, role: str, steps: int, batches, kd: bool = False) -> Job:
+        """The usual loop for `steps` steps, images a second."""
+        device, batch_size = self.runtime.device, self.run_options(tto=role == "teacher").batch_size
+        model = build_model(role).to(device)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, weight_decay=5e-4)
+        teacher = build_model("teacher").to(device).eval() if kd else None
+
+        def job() -> float:
+            self.runtime.synchronize()
+            start = time.perf_counter()
+            plain_steps(model, optimizer, batches, device, steps, teacher)
+            return steps * batch_size / (time.perf_counter() - start)
+
+        return job
+
+    def our_loader(self, count: int = IMAGES) -> Job:
+        """An epoch's plan and all its batches of 128, images a second."""
+        images = (
+            self.images[torch.arange(count) % len(self.images)] if count > len(self.images) else self.images[:count]
+        )
+        views = Views(images.to(self.runtime.device), self.options.spec)
+        epochs = itertools.count()
+
+        def job() -> float:
+            start = time.perf_counter()
+            order, view_of = views.plan(0, next(epochs))
+            for rows in order.split(128):
+                views.batch(rows, view_of[rows])
+            self.runtime.synchronize()
+            return count / (time.perf_counter() - start)
+
+        return job
+
+    def plain_loader(self, batches, batch_size: int) -> Job:
+        """Batches of the DataLoader, images a second; what its workers had in store is taken first, untimed."""
+        steps = 30 if self.quick else 150
+
+        def job() -> float:
+            for _ in range(8):
+                next(batches)
+            start = time.perf_counter()
+            for _ in range(steps):
+                next(batches)
+            return steps * batch_size / (time.perf_counter() - start)
+
+        return job
+
+    def matrix_product(self) -> Job:
+        """Floating-point operations a second of one large product in the precision of training."""
+        size = 8192 if self.runtime.device.type == "cuda" else 2048
+        a, b = torch.randn(2, size, size, device=self.runtime.device, dtype=self.runtime.autocast_dtype)
+        return self.repeated(lambda: a @ b, 2 * size**3)
+
+    def copy(self) -> Job:
+        """Bytes a second, read and written, of a copy that no processor cache holds."""
+        source = torch.ones(1 << 26, device=self.runtime.device)
+        target = torch.empty_like(source)
+        return self.repeated(lambda: target.copy_(source), 2 * source.nbytes)
+
+    def repeated(self, call: Callable, amount: float, seconds: float = 0.3) -> Job:
+        """`call` again and again for `seconds` or so; `amount` is what it does once."""
+
+        def job() -> float:
+            done, start = 0, time.perf_counter()
+            while time.perf_counter() - start < seconds:
+                for _ in range(3):
+                    call()
+                self.runtime.synchronize()
+                done += 3
+            return done * amount / (time.perf_counter() - start)
+
+        return job
+
+    def medians(self, jobs: dict[str, Job]) -> dict[str, float]:
+        """Each job's median rate over the repeats, in which all take turns; a first turn is not counted."""
+        rates = {name: [] for name in jobs}
+        for repeat in range(self.repeats + 1):
+            for name, job in jobs.items():
+                rates[name].append(job())
+            print(f"  {', '.join(jobs)}: {repeat}/{self.repeats}", file=sys.stderr, flush=True)
+        return {name: statistics.median(values[1:]) for name, values in rates.items()}
+
+
+def cost(role: str, bytes_an_element: int) -> tuple[float, float]:
+    """Operations and bytes that training on one image takes: 3 forward passes, layers' inputs and outputs in memory."""
+    model, elements = build_model(role).eval(), 0
+
+    def count(module, inputs, output) -> None:
+        nonlocal elements
+        in_place = getattr(module, "inplace", False)
+        elements += inputs[0].numel() + output.numel() * (not in_place)
+
+    for module in model.modules():
+        if not list(module.children()):
+            module.register_forward_hook(count)
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model(torch.zeros(1, 3, SIDE, SIDE))
+    return 3.0 * counter.get_total_flops(), 3.0 * elements * bytes_an_element
+
+
+def row(name: str, ours: float, theirs: float, unit: str) -> dict:
+    return {"name": name, "ours": ours, "theirs": theirs, "unit": unit, "ratio": ours / theirs}
+
+
+def table(bench: Bench, command: list[str]) -> list[dict]:
+    """All rows; `command` runs this script anew, for what needs a process of its own."""
+    student, teacher, device = bench.student_steps, bench.teacher_steps, bench.runtime.device
+    batch_size = bench.run_options().batch_size
+    batches = plain_batches(bench.images, bench.options.spec, batch_size, device)
+    rate = bench.medians({"our loader": bench.our_loader(), "DataLoader": bench.plain_loader(batches, batch_size)})
+    rows = [row("loader / DataLoader, 2 workers", rate["our loader"], rate["DataLoader"], "img/s")]
+    loader = rate["our loader"]
+
+    rate = bench.medians(
+        {
+            "teacher": bench.ours(teacher, tto=True),
+            "plain teacher": bench.plain("teacher", teacher, batches),
+            "matrix product": bench.matrix_product(),
+            "copy": bench.copy(),
+        }
+    )
+    rows.append(row("teacher training / plain loop", rate["teacher"], rate["plain teacher"], "img/s"))
+    element = 2 if bench.runtime.precision == "bf16" else 4
+    peaks = (("matrix product", "GFLOP/s"), ("copy", "GB/s"))
+    for amount, (peak, unit) in zip(cost("teacher", element), peaks, strict=True):
+        rows.append(row(f"teacher training / {peak}", amount * rate["teacher"] / 1e9, rate[peak] / 1e9, unit))
+    peak_rates = rate
+
+    rate = bench.medians(
+        {
+            "student": bench.ours(student),
+            "plain student": bench.plain("student", student, batches),
+            "KD cold": bench.ours(student, "cold"),
+            "KD warm": bench.ours(student, "warm"),
+            "plain KD": bench.plain("student", teacher, batches, kd=True),
+            "small batch": bench.ours(4 * student, batch_size=batch_size // 4),
+            "large batch": bench.ours(max(student // 4, 1), batch_size=batch_size * 4),
+            "many images": bench.ours(4 * student),
+        }
+    )
+    rows.append(row("student training / plain loop", rate["student"], rate["plain student"], "img/s"))
+    rows.append(row("KD, cold cache / plain loop", rate["KD cold"], rate["plain KD"], "img/s"))
+    rows.append(row("KD, warm cache / plain loop", rate["KD warm"], rate["plain KD"], "img/s"))
+    epochs = IMAGES / rate["KD warm"], IMAGES / rate["student"]
+    rows.append(row("KD epoch, warm cache / student epoch, both ours", *epochs, "s an epoch"))
+    rows.append(row("loader / student training, both ours", IMAGES / loader, IMAGES / rate["student"], "s an epoch"))
+    for amount, (peak, unit) in zip(cost("student", element), peaks, strict=True):
+        rows.append(row(f"student training / {peak}", amount * rate["student"] / 1e9, peak_rates[peak] / 1e9, unit))
+    rows.append(row(f"student, batch {batch_size // 4} / {batch_size}", rate["small batch"], rate["student"], "img/s"))
+    rows.append(row(f"student, batch {batch_size * 4} / {batch_size}", rate["large batch"], rate["student"], "img/s"))
+    rows.append(row("student, four times the images / once", rate["many images"], rate["student"], "img/s"))
+    del batches  # ends its workers
+
+    rate = bench.medians({"50,000": bench.our_loader(), "5,000": bench.our_loader(5_000)})
+    rows.append(row("loader, 50,000 images / 5,000", rate["50,000"], rate["5,000"], "img/s"))
+    memory = [in_process(command, f"memory {side}") for side in ("ours", "plain")]
+    rows.append(row("teacher training / plain loop, peak memory", *memory, "MiB"))
+    if device.type != "cuda" or torch.cuda.device_count() > 1:
+        ranks = [in_process(command, "speed", processes) for processes in (2, 1)]
+        rows.append(row("student training, 2 processes / 1", *ranks, "img/s"))
+    return rows
+
+
+def in_process(command: list[str], work: str, processes: int = 1) -> float:
+    """The number that this script prints under torchrun with `--work`, the processor's cores shared out."""
+    threads = max(torch.get_num_threads() // processes, 1)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(
+        [*launcher, *command, "--work", work], env=environment, check=True, stdout=subprocess.PIPE, text=True
+    )
+    return float(done.stdout.split()[-1])
+
+
+def do_work(bench: Bench, work: str) -> None:
+    """Print the images a second of the student's training, or the peak memory of the teacher's in MiB."""
+    if work == "speed":
+        result = bench.medians({"student": bench.ours(bench.student_steps)})["student"]
+    else:
+        options, device = bench.run_options(tto=True), bench.runtime.device
+        if work == "memory ours":
+            bench.ours(3, tto=True)()
+        else:
+            bench.plain("teacher", 3, plain_batches(bench.images, options.spec, options.batch_size, device))()
+        if device.type == "cuda":
+            result = torch.cuda.max_memory_allocated(device) / 2**20
+        else:
+            result = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    bench.runtime.print(str(result))
+
+
+def processor() -> str:
+    """The processor's name, as the system knows it."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            return line.split(":")[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="about a minute: few steps and repeats")
+    parser.add_argument("--json", type=Path, help="file for the rows, the hardware and the versions")
+    parser.add_argument("--data_path", type=Path, help="folder of the real CIFAR-10 (default: random images)")
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    arguments, further = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as folder:
+        options = config.parse_train([*further, f"--weights_path={folder}", f"--plots_path={folder}"])
+        with rt.start(options.device, options.precision) as runtime:
+            bench = Bench(arguments, options, runtime)
+            if arguments.work:
+                return do_work(bench, arguments.work)
+            rows = table(bench, sys.argv)
+            hardware = {"processor": processor(), "cores": os.cpu_count(), "device": rt.device_title(runtime)}
+    print(f"{hardware['processor']}, {hardware['cores']} cores; {hardware['device']}; torch {torch.__version__}\n")
+    print(f"| {'ours / theirs':<47} | {'ours':>9} | {'theirs':>9} | {'unit':<10} | ratio |")
+    print(f"|{'-' * 49}|{'-' * 10}:|{'-' * 10}:|{'-' * 12}|------:|")
+    for r in rows:
+        print(f"| {r['name']:<47} | {r['ours']:>9,.5g} | {r['theirs']:>9,.5g} | {r['unit']:<10} | {r['ratio']:>5.2f} |")
+    if arguments.json:
+        content = {"rows": rows, "hardware": hardware, "versions": checkpoint.versions(), "quick": arguments.quick}
+        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
