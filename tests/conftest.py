@@ -1,0 +1,130 @@
+"""The real data, and the scripts as a user runs them: in processes of their own."""
+
+import multiprocessing
+import os
+import resource
+import runpy
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+# Nothing may be downloaded by a test: no proxy listens there, so the network is always "missing".
+NO_NETWORK = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "no_proxy": "127.0.0.1"}
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="session")
+def cifar10(request) -> Path:
+    """A folder with the real CIFAR-10: unpacked once where it is kept beside the project, else ./data."""
+    unpack = REPOSITORY.parent / "shared" / "cifar10" / "unpack.py"
+    if unpack.exists():
+        folder = Path(request.config.cache.mkdir("cifar10"))
+        subprocess.run([sys.executable, unpack, folder], check=True, stdout=subprocess.DEVNULL)
+        return folder
+    if (REPOSITORY / "data" / "cifar-10-batches-py" / "test_batch").exists():
+        return REPOSITORY / "data"
+    pytest.skip(f"NO REAL CIFAR-10: neither {unpack} nor {REPOSITORY / 'data' / 'cifar-10-batches-py'} is there")
+
+
+@pytest.fixture
+def folders(tmp_path) -> list[str]:
+    """The options that keep a run's files in the test's own folder."""
+    return [f"--weights_path={tmp_path / 'weights'}", f"--plots_path={tmp_path / 'plots'}"]
+
+
+@pytest.fixture
+def tiny(cifar10, folders) -> list[str]:
+    """The options of a run of seconds: 2 epochs of 5 steps over 40 real images, on the CPU in float32."""
+    size = ["--subset=40", "--num_epochs=2", "--batch_size=8", "--device=cpu", "--precision=fp32"]
+    return [*size, f"--data_path={cifar10}", *folders]
+
+
+def run_script(name: str, *arguments: str, timeout: float = 300, **keywords) -> subprocess.CompletedProcess:
+    """`python NAME ARGUMENTS`, as typed, with one thread and no network; `keywords` go to subprocess.run."""
+    environment = {**os.environ, **NO_NETWORK, **ONE_THREAD, **keywords.pop("env", {})}
+    command = [sys.executable, REPOSITORY / name, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, **keywords)
+
+
+# ------------------------------------------------------------------------------ forked from a warm process
+
+# Importing torch takes seconds, a run here less: `start_script` forks from a process that did it once, and
+# runs the script in the fork as `__main__`, with an argv, outputs, signals and an exit code of its own.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["conftest", "train", "test", "torchvision", "matplotlib.backends.backend_agg"])
+
+
+@dataclass
+class Script:
+    """A script under way in a process of its own."""
+
+    process: multiprocessing.Process
+    outputs: Path
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def alive(self) -> bool:
+        return self.process.is_alive()
+
+    def read(self, name: str) -> str:
+        """What it wrote so far to its stdout or stderr."""
+        path = self.outputs / name
+        return path.read_text() if path.exists() else ""
+
+    def end(self, timeout: float = 300) -> subprocess.CompletedProcess:
+        """Wait for its end; the exit code is negative where a signal ended it."""
+        self.process.join(timeout)
+        assert self.process.exitcode is not None, f"still running after {timeout} s: {self.read('stdout')}"
+        return subprocess.CompletedProcess([], self.process.exitcode, self.read("stdout"), self.read("stderr"))
+
+
+@pytest.fixture(scope="module")
+def start_script(tmp_path_factory):
+    """A function that starts `python NAME ARGUMENTS` in a folder, in the background; see `run_as_main`."""
+    started = []
+
+    def start(name: str, *arguments: str, folder: Path, file_size: int | None = None, url: str | None = None) -> Script:
+        outputs = tmp_path_factory.mktemp("outputs")
+        process = FORKS.Process(
+            target=run_as_main, args=(name, [str(argument) for argument in arguments], folder, outputs, file_size, url)
+        )
+        process.start()
+        started.append(process)
+        return Script(process, outputs)
+
+    yield start
+    for process in started:
+        process.kill()
+        process.join()
+
+
+def run_as_main(
+    name: str, arguments: list[str], folder: Path, outputs: Path, file_size: int | None, url: str | None
+) -> None:
+    """In the fork: run the script in `folder`, perhaps with a limit on its files or another address of the data."""
+    import torch
+    import torchvision
+
+    for descriptor, file_name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(outputs / file_name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    os.environ |= NO_NETWORK | ONE_THREAD
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    if url is not None:
+        torchvision.datasets.CIFAR10.url = url
+    if file_size is not None:  # Python ignores SIGXFSZ, so that a write beyond it is an OSError, as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+    sys.argv = [name, *arguments]
+    runpy.run_path(str(REPOSITORY / name), run_name="__main__")
+
+
+@pytest.fixture(scope="module")
+def forked(start_script):
+    """Like `run_script`, from the warm process; `folder` is where it runs."""
+    return lambda name, *arguments, **keywords: start_script(name, *arguments, **keywords).end()
