@@ -1,5 +1,6 @@
 """CIFAR-10 in memory, the distillation loss, the metrics and the curves: functions of tensors and paths."""
 
+import contextlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -268,9 +269,11 @@ def find_logs(folder: Path, dataset: str) -> list[Path]:
     """The logs in `folder` of runs on a data set that were evaluated on its test images, with an epoch or more."""
     logs = []
     for path in sorted(Path(folder).glob("*.jsonl")):
-        header, lines = read_log(path)
-        if lines and header["dataset"] == dataset and header["evaluated_on"] == "test":
-            logs.append(path)
+        # Another run may have been killed in mid-line, or just be writing one: that is no fault of this one.
+        with contextlib.suppress(UserError, KeyError, TypeError):
+            header, lines = read_log(path)
+            if lines and header["dataset"] == dataset and header["evaluated_on"] == "test":
+                logs.append(path)
     return logs
 
 

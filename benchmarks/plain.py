@@ -1,15 +1,23 @@
-"""What throughput.py compares with: CIFAR-10 training as the usual tutorials write it, float32 and NCHW."""
+"""What throughput.py compares with: training as the usual tutorials write it, and what the machine itself can do."""
 
-from collections.abc import Iterator
+import platform
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 from config import DatasetSpec
-from utils import Images
+from models import build_model
+from runtime import Runtime
+from utils import SIDE, Images
+
+# -------------------------------------------------------------------------------------------- the usual loop
 
 
 class PilImages(Dataset):
@@ -64,3 +72,64 @@ def plain_steps(model, optimizer, batches: Iterator, device: torch.device, steps
         correct += (outputs.argmax(1) == labels).sum().item()
         total += len(labels)
     return correct / total
+
+
+# -------------------------------------------------------------------------------------------- the machine
+
+
+def repeated(call: Callable, amount: float, runtime: Runtime, seconds: float = 0.3) -> Callable[[], float]:
+    """A job: `call` again and again for `seconds` or so; its rate, `amount` being what one call does."""
+
+    def job() -> float:
+        done, start = 0, time.perf_counter()
+        while time.perf_counter() - start < seconds:
+            for _ in range(3):
+                call()
+            runtime.synchronize()
+            done += 3
+        return done * amount / (time.perf_counter() - start)
+
+    return job
+
+
+def matrix_product(runtime: Runtime) -> Callable[[], float]:
+    """Floating-point operations a second of one large product in the precision of training."""
+    size = 8192 if runtime.device.type == "cuda" else 2048
+    a, b = torch.randn(2, size, size, device=runtime.device, dtype=runtime.autocast_dtype)
+    return repeated(lambda: a @ b, 2 * size**3, runtime)
+
+
+def copy(runtime: Runtime) -> Callable[[], float]:
+    """Bytes a second, read and written, of a copy that no processor cache holds."""
+    source = torch.ones(1 << 26, device=runtime.device)
+    target = torch.empty_like(source)
+    return repeated(lambda: target.copy_(source), 2 * source.nbytes, runtime)
+
+
+def cost(role: str, bytes_an_element: int) -> tuple[float, float]:
+    """Operations and bytes that training on one image takes.
+
+    Forward and backward count as three forward passes; the bytes are each layer's input read and output
+    written, as if no two were fused and every one were too large for a processor cache.
+    """
+    model, elements = build_model(role).eval(), 0
+
+    def count(module, inputs, output) -> None:
+        nonlocal elements
+        in_place = getattr(module, "inplace", False)
+        elements += inputs[0].numel() + output.numel() * (not in_place)
+
+    for module in model.modules():
+        if not list(module.children()):
+            module.register_forward_hook(count)
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model(torch.zeros(1, 3, SIDE, SIDE))
+    return 3.0 * counter.get_total_flops(), 3.0 * elements * bytes_an_element
+
+
+def processor() -> str:
+    """The processor's name, as the system knows it."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            return line.split(":")[1].strip()
+    return platform.processor() or platform.machine()

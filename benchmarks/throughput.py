@@ -13,7 +13,6 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -24,11 +23,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from plain import plain_batches, plain_steps
+from plain import copy, cost, matrix_product, plain_batches, plain_steps, processor
 
 import checkpoint
 import config
@@ -50,7 +48,7 @@ class Bench:
         fast = runtime.device.type == "cuda"
         self.repeats = 3 if self.quick else 7
         self.teacher_steps = (20 if fast else 2) if self.quick else (90 if fast else 6)
-        self.student_steps = (20 if fast else 8) if self.quick else (90 if fast else 24)
+        self.student_steps = (20 if fast else 5) if self.quick else (90 if fast else 24)
         if arguments.data_path:
             self.images = load_images(options.spec, arguments.data_path)[0]
         else:
@@ -67,7 +65,7 @@ class Bench:
         options = self.run_options(kd=bool(cache), weights_path=place, **changes)
         count = min(steps * options.batch_size, len(self.images))
         views = Views(self.images[:count].to(self.runtime.device), options.spec)
-        run, stop = Run(options, self.runtime, views, cache), rt.StopSignal()
+        run, stop = Run(options, self.runtime, views, teacher_id=cache), rt.StopSignal()
         if cache:
             teacher = build_model("teacher").to(self.runtime.device, memory_format=torch.channels_last)
             teacher.eval().requires_grad_(False)
@@ -105,10 +103,7 @@ class Bench:
 
     def our_loader(self, count: int = IMAGES) -> Job:
         """An epoch's plan and all its batches of 128, images a second."""
-        images = (
-            self.images[torch.arange(count) % len(self.images)] if count > len(self.images) else self.images[:count]
-        )
-        views = Views(images.to(self.runtime.device), self.options.spec)
+        views = Views(self.images[:count].to(self.runtime.device), self.options.spec)
         epochs = itertools.count()
 
         def job() -> float:
@@ -117,7 +112,7 @@ class Bench:
             for rows in order.split(128):
                 views.batch(rows, view_of[rows])
             self.runtime.synchronize()
-            return count / (time.perf_counter() - start)
+            return len(views) / (time.perf_counter() - start)
 
         return job
 
@@ -135,32 +130,6 @@ class Bench:
 
         return job
 
-    def matrix_product(self) -> Job:
-        """Floating-point operations a second of one large product in the precision of training."""
-        size = 8192 if self.runtime.device.type == "cuda" else 2048
-        a, b = torch.randn(2, size, size, device=self.runtime.device, dtype=self.runtime.autocast_dtype)
-        return self.repeated(lambda: a @ b, 2 * size**3)
-
-    def copy(self) -> Job:
-        """Bytes a second, read and written, of a copy that no processor cache holds."""
-        source = torch.ones(1 << 26, device=self.runtime.device)
-        target = torch.empty_like(source)
-        return self.repeated(lambda: target.copy_(source), 2 * source.nbytes)
-
-    def repeated(self, call: Callable, amount: float, seconds: float = 0.3) -> Job:
-        """`call` again and again for `seconds` or so; `amount` is what it does once."""
-
-        def job() -> float:
-            done, start = 0, time.perf_counter()
-            while time.perf_counter() - start < seconds:
-                for _ in range(3):
-                    call()
-                self.runtime.synchronize()
-                done += 3
-            return done * amount / (time.perf_counter() - start)
-
-        return job
-
     def medians(self, jobs: dict[str, Job]) -> dict[str, float]:
         """Each job's median rate over the repeats, in which all take turns; a first turn is not counted."""
         rates = {name: [] for name in jobs}
@@ -171,84 +140,71 @@ class Bench:
         return {name: statistics.median(values[1:]) for name, values in rates.items()}
 
 
-def cost(role: str, bytes_an_element: int) -> tuple[float, float]:
-    """Operations and bytes that training on one image takes: 3 forward passes, layers' inputs and outputs in memory."""
-    model, elements = build_model(role).eval(), 0
-
-    def count(module, inputs, output) -> None:
-        nonlocal elements
-        in_place = getattr(module, "inplace", False)
-        elements += inputs[0].numel() + output.numel() * (not in_place)
-
-    for module in model.modules():
-        if not list(module.children()):
-            module.register_forward_hook(count)
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        model(torch.zeros(1, 3, SIDE, SIDE))
-    return 3.0 * counter.get_total_flops(), 3.0 * elements * bytes_an_element
-
-
-def row(name: str, ours: float, theirs: float, unit: str) -> dict:
-    return {"name": name, "ours": ours, "theirs": theirs, "unit": unit, "ratio": ours / theirs}
-
-
-def table(bench: Bench, command: list[str]) -> list[dict]:
+def measure(bench: Bench, command: list[str]) -> list[dict]:
     """All rows; `command` runs this script anew, for what needs a process of its own."""
-    student, teacher, device = bench.student_steps, bench.teacher_steps, bench.runtime.device
-    batch_size = bench.run_options().batch_size
-    batches = plain_batches(bench.images, bench.options.spec, batch_size, device)
-    rate = bench.medians({"our loader": bench.our_loader(), "DataLoader": bench.plain_loader(batches, batch_size)})
-    rows = [row("loader / DataLoader, 2 workers", rate["our loader"], rate["DataLoader"], "img/s")]
-    loader = rate["our loader"]
-
+    student, teacher, batch = bench.student_steps, bench.teacher_steps, bench.run_options().batch_size
+    batches = plain_batches(bench.images, bench.options.spec, batch, bench.runtime.device)
     rate = bench.medians(
+        {
+            "our loader": bench.our_loader(),
+            "our loader, 5,000 images": bench.our_loader(5_000),
+            "DataLoader": bench.plain_loader(batches, batch),
+        }
+    )
+    rate |= bench.medians(
         {
             "teacher": bench.ours(teacher, tto=True),
             "plain teacher": bench.plain("teacher", teacher, batches),
-            "matrix product": bench.matrix_product(),
-            "copy": bench.copy(),
+            "matrix product": matrix_product(bench.runtime),
+            "copy": copy(bench.runtime),
         }
     )
-    rows.append(row("teacher training / plain loop", rate["teacher"], rate["plain teacher"], "img/s"))
-    element = 2 if bench.runtime.precision == "bf16" else 4
-    peaks = (("matrix product", "GFLOP/s"), ("copy", "GB/s"))
-    for amount, (peak, unit) in zip(cost("teacher", element), peaks, strict=True):
-        rows.append(row(f"teacher training / {peak}", amount * rate["teacher"] / 1e9, rate[peak] / 1e9, unit))
-    peak_rates = rate
-
-    rate = bench.medians(
+    rate |= bench.medians(
         {
             "student": bench.ours(student),
             "plain student": bench.plain("student", student, batches),
             "KD cold": bench.ours(student, "cold"),
             "KD warm": bench.ours(student, "warm"),
             "plain KD": bench.plain("student", teacher, batches, kd=True),
-            "small batch": bench.ours(4 * student, batch_size=batch_size // 4),
-            "large batch": bench.ours(max(student // 4, 1), batch_size=batch_size * 4),
+            "small batch": bench.ours(4 * student, batch_size=batch // 4),
+            "large batch": bench.ours(max(student // 4, 1), batch_size=batch * 4),
             "many images": bench.ours(4 * student),
         }
     )
-    rows.append(row("student training / plain loop", rate["student"], rate["plain student"], "img/s"))
-    rows.append(row("KD, cold cache / plain loop", rate["KD cold"], rate["plain KD"], "img/s"))
-    rows.append(row("KD, warm cache / plain loop", rate["KD warm"], rate["plain KD"], "img/s"))
-    epochs = IMAGES / rate["KD warm"], IMAGES / rate["student"]
-    rows.append(row("KD epoch, warm cache / student epoch, both ours", *epochs, "s an epoch"))
-    rows.append(row("loader / student training, both ours", IMAGES / loader, IMAGES / rate["student"], "s an epoch"))
-    for amount, (peak, unit) in zip(cost("student", element), peaks, strict=True):
-        rows.append(row(f"student training / {peak}", amount * rate["student"] / 1e9, peak_rates[peak] / 1e9, unit))
-    rows.append(row(f"student, batch {batch_size // 4} / {batch_size}", rate["small batch"], rate["student"], "img/s"))
-    rows.append(row(f"student, batch {batch_size * 4} / {batch_size}", rate["large batch"], rate["student"], "img/s"))
-    rows.append(row("student, four times the images / once", rate["many images"], rate["student"], "img/s"))
     del batches  # ends its workers
+    rate |= {f"peak memory {side}": in_process(command, f"memory {side}") for side in ("ours", "plain")}
+    if bench.runtime.device.type != "cuda" or torch.cuda.device_count() > 1:
+        rate |= {f"{processes} processes": in_process(command, "speed", processes) for processes in (1, 2)}
 
-    rate = bench.medians({"50,000": bench.our_loader(), "5,000": bench.our_loader(5_000)})
-    rows.append(row("loader, 50,000 images / 5,000", rate["50,000"], rate["5,000"], "img/s"))
-    memory = [in_process(command, f"memory {side}") for side in ("ours", "plain")]
-    rows.append(row("teacher training / plain loop, peak memory", *memory, "MiB"))
-    if device.type != "cuda" or torch.cuda.device_count() > 1:
-        ranks = [in_process(command, "speed", processes) for processes in (2, 1)]
-        rows.append(row("student training, 2 processes / 1", *ranks, "img/s"))
-    return rows
+    for role in ("teacher", "student"):
+        operations, traffic = cost(role, bytes_an_element=2 if bench.runtime.precision == "bf16" else 4)
+        rate |= {f"{role} GFLOP/s": operations * rate[role] / 1e9, f"{role} GB/s": traffic * rate[role] / 1e9}
+    rate |= {"peak GFLOP/s": rate["matrix product"] / 1e9, "peak GB/s": rate["copy"] / 1e9}
+    rate |= {f"epoch of {job}": IMAGES / rate[job] for job in ("our loader", "student", "KD warm")}
+    rows = (
+        ("loader / DataLoader, 2 workers", "our loader", "DataLoader", "img/s"),
+        ("teacher training / plain loop", "teacher", "plain teacher", "img/s"),
+        ("student training / plain loop", "student", "plain student", "img/s"),
+        ("KD, cold cache / plain KD loop", "KD cold", "plain KD", "img/s"),
+        ("KD, warm cache / plain KD loop", "KD warm", "plain KD", "img/s"),
+        ("KD epoch, warm cache / student epoch, both ours", "epoch of KD warm", "epoch of student", "s"),
+        ("loader / student epoch, both ours", "epoch of our loader", "epoch of student", "s"),
+        ("teacher training / matrix product", "teacher GFLOP/s", "peak GFLOP/s", "GFLOP/s"),
+        ("teacher's layers in memory / copy", "teacher GB/s", "peak GB/s", "GB/s"),
+        ("student training / matrix product", "student GFLOP/s", "peak GFLOP/s", "GFLOP/s"),
+        ("student's layers in memory / copy", "student GB/s", "peak GB/s", "GB/s"),
+        (f"student, batch {batch // 4} / {batch}", "small batch", "student", "img/s"),
+        (f"student, batch {batch * 4} / {batch}", "large batch", "student", "img/s"),
+        ("student, four times the images / once", "many images", "student", "img/s"),
+        ("loader, 50,000 images / 5,000", "our loader", "our loader, 5,000 images", "img/s"),
+        ("student, 2 processes / 1", "2 processes", "1 processes", "img/s"),
+        ("teacher training / plain loop, peak memory", "peak memory ours", "peak memory plain", "MiB"),
+    )
+    return [
+        {"name": name, "ours": rate[ours], "theirs": rate[theirs], "unit": unit, "ratio": rate[ours] / rate[theirs]}
+        for name, ours, theirs, unit in rows
+        if ours in rate
+    ]
 
 
 def in_process(command: list[str], work: str, processes: int = 1) -> float:
@@ -269,7 +225,9 @@ def do_work(bench: Bench, work: str) -> None:
     else:
         options, device = bench.run_options(tto=True), bench.runtime.device
         if work == "memory ours":
+            resident = Views(bench.images.to(device), options.spec)  # a real run has all images there
             bench.ours(3, tto=True)()
+            del resident
         else:
             bench.plain("teacher", 3, plain_batches(bench.images, options.spec, options.batch_size, device))()
         if device.type == "cuda":
@@ -277,14 +235,6 @@ def do_work(bench: Bench, work: str) -> None:
         else:
             result = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     bench.runtime.print(str(result))
-
-
-def processor() -> str:
-    """The processor's name, as the system knows it."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.split(":")[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def main() -> None:
@@ -300,7 +250,7 @@ def main() -> None:
             bench = Bench(arguments, options, runtime)
             if arguments.work:
                 return do_work(bench, arguments.work)
-            rows = table(bench, sys.argv)
+            rows = measure(bench, sys.argv)
             hardware = {"processor": processor(), "cores": os.cpu_count(), "device": rt.device_title(runtime)}
     print(f"{hardware['processor']}, {hardware['cores']} cores; {hardware['device']}; torch {torch.__version__}\n")
     print(f"| {'ours / theirs':<47} | {'ours':>9} | {'theirs':>9} | {'unit':<10} | ratio |")

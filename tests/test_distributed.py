@@ -62,7 +62,8 @@ def finish(process: subprocess.Popen) -> tuple[int, str, str]:
     try:
         stdout, stderr = process.communicate(timeout=240)
     except subprocess.TimeoutExpired:
-        process.kill()
+        process.terminate()  # the launcher then ends its processes too
+        process.wait(60)
         raise
     return process.returncode, stdout, stderr
 

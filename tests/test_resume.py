@@ -226,6 +226,10 @@ def test_a_new_run_keeps_the_log_of_the_one_before(student, forked, tmp_path):
     log.parent.mkdir()
     log.write_text(json.dumps({"run": "before"}) + "\n" + json.dumps({"epoch": 1}) + "\n")
     before = log.read_bytes()
-    assert forked(*student, "--num_epochs=1", folder=tmp_path).returncode == 0
+    # What other runs left beside it, whole or not, does not keep this one from its end.
+    (log.parent / "teacher.jsonl").write_text('{"run": "teacher", "dataset": "cifar10"}\n{"epoch": 1, "tra')
+    (log.parent / "notes.jsonl").write_text("[1]\n[2]\n")
+    done = forked(*student, "--num_epochs=1", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
     assert log.read_bytes() != before
     assert Path(f"{log}.previous").read_bytes() == before
