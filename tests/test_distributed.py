@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
+import checkpoint
 import train
 from config import DATASETS, parse_train
 from models import build_model
@@ -118,10 +119,18 @@ def test_two_processes_train_what_one_does_if_batch_norm_is_synchronised(tmp_pat
     assert [logged[name] for name in ("loss", "top1", "top5")] == pytest.approx(expected, abs=1e-6)
 
 
-def test_an_error_is_one_line_for_all_processes(tmp_path, options):
-    code, stdout, stderr = finish(launch(options(tmp_path, "--kd", "True")))
+@pytest.mark.parametrize("who", ["each process", "the first process"])
+def test_an_error_is_one_line_for_all_processes(tmp_path, options, who):
+    if who == "each process":
+        code, stdout, stderr = finish(launch(options(tmp_path, "--kd", "True")))
+        expected = "train one with `python train.py --tto True"
+    else:  # the others are waiting for it and must not say that they lost it
+        arguments = options(tmp_path)
+        with checkpoint.locked(parse_train(arguments).checkpoint_path):
+            code, stdout, stderr = finish(launch(arguments))
+        expected = "another run is writing"
     assert code != 0 and not stdout
-    assert stderr.count("train.py: error: ") == 1 and "train one with `python train.py --tto True" in stderr
+    assert stderr.count("train.py: error: ") == 1 and expected in stderr
     assert 'train.py", line' not in stderr, stderr  # torchrun shows a traceback of its own
     assert not [path for path in tmp_path.iterdir() if path.suffix in (".pt", ".jsonl")]
 
