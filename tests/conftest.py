@@ -77,7 +77,7 @@ class Script:
         path = self.outputs / name
         return path.read_text() if path.exists() else ""
 
-    def end(self, timeout: float = 300) -> subprocess.CompletedProcess:
+    def end(self, timeout: float = 1200) -> subprocess.CompletedProcess:
         """Wait for its end; the exit code is negative where a signal ended it."""
         self.process.join(timeout)
         assert self.process.exitcode is not None, f"still running after {timeout} s: {self.read('stdout')}"

@@ -74,12 +74,12 @@ def finished_checkpoint(folder: Path, name: str, run: Started) -> None:
 
 
 def mid_epoch(folder: Path, name: str, run: Started) -> None:
-    """At a random time of the first two epochs, or just before them."""
-    log = folder / "plots" / f"{name}.jsonl"
-    wait(lambda: (folder / "weights" / f"{name}.last.pt").exists(), run)
-    if random.random() < 0.5:
-        wait(lambda: log.read_bytes().count(b"\n") > 1, run)
-    time.sleep(random.uniform(0, 0.2))
+    """In the second epoch, whose order and views the first one's would be if they hung on how a run began."""
+    log, state = folder / "plots" / f"{name}.jsonl", folder / "weights" / f"{name}.last.pt"
+    wait(lambda: log.exists() and log.read_bytes().count(b"\n") > 1, run)
+    for _ in range(random.randint(1, 2)):  # saves: the first one's end, a step of the second
+        before = state.stat().st_mtime_ns
+        wait(lambda b=before: state.stat().st_mtime_ns != b, run)
 
 
 MOMENTS = {
