@@ -175,6 +175,11 @@ def start(device_name: str, precision: str, deterministic: bool = False):
         if store.add("failed", 1) > 1:
             raise SaidElsewhere(2 if isinstance(error, UserError) else 128 + error.args[0]) from error
         raise
+    except RuntimeError as error:
+        # One that was waiting for a process that ended so has lost its peer: it has nothing to add.
+        if store.add("failed", 0) > 0:
+            raise SaidElsewhere(2) from error
+        raise
     finally:
         dist.destroy_process_group()
 
