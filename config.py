@@ -9,54 +9,8 @@ import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
+from recipes import DATASETS, DatasetSpec
 
-@dataclass(frozen=True)
-class Recipe:
-    """What a model trains with where the user does not say."""
-
-    num_epochs: int
-    lr: float
-    weight_decay: float
-    batch_size: int = 128
-    views: int | None = None
-
-
-@dataclass(frozen=True)
-class DatasetSpec:
-    """One data set: classes, the training set's mean and std (RGB, 0 to 1), recipes. A new one is a new row."""
-
-    classes: tuple[str, ...]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    recipes: dict[str, Recipe]
-    torchvision_class: str | None  # None: drawn by digits.py
-    flip: bool = True  # whether a mirrored image is still one of its class
-    prefix: str = ""  # put before the names of its files
-
-    @property
-    def views(self) -> int:
-        """Random crops of an image (pad 4: 9 x 9), times 2 where it may be mirrored."""
-        return 81 * (2 if self.flip else 1)
-
-
-DATASETS = {
-    "cifar10": DatasetSpec(
-        classes=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
-        mean=(0.4914, 0.4822, 0.4465),
-        std=(0.2470, 0.2435, 0.2616),
-        recipes={"teacher": Recipe(60, 0.05, 5e-4), "student": Recipe(60, 0.1, 5e-4)},
-        torchvision_class="CIFAR10",
-    ),
-    "digits": DatasetSpec(
-        classes=tuple("0123456789"),
-        mean=(0.4950, 0.4964, 0.4980),
-        std=(0.2416, 0.2400, 0.2413),
-        recipes={"teacher": Recipe(8, 0.05, 5e-4, 64), "student": Recipe(20, 0.1, 5e-4, 64, views=8)},
-        torchvision_class=None,
-        flip=False,
-        prefix="digits_",
-    ),
-}
 DEFAULT_SEED = 42
 
 

@@ -14,8 +14,8 @@ from PIL import Image, ImageOps
 from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
-from config import DatasetSpec
 from models import ARCHITECTURES, build_model
+from recipes import DatasetSpec
 from runtime import Runtime, UserError
 from utils import EVALUATION_BATCH, SIDE, Images, Normaliser, evaluation_batches
 

@@ -167,8 +167,8 @@ def start(device_name: str, precision: str, deterministic: bool = False):
         return
     store, rank, _ = next(dist.rendezvous("env://"))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
         yield Runtime(device, dtype, rank, world_size)
     except (UserError, Stopped) as error:
         # Every process ends with the same error: the first to come here speaks for all.
@@ -181,7 +181,8 @@ def start(device_name: str, precision: str, deterministic: bool = False):
             raise SaidElsewhere(2) from error
         raise
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 @contextlib.contextmanager

@@ -216,7 +216,7 @@ def is_finished(options: config.TrainOptions, runtime: Runtime) -> bool:
 
     A teacher only has to know the same images: one that was trained longer is not to be trained again.
     """
-    if options.resume == "False" or not options.checkpoint_path.exists():
+    if options.resume == "False" or options.resume_path.exists() or not options.checkpoint_path.exists():
         return False
     found = checkpoint.load(options.checkpoint_path, role=options.role, dataset=options.dataset)
     wanted = replace(options, precision=runtime.precision).result_options()

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 import torchvision
 
 from checkpoint import read_log, writing
-from config import DatasetSpec
 from digits import cached_digits
+from recipes import DatasetSpec
 from runtime import Runtime, Stopped, UserError
 
 EVALUATION_BATCH = 500

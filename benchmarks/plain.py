@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
-from config import DatasetSpec
 from models import build_model
+from recipes import DatasetSpec
 from runtime import Runtime
 from utils import SIDE, Images
 

@@ -1,7 +1,9 @@
 """The real data, and the scripts as a user runs them: in processes of their own."""
 
+import hashlib
 import multiprocessing
 import os
+import re
 import resource
 import runpy
 import subprocess
@@ -10,6 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from recipes import DATASETS
+from utils import load_images
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Nothing may be downloaded by a test: no proxy listens there, so the network is always "missing".
@@ -48,6 +53,35 @@ def run_script(name: str, *arguments: str, timeout: float = 300, **keywords) -> 
     environment = {**os.environ, **NO_NETWORK, **ONE_THREAD, **keywords.pop("env", {})}
     command = [sys.executable, REPOSITORY / name, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, **keywords)
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory) -> Path:
+    """A folder with the drawn data set, so that a run which gets as far as the data does so at once."""
+    folder = tmp_path_factory.mktemp("digits")
+    load_images(DATASETS["digits"], folder)
+    return folder
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    """Every file below `folder`, with the hash of its bytes, and every link with its target."""
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            files[str(path)] = os.readlink(path)
+        elif path.is_file():
+            files[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return files
+
+
+def assert_one_line(done: subprocess.CompletedProcess, tells: str) -> None:
+    """Exit code 2 and one line, which matches `tells`."""
+    assert "Traceback" not in done.stderr, done.stderr
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    assert re.match(r"(train|test)\.py: error: ", lines[0])
+    assert re.search(tells, lines[0], re.IGNORECASE), lines[0]
 
 
 # ------------------------------------------------------------------------------ forked from a warm process

@@ -14,7 +14,8 @@ import models
 import teacher_cache
 import train
 from checkpoint import save
-from config import DATASETS, parse_train
+from config import parse_train
+from recipes import DATASETS
 from runtime import Runtime
 from teacher_cache import SIZES, TeacherCache, open_records
 from utils import SIDE, VIEWS, Images, Views

@@ -8,6 +8,7 @@ from conftest import REPOSITORY, run_script
 
 import config
 from config import parse_test, parse_train
+from recipes import DATASETS
 
 TRUE, FALSE = ("True", "true", "TRUE", "yes", "Yes", "1"), ("False", "false", "FALSE", "no", "No", "0")
 
@@ -40,10 +41,10 @@ def test_defaults():
         assert str(getattr(options, f"{name}_path")) == name
     assert options.resume == "auto"
     assert options.save_seconds == 300
-    recipe = config.DATASETS["cifar10"].recipes["student"]
+    recipe = DATASETS["cifar10"].recipes["student"]
     assert (options.num_epochs, options.batch_size) == (recipe.num_epochs, recipe.batch_size)
     assert (options.lr, options.weight_decay) == (recipe.lr, recipe.weight_decay)
-    assert parse_train(["--tto"]).lr == config.DATASETS["cifar10"].recipes["teacher"].lr
+    assert parse_train(["--tto"]).lr == DATASETS["cifar10"].recipes["teacher"].lr
     assert parse_train(["--lr", "0.5"]).lr == 0.5
 
 

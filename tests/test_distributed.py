@@ -15,8 +15,9 @@ from conftest import REPOSITORY
 
 import checkpoint
 import train
-from config import DATASETS, parse_train
+from config import parse_train
 from models import build_model
+from recipes import DATASETS
 from runtime import Runtime
 from utils import evaluate, load_images
 
@@ -28,21 +29,13 @@ SUBSET = 85  # 17 test images, which two processes can't share evenly
 TOLERANCE = 5e-5
 
 
-@pytest.fixture(scope="module")
-def data_path(tmp_path_factory) -> Path:
-    """A folder where the digits are drawn once."""
-    folder = tmp_path_factory.mktemp("data")
-    load_images(SPEC, folder)
-    return folder
-
-
 @pytest.fixture
-def options(data_path):
+def options(digits):
     """A function from a folder to the options of a student's run of 2 epochs of 5 steps that writes there."""
 
     def of(folder: Path, *more: str) -> list[str]:
         size = [f"--subset={SUBSET}", "--batch_size=16", "--num_epochs=2", "--lr=0.001", "--dataset=digits"]
-        place = [f"--data_path={data_path}", f"--weights_path={folder}", f"--plots_path={folder}"]
+        place = [f"--data_path={digits}", f"--weights_path={folder}", f"--plots_path={folder}"]
         return [*size, *place, "--device=cpu", "--precision=fp32", *more]
 
     return of

@@ -7,9 +7,8 @@ import torchvision
 import torchvision.transforms.v2.functional as vision
 from torch.utils.flop_counter import FlopCounterMode
 
-import config
-from config import DATASETS
 from models import ARCHITECTURES, StudentCNN, build_model, vgg19_bn
+from recipes import DATASETS
 from run import learning_rate_factor
 from utils import OFFSETS, PAD, SIDE, VIEWS, Images, Normaliser, Views, kd_loss, loss_terms, topk_correct
 
@@ -269,7 +268,7 @@ def test_build_model_knows_the_roles_and_nothing_else():
     assert isinstance(build_model("student"), StudentCNN)
     assert build_model("teacher", 7)(torch.zeros(2, 3, SIDE, SIDE)).shape == (2, 7)
     assert build_model("student", 7)(torch.zeros(2, 3, SIDE, SIDE)).shape == (2, 7)
-    assert set(ARCHITECTURES) == {"teacher", "student"} == set(config.DATASETS["cifar10"].recipes)
+    assert set(ARCHITECTURES) == {"teacher", "student"} == set(DATASETS["cifar10"].recipes)
     with pytest.raises(ValueError, match="pupil"):
         build_model("pupil")
 
