@@ -147,7 +147,7 @@ def plot_reliability(logits: torch.Tensor, labels: torch.Tensor, title: str, pat
         edgecolor="white",
         label="accuracy",
     )
-    axes.plot(confidence, accuracy, ".", color=COLOURS[0], label="mean confidence of a bin")
+    axes.plot(confidence, accuracy, ".", color=COLOURS[0], label="at a bin's mean confidence")
     axes.plot([0, 1], [0, 1], "--", color=COLOURS[6], label="perfect calibration")
     axes.stairs(count / count.sum(), edges, color=COLOURS[1], label="fraction of images")
     axes.set(xlabel="confidence", xlim=(0, 1), ylim=(0, 1), xticks=[i / 5 for i in range(6)])
