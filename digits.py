@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from matplotlib import ft2font, get_data_path
 
-VERSION = 1  # names the cache's files: raise it with every change that alters the bytes
+VERSION = 2  # names the cache's files: raise it with every change that alters the bytes
 SPLIT_FONTS = {  # those that matplotlib shipped before 3.11 too
     "train": "DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSansMono DejaVuSansMono-Oblique "
     "DejaVuSansMono-BoldOblique DejaVuSerif DejaVuSerif-Bold DejaVuSerif-BoldItalic "
@@ -27,13 +27,13 @@ SPLIT_FONTS = {  # those that matplotlib shipped before 3.11 too
 }
 
 # The difficulty, in pixels and in levels of 255; a pair is the range of a uniform draw.
-HEIGHT, STRETCH = (14, 26), (0.7, 1.3)  # stretched in width alone
+HEIGHT, STRETCH = (16, 26), (0.7, 1.3)  # stretched in width alone
 TURN = 0.2  # the tangent of half the largest rotation: 0.2 is 23 degrees
-OFFSET = 4  # of the labelled digit's centre from the image's, at most, along each axis
+OFFSET = 2  # of the labelled digit's centre from the image's, at most, along each axis
 NEIGHBOUR = 0.75  # the probability of another digit at an edge, for each of the four
-NEIGHBOUR_DISTANCE, NEIGHBOUR_ALONG = (13, 19), (-8, 8)  # of its centre, towards the edge and along it
-ALIKE = 0.5  # the probability that the neighbours share the labelled digit's font and colour
-PAPER, CONTRAST = (30, 225), (40, 140)  # the background's grey, and a digit's difference from it
+NEIGHBOUR_DISTANCE, NEIGHBOUR_ALONG = (15, 21), (-8, 8)  # of its centre, towards the edge and along it
+ALIKE = 0.4  # the probability that the neighbours share the labelled digit's font and colour
+PAPER, CONTRAST = (10, 120), (50, 150)  # the background's grey, and a digit's difference from it
 TINT = 45  # each channel's departure from its grey, at most
 BLUR_PASSES = 3  # of a [1 2 1] / 4 filter along both axes, of which each image takes its own share
 NOISE = 20  # the largest standard deviation of an image's noise

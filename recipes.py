@@ -42,9 +42,9 @@ DATASETS = {
     ),
     "digits": DatasetSpec(
         classes=tuple("0123456789"),
-        mean=(0.4950, 0.4964, 0.4980),
-        std=(0.2416, 0.2400, 0.2413),
-        recipes={"teacher": Recipe(8, 0.05, 5e-4, 64), "student": Recipe(20, 0.1, 5e-4, 64, views=8)},
+        mean=(0.3102, 0.3113, 0.3128),
+        std=(0.1987, 0.1973, 0.1982),
+        recipes={"teacher": Recipe(8, 0.02, 5e-4, 64), "student": Recipe(10, 0.1, 5e-4, 64, views=8)},
         torchvision_class=None,
         flip=False,
         prefix="digits_",
