@@ -49,9 +49,9 @@ def main_path(options: config.TestOptions) -> Path:
 def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
     """Print the report of one checkpoint and write its figures and files."""
     path, spec = main_path(options), options.spec
+    model, content = load(options, path, options.role, runtime)
     for folder in {options.plots_path, *(file.parent for file in (options.json, options.export) if file)}:
         checkpoint.make_folder(folder)  # what can't be written is said before an evaluation, not after it
-    model, content = load(options, path, options.role, runtime)
     if options.precision == "auto" and content["options"].get("precision") == "fp32":
         runtime = replace(runtime, autocast_dtype=None)  # as it was trained, that the log's numbers come out again
     with rt.main_first(runtime):
