@@ -159,6 +159,10 @@ class TrainOptions(Options):
     lr: float | None = option(
         None, "peak learning rate (default: by data set and role)", number(float, above=0), shapes_result=True
     )
+    head_lr: float | None = option(
+        None, "the last layer's learning rate, as a fraction of --lr (default: by data set and role)",
+        number(float, above=0), shapes_result=True,
+    )  # fmt: skip
     weight_decay: float | None = option(
         None, "L2 penalty on all weights but biases and batch norm (default: by data set and role)",
         number(float, at_least=0), shapes_result=True,
@@ -168,7 +172,7 @@ class TrainOptions(Options):
         number(int, at_least=0), shapes_result=True,
     )  # fmt: skip
     views: int | None = option(
-        None, "crops and flips drawn an image (default: all 162; for a student of digits 8 of 81)",
+        None, "crops and flips drawn an image (default: all 162; for a student of digits 4 of 81)",
         number(int, at_least=1), shapes_result=True,
     )  # fmt: skip
     cache_teacher: bool = option(True, "with KD: keep the teacher's logits on disk", boolean)

@@ -11,6 +11,7 @@ class Recipe:
     lr: float
     weight_decay: float
     batch_size: int = 128
+    head_lr: float = 1.0
     views: int | None = None
 
 
@@ -44,7 +45,7 @@ DATASETS = {
         classes=tuple("0123456789"),
         mean=(0.3102, 0.3113, 0.3128),
         std=(0.1987, 0.1973, 0.1982),
-        recipes={"teacher": Recipe(8, 0.02, 5e-4, 64), "student": Recipe(10, 0.1, 5e-4, 64, views=8)},
+        recipes={"teacher": Recipe(9, 0.05, 5e-4, 64, head_lr=0.05), "student": Recipe(4, 0.1, 5e-4, 64, views=4)},
         torchvision_class=None,
         flip=False,
         prefix="digits_",

@@ -24,10 +24,16 @@ def learning_rate_factor(step: int, total: int) -> float:
 
 
 def make_optimizer(model: torch.nn.Module, options: TrainOptions, device: torch.device) -> torch.optim.SGD:
-    """SGD with Nesterov momentum; weight decay spares biases and batch norm (He et al., 2019, section 3.1)."""
-    weights = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": weights, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    """SGD with Nesterov momentum; weight decay spares biases and batch norm (He et al., 2019, section 3.1).
+
+    The last layer may learn at a rate of its own: its inputs, all positive, make its steps as large as they are many.
+    """
+    groups = []
+    for part, lr in ((model.features, options.lr), (model.classifier, options.lr * options.head_lr)):
+        weights = [p for p in part.parameters() if p.ndim > 1]
+        others = [p for p in part.parameters() if p.ndim <= 1]
+        groups += [{"params": weights, "lr": lr, "weight_decay": options.weight_decay}]
+        groups += [{"params": others, "lr": lr, "weight_decay": 0.0}]
     return torch.optim.SGD(groups, lr=options.lr, momentum=0.9, nesterov=True, fused=device.type != "mps")
 
 

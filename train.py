@@ -158,7 +158,7 @@ def begin(run: Run, split: str, count: int) -> None:
         run.restore()
         runtime.print(f"going on with {options.resume_path} at epoch {run.epoch + 1}, step {run.step}/{run.steps}")
         return
-    chosen = ("num_epochs", "batch_size", "lr", "weight_decay", "seed")
+    chosen = ("num_epochs", "batch_size", "lr", "head_lr", "weight_decay", "seed")
     runtime.print(
         f"{options.run_name}: {count:,} images, {run.steps} steps an epoch, {runtime.device} "
         f"{runtime.precision}, " + ", ".join(f"{name} {getattr(options, name):g}" for name in chosen),
