@@ -59,6 +59,7 @@ CASES = [
     *values("train.py --batch_size", "0", "-8"),
     *values("train.py --lr", "0", "-0.1", "nan", "inf"),
     parsed("train.py --weight_decay -1", "--weight_decay"),
+    parsed("train.py --head_lr 0", "--head_lr"),
     *values("train.py --subset", "0", "-5", "1.5"),
     parsed("test.py --subset 0", "--subset"),
     parsed("train.py --holdout -1", "--holdout"),

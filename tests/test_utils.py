@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models import ARCHITECTURES, StudentCNN, build_model, vgg19_bn
 from recipes import DATASETS
-from run import learning_rate_factor
+from run import learning_rate_factor, make_optimizer
 from utils import OFFSETS, PAD, SIDE, VIEWS, Images, Normaliser, Views, kd_loss, loss_terms, topk_correct
 
 SPEC = DATASETS["cifar10"]
@@ -283,3 +283,13 @@ def test_learning_rate_warms_up_and_decays_to_nearly_zero(total):
     assert max(factors) == 1 if total != 2 else max(factors) <= 1
     if total >= 1000:
         assert peak == 0.1 * total - 1 and factors[0] < 0.02 and factors[-1] < 0.002
+
+
+def test_weight_decay_spares_biases_and_the_last_layer_has_its_own_rate():
+    options = config.parse_train(["--tto", "--lr=0.2", "--head_lr=0.1", "--weight_decay=0.3"])
+    model = build_model("teacher")
+    groups = make_optimizer(model, options, torch.device("cpu")).param_groups
+    found = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        rate = 0.2 * 0.1 if name.startswith("classifier") else 0.2
+        assert found[id(p)] == (rate, 0.3 if name.endswith("weight") and p.ndim > 1 else 0.0), name
