@@ -7,6 +7,7 @@ import torchvision
 import torchvision.transforms.v2.functional as vision
 from torch.utils.flop_counter import FlopCounterMode
 
+from config import parse_train
 from models import ARCHITECTURES, StudentCNN, build_model, vgg19_bn
 from recipes import DATASETS
 from run import learning_rate_factor, make_optimizer
@@ -286,7 +287,7 @@ def test_learning_rate_warms_up_and_decays_to_nearly_zero(total):
 
 
 def test_weight_decay_spares_biases_and_the_last_layer_has_its_own_rate():
-    options = config.parse_train(["--tto", "--lr=0.2", "--head_lr=0.1", "--weight_decay=0.3"])
+    options = parse_train(["--tto", "--lr=0.2", "--head_lr=0.1", "--weight_decay=0.3"])
     model = build_model("teacher")
     groups = make_optimizer(model, options, torch.device("cpu")).param_groups
     found = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
