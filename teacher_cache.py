@@ -17,7 +17,7 @@ from utils import VIEWS, Views
 # A record's last word is the XOR of its logits' bits with this: zeros, or a record torn by a crash or by
 # two writers, do not fit their seal and count as not filled.
 SEAL = np.uint16(0xA5C3)
-SIZES = (32, 128)  # a forward pass is padded to one of these, so that kernels are tuned and compiled but twice
+SIZES = (2, 8, 32, 128)  # a forward pass is padded to one of these: kernels are tuned and compiled for no others
 
 
 class TeacherCache:
