@@ -13,7 +13,7 @@ from config import Options, TrainOptions
 from inference import Cost, count_parameters
 from measures import BINS, paired_gain, reliability, wilson
 from models import build_model
-from runtime import Runtime, UserError
+from runtime import Runtime
 from utils import COLOURS, find_logs, new_axes, plot_comparison, save_figure
 
 # ---------------------------------------------------------------------------------------------- words
@@ -174,7 +174,7 @@ def plot_pictures(pixels: list, names: list[str], answers: dict, classes: tuple[
         right.grid(axis="x", alpha=0.3)
     figure.legend(*grid[0, 1].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=9)
     grid[-1, 1].set_xlabel("probability (%)")
-    return save_figure(grid[0, 1], path)
+    return save_figure(grid[0, 0], path)  # whose legend is the figure's
 
 
 def write_json(path: Path, content: dict) -> Path:
@@ -198,17 +198,36 @@ def model_title(content: dict) -> str:
     return title + (f", holdout {options['holdout']}" if options.get("holdout") else "")
 
 
+def place_in_table(item: tuple[Path, dict]) -> tuple:
+    """A checkpoint's sort key: the teacher, the student without KD, then by temperature, then by seed."""
+    path, content = item
+    return content["role"] != "teacher", content["options"].get("temp", [0]), content["options"]["seed"], path
+
+
 def same_but(content: dict, *names: str) -> str:
     """A key that checkpoints share if they agree in role and options other than those named."""
     options = {key: value for key, value in content["options"].items() if key not in names}
     return json.dumps([content["role"], options], sort_keys=True)
 
 
-def collect(contents: list[dict]) -> dict:
-    """Rows and gains from finished checkpoints, those that differ in the seed alone in one row; all in percent.
+# What test.py --compare adds to the table: a column's title, and how its number is written.
+MEASURED = {
+    "ece": ("ECE", lambda value: f"{100 * value:.2f}%"),
+    "nll": ("NLL", "{:.4f}".format),
+    "agreement": ("Agreement", lambda value: f"{100 * value:.2f}%"),
+    "kl_to_teacher": ("KL", "{:.4f}".format),
+    "macs": ("MACs", lambda value: f"{value / 1e6:,.1f} M"),
+    "bytes": ("Size", lambda value: f"{value / 1e6:,.2f} MB"),
+    "latency_ms": ("Latency", "{:,.2f} ms".format),
+    "images_per_second": ("Images/s", "{:,.0f}".format),
+}
 
-    Several seeds give a mean and a sample standard deviation, and the gain of KD over the same seed's student
-    without it: an effect of KD alone, for the two share initial weights, order and views.
+
+def collect(contents: list[dict]) -> dict:
+    """Rows and gains from finished checkpoints, those that differ in the seed alone in one row; accuracies in percent.
+
+    Several seeds give means, of top-1 and top-5 a sample standard deviation too, and the gain of KD over the same
+    seed's student without it: an effect of KD alone, for the two share initial weights, order and views.
     """
     groups: dict[str, dict[int, dict]] = {}
     for content in contents:
@@ -224,6 +243,8 @@ def collect(contents: list[dict]) -> dict:
             row[key] = statistics.mean(values)
             if len(runs) > 1:
                 row |= {f"{key}_sd": statistics.stdev(values), f"{key}_of_seeds": values}
+        measured = [run.get("measured", {}) for run in runs.values()]
+        row |= {key: statistics.mean(m[key] for m in measured) for key in MEASURED if all(key in m for m in measured)}
         rows.append(row)
         control = groups.get(same_but(first, "seed", "temp", "alpha"), {})
         pairs = [seed for seed in runs if seed in control]
@@ -239,8 +260,14 @@ def results_text(results: dict) -> str:
     def cell(row: dict, key: str) -> str:
         return f"{row[key]:.2f}%" + (f" ± {row[f'{key}_sd']:.2f}" if f"{key}_sd" in row else "")
 
-    rows = [[r["model"], cell(r, "top1"), cell(r, "top5"), f"{r['parameters']:,}"] for r in results["rows"]]
-    text = table(["Model", "Top 1 Accuracy", "Top 5 Accuracy", "Parameters"], rows)
+    more = {key: column for key, column in MEASURED.items() if any(key in row for row in results["rows"])}
+    rows = [
+        [r["model"], cell(r, "top1"), cell(r, "top5"), f"{r['parameters']:,}"]
+        + [form(r[key]) if key in r else "" for key, (_, form) in more.items()]
+        for r in results["rows"]
+    ]
+    titles = [title for title, _ in more.values()]
+    text = table(["Model", "Top 1 Accuracy", "Top 5 Accuracy", "Parameters", *titles], rows)
     for gain in results["gains"]:
         low, high = gain["ci"]
         text += (
@@ -270,19 +297,3 @@ def write_table(options: TrainOptions, runtime: Runtime) -> None:
         runs = options.runs()
         contents = [checkpoint.load(run.checkpoint_path, role=run.role, dataset=run.dataset) for run in runs]
         publish(contents, options, "results")
-
-
-def compare(options: Options, runtime: Runtime) -> None:
-    """Publish the table of all finished checkpoints of the data set; UserError where there is none."""
-    paths = sorted(options.weights_path.glob(f"{options.spec.prefix}*.pt"))
-    contents = [checkpoint.load(path) for path in paths if not path.name.endswith(".last.pt")]
-    contents = [c for c in contents if c.get("dataset") == options.dataset and "metrics" in c]
-    if not contents:
-        raise UserError(
-            f"no finished checkpoint of {options.dataset} in {options.weights_path}: "
-            f"make them with `python train.py --all True --dataset {options.dataset}`"
-        )
-    # the teacher, the student without KD, then by temperature, then by seed
-    contents.sort(key=lambda c: (c["role"] != "teacher", c["options"].get("temp", [0]), c["options"]["seed"]))
-    if runtime.is_main:
-        publish(contents, options, "comparison")

@@ -114,6 +114,36 @@ def compare_with_teacher(
     return teacher, extra, text
 
 
+def compare(options: config.TestOptions, runtime: Runtime) -> None:
+    """Evaluate every finished checkpoint of the data set and publish their table; UserError where there is none."""
+    paths = {path for path in options.weights_path.glob(f"{options.spec.prefix}*.pt") if ".last." not in path.name}
+    found = {path: checkpoint.load(path) for path in paths}
+    found = {path: c for path, c in found.items() if c.get("dataset") == options.dataset and "metrics" in c}
+    if not found:
+        raise UserError(
+            f"no finished checkpoint of {options.dataset} in {options.weights_path}: "
+            f"make them with `python train.py --all True --dataset {options.dataset}`"
+        )
+    with rt.main_first(runtime):
+        _, images = load_images(options.spec, options.data_path, options.subset)
+    images, labels = images.to(runtime.device), images.labels
+    teacher_logits = None
+    contents = sorted(found.items(), key=report.place_in_table)
+    for path, content in contents:
+        model, _ = load(options, path, content["role"], runtime)
+        logits = inference.all_logits(model, images, options.spec, runtime)
+        numbers = measure(logits, labels)
+        if path == options.teacher_path:
+            teacher_logits = logits
+        elif teacher_logits is not None:
+            numbers |= fidelity(logits, teacher_logits, labels)
+        content["metrics"] = {key: 100 * numbers[key] for key in ("top1", "top5")}
+        if runtime.is_main:
+            content["measured"] = numbers | inference.measure_cost(model, path, runtime).medians()
+    if runtime.is_main:
+        report.publish([content for _, content in contents], options, "comparison")
+
+
 def classify(options: config.TestOptions, runtime: Runtime) -> None:
     """Print the classes of pictures by the model and its teacher, and draw them."""
     pixels = np.stack([inference.read_picture(path) for path in options.image])
@@ -140,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(options: config.TestOptions) -> None:
     """The table of all checkpoints, the classes of pictures, or the report of one checkpoint."""
-    task = report.compare if options.compare else classify if options.image else evaluate
+    task = compare if options.compare else classify if options.image else evaluate
     with rt.start(options.device, options.precision) as runtime:
         task(options, runtime)
 

@@ -230,8 +230,7 @@ def test_picture_is_classified_by_student_and_teacher(tmp_path, evaluate, capfd)
 # ---------------------------------------------------------------------------------------------- the table of models
 
 
-def test_compare_and_the_table_of_all(tmp_path, evaluate, capfd):
-    assert evaluate("--compare", "True") == 2 and "train.py --all True" in capfd.readouterr().err
+def test_the_table_of_all(tmp_path):
     save_checkpoint(tmp_path, "teacher", metrics={"top1": 84.451, "top5": 99.22})
     for seed, without, with_kd in ((42, 70.0, 71.0), (43, 71.0, 74.0), (44, 70.0, 72.0)):
         suffix = "" if seed == 42 else f"_seed{seed}"
@@ -239,14 +238,10 @@ def test_compare_and_the_table_of_all(tmp_path, evaluate, capfd):
         options = {"temp": [5.0], "alpha": 0.9}
         metrics = {"top1": with_kd, "top5": 98.0}
         save_checkpoint(tmp_path, f"student_kd_t5{suffix}", seed, options=options, metrics=metrics)
-    (tmp_path / "student.last.pt").write_text("a resume state is no finished checkpoint")
-    assert evaluate("--compare", "True") == 0
-    compared = capfd.readouterr().out
     words = ["--all", "True", "--seeds", "3", "--temp", "5", f"--weights_path={tmp_path}", f"--plots_path={tmp_path}"]
     report.write_table(config.parse_train(words), CPU)
     table = (tmp_path / "results.md").read_text()
-    assert table == (tmp_path / "plots" / "comparison.md").read_text() and table in compared
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
+    rows = cells(table)
     assert rows[0] == ["Model", "Top 1 Accuracy", "Top 5 Accuracy", "Parameters"]
     assert rows[2] == ["Teacher (VGG19 with BN)", "84.45%", "99.22%", "20,040,522"]
     assert rows[3][:2] == ["Student (w/o KD)", "70.33% ± 0.58"]
@@ -254,6 +249,33 @@ def test_compare_and_the_table_of_all(tmp_path, evaluate, capfd):
     assert "gains +2.00 points" in table and "interval -0.48 to +4.48), within seed noise" in table
     gain = json.loads((tmp_path / "results.json").read_text())["gains"][0]
     assert gain["mean"] == pytest.approx(2) and gain["sd"] == pytest.approx(1) and gain["pairs"] == 3
+
+
+def cells(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
+
+
+def test_compare_says_of_each_checkpoint_what_its_own_report_says(tmp_path, evaluate, capfd):
+    assert evaluate("--compare", "True") == 2 and "train.py --all True" in capfd.readouterr().err
+    reports = {}
+    for name, seed, options in (("student_kd_t5", 2, {"temp": [5.0]}), ("teacher", 3, {}), ("student", 1, {})):
+        save_checkpoint(tmp_path, name, seed, options=options)
+    (tmp_path / "student.last.pt").write_text("a resume state is no finished checkpoint")
+    for name, words in (("teacher", ["--tto"]), ("student", []), ("student_kd_t5", ["--kd"])):
+        assert evaluate(*words, f"--json={tmp_path / 'report.json'}") == 0
+        reports[name] = json.loads((tmp_path / "report.json").read_text())
+    capfd.readouterr()
+    assert evaluate("--compare", "True") == 0
+    table = (tmp_path / "plots" / "comparison.md").read_text()
+    assert table in capfd.readouterr().out
+    rows = json.loads((tmp_path / "plots" / "comparison.json").read_text())["rows"]
+    for row, (name, expected), line in zip(rows, reports.items(), cells(table)[2:], strict=True):
+        assert (row["top1"], row["top5"]) == (100 * expected["top1"], 100 * expected["top5"])
+        for key in ("ece", "nll", "macs", "bytes", "latency_ms", "images_per_second", "agreement", "kl_to_teacher"):
+            assert row.get(key) == expected.get(key), (name, key)
+        assert f"{100 * expected['ece']:.2f}%" in line and f"{expected['nll']:.4f}" in line
+    assert cells(table)[0][4:] == ["ECE", "NLL", "Agreement", "KL", "MACs", "Size", "Latency", "Images/s"]
+    assert cells(table)[2][6:8] == ["", ""], "the teacher is not compared with itself"
 
 
 def test_only_the_same_seed_and_options_are_paired():
