@@ -253,10 +253,11 @@ def main() -> None:
             rows = measure(bench, sys.argv)
             hardware = {"processor": processor(), "cores": os.cpu_count(), "device": rt.device_title(runtime)}
     print(f"{hardware['processor']}, {hardware['cores']} cores; {hardware['device']}; torch {torch.__version__}\n")
-    print(f"| {'ours / theirs':<47} | {'ours':>9} | {'theirs':>9} | {'unit':<10} | ratio |")
-    print(f"|{'-' * 49}|{'-' * 10}:|{'-' * 10}:|{'-' * 12}|------:|")
+    print(f"| {'ours / theirs':<47} | {'ours':>9} | {'theirs':>9} | {'unit':<8} | {'ratio':>7} |")
+    print(f"|{'-' * 49}|{'-' * 10}:|{'-' * 10}:|{'-' * 10}|{'-' * 8}:|")
     for r in rows:
-        print(f"| {r['name']:<47} | {r['ours']:>9,.5g} | {r['theirs']:>9,.5g} | {r['unit']:<10} | {r['ratio']:>5.2f} |")
+        ours, theirs = (f"{r[side]:,.{0 if r[side] >= 1000 else 2}f}" for side in ("ours", "theirs"))
+        print(f"| {r['name']:<47} | {ours:>9} | {theirs:>9} | {r['unit']:<8} | {r['ratio']:>7.3g} |")
     if arguments.json:
         content = {"rows": rows, "hardware": hardware, "versions": checkpoint.versions(), "quick": arguments.quick}
         arguments.json.write_text(json.dumps(content, indent=1) + "\n")
