@@ -57,7 +57,7 @@ def train_epoch(run: Run, views: Views, teacher: TeacherCache | None, stop: rt.S
             stopped, save_due = runtime.agree(stop.number, save_due)
             if show or save_due or stopped or run.step == run.steps:
                 run.check_finite()
-            if show:
+            if show and run.seconds:  # compiling is no part of the epoch's time
                 progress.show(running_text(run))
             if stopped:
                 raise Stopped(int(stopped))

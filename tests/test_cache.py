@@ -292,3 +292,14 @@ def test_another_teacher_has_another_file(distil, tmp_path):
     assert len(distil.teachers[-1][0].seen) == 10
     assert len(list(tmp_path.glob("*.cache"))) == 2 and first.read_bytes() == content
     assert teacher_cache.VIEWS == VIEWS and first.stat().st_size == 40 * VIEWS * (CLASSES + 1) * 2
+
+
+def test_a_first_step_that_was_all_compiling_has_no_speed_to_show(distil, monkeypatch, capfd):
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    monkeypatch.setattr(
+        train.Progress, "step", lambda _: True
+    )  # a compilation takes longer than the 30 s between lines
+    distil("--compile")
+    lines = capfd.readouterr().out.splitlines()
+    assert any(line.startswith("compiled in ") for line in lines)
+    assert sum("img/s lr" in line for line in lines) == 2 * 5 - 1
