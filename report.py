@@ -198,10 +198,9 @@ def model_title(content: dict) -> str:
     return title + (f", holdout {options['holdout']}" if options.get("holdout") else "")
 
 
-def place_in_table(item: tuple[Path, dict]) -> tuple:
+def place_in_table(content: dict) -> tuple:
     """A checkpoint's sort key: the teacher, the student without KD, then by temperature, then by seed."""
-    path, content = item
-    return content["role"] != "teacher", content["options"].get("temp", [0]), content["options"]["seed"], path
+    return content["role"] != "teacher", content["options"].get("temp", [0]), content["options"]["seed"]
 
 
 def same_but(content: dict, *names: str) -> str:

@@ -32,8 +32,8 @@ def make_optimizer(model: torch.nn.Module, options: TrainOptions, device: torch.
     for part, lr in ((model.features, options.lr), (model.classifier, options.lr * options.head_lr)):
         weights = [p for p in part.parameters() if p.ndim > 1]
         others = [p for p in part.parameters() if p.ndim <= 1]
-        groups += [{"params": weights, "lr": lr, "weight_decay": options.weight_decay}]
-        groups += [{"params": others, "lr": lr, "weight_decay": 0.0}]
+        groups.append({"params": weights, "lr": lr, "weight_decay": options.weight_decay})
+        groups.append({"params": others, "lr": lr, "weight_decay": 0.0})
     return torch.optim.SGD(groups, lr=options.lr, momentum=0.9, nesterov=True, fused=device.type != "mps")
 
 

@@ -46,17 +46,28 @@ def main_path(options: config.TestOptions) -> Path:
     return options.teacher_path if options.tto and options.teacher else options.checkpoint_path
 
 
+def as_trained(options: config.TestOptions, runtime: Runtime, content: dict) -> Runtime:
+    """The runtime in which a checkpoint's log comes out again: float32, with --precision auto, if it was trained so."""
+    if options.precision == "auto" and content["options"].get("precision") == "fp32":
+        return replace(runtime, autocast_dtype=None)
+    return runtime
+
+
+def load_test_images(options: config.TestOptions, runtime: Runtime) -> tuple[Images, torch.Tensor]:
+    """The test images on the device, and their labels on the CPU."""
+    with rt.main_first(runtime):
+        _, images = load_images(options.spec, options.data_path, options.subset)
+    return images.to(runtime.device), images.labels
+
+
 def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
     """Print the report of one checkpoint and write its figures and files."""
     path, spec = main_path(options), options.spec
     model, content = load(options, path, options.role, runtime)
     for folder in {options.plots_path, *(file.parent for file in (options.json, options.export) if file)}:
         checkpoint.make_folder(folder)  # what can't be written is said before an evaluation, not after it
-    if options.precision == "auto" and content["options"].get("precision") == "fp32":
-        runtime = replace(runtime, autocast_dtype=None)  # as it was trained, that the log's numbers come out again
-    with rt.main_first(runtime):
-        _, images = load_images(spec, options.data_path, options.subset)
-    images, labels = images.to(runtime.device), images.labels
+    runtime = as_trained(options, runtime, content)
+    images, labels = load_test_images(options, runtime)
     logits = inference.all_logits(model, images, spec, runtime)
     numbers = measure(logits, labels)
     runtime.print(
@@ -116,32 +127,31 @@ def compare_with_teacher(
 
 def compare(options: config.TestOptions, runtime: Runtime) -> None:
     """Evaluate every finished checkpoint of the data set and publish their table; UserError where there is none."""
-    paths = {path for path in options.weights_path.glob(f"{options.spec.prefix}*.pt") if ".last." not in path.name}
-    found = {path: checkpoint.load(path) for path in paths}
+    paths = sorted(options.weights_path.glob(f"{options.spec.prefix}*.pt"))
+    found = {path: checkpoint.load(path) for path in paths if not path.name.endswith(".last.pt")}
     found = {path: c for path, c in found.items() if c.get("dataset") == options.dataset and "metrics" in c}
     if not found:
         raise UserError(
             f"no finished checkpoint of {options.dataset} in {options.weights_path}: "
             f"make them with `python train.py --all True --dataset {options.dataset}`"
         )
-    with rt.main_first(runtime):
-        _, images = load_images(options.spec, options.data_path, options.subset)
-    images, labels = images.to(runtime.device), images.labels
+    images, labels = load_test_images(options, runtime)
     teacher_logits = None
-    contents = sorted(found.items(), key=report.place_in_table)
-    for path, content in contents:
+    ordered = sorted(found.items(), key=lambda item: report.place_in_table(item[1]))
+    for path, content in ordered:
         model, _ = load(options, path, content["role"], runtime)
-        logits = inference.all_logits(model, images, options.spec, runtime)
+        its_runtime = as_trained(options, runtime, content)
+        logits = inference.all_logits(model, images, options.spec, its_runtime)
         numbers = measure(logits, labels)
-        if path == options.teacher_path:
+        if path.resolve() == options.teacher_path.resolve():
             teacher_logits = logits
         elif teacher_logits is not None:
             numbers |= fidelity(logits, teacher_logits, labels)
         content["metrics"] = {key: 100 * numbers[key] for key in ("top1", "top5")}
         if runtime.is_main:
-            content["measured"] = numbers | inference.measure_cost(model, path, runtime).medians()
+            content["measured"] = numbers | inference.measure_cost(model, path, its_runtime).medians()
     if runtime.is_main:
-        report.publish([content for _, content in contents], options, "comparison")
+        report.publish([content for _, content in ordered], options, "comparison")
 
 
 def classify(options: config.TestOptions, runtime: Runtime) -> None:

@@ -27,6 +27,11 @@ def write_checkpoint(path: Path, role: str = "teacher", **changes) -> None:
     checkpoint.save(path, content | changes)
 
 
+def flip_bit(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
 def text(path: Path) -> None:
     path.write_text("these are my notes\n")
 
@@ -58,9 +63,7 @@ def short_by_one(path: Path) -> None:
 
 def bit_flipped(path: Path) -> None:
     write_checkpoint(path)
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
+    path.write_bytes(flip_bit(path.read_bytes()))
 
 
 def empty(path: Path) -> None:
@@ -168,11 +171,6 @@ def replace_batch(name: str, change: Callable[[bytes], bytes] | None) -> Callabl
             file.write_bytes(change(content))
 
     return prepare
-
-
-def flip_byte(content: bytes) -> bytes:
-    middle = len(content) // 2
-    return content[:middle] + bytes([content[middle] ^ 0xFF]) + content[middle + 1 :]
 
 
 def file_as_folder(name: str) -> Callable[[Path], None]:

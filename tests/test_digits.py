@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from damages import empty, flip_bit
 
 import digits
 
@@ -154,13 +155,7 @@ def truncate(path: Path) -> None:
 
 
 def flip_a_byte(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
+    path.write_bytes(flip_bit(path.read_bytes()))
 
 
 def other_seed(path: Path) -> None:

@@ -19,7 +19,7 @@ from damages import (
     QUICK,
     RESUME_DAMAGES,
     file_as_folder,
-    flip_byte,
+    flip_bit,
     folder_with_mode,
     hostile,
     in_weights,
@@ -129,7 +129,7 @@ CASES = [
     *(
         case(f"data: {name} {batch}", FORKED, "train.py", "data/cifar-10-batches-py", replace_batch(batch, change))
         for batch in ("data_batch_2", "test_batch")
-        for name, change in (("flipped", flip_byte), ("truncated", lambda b: b[: len(b) // 2]), ("missing", None))
+        for name, change in (("flipped", flip_bit), ("truncated", lambda b: b[: len(b) // 2]), ("missing", None))
     ),
 ]  # fmt: skip
 
