@@ -10,6 +10,7 @@ the machine does meets both sides. Ours is train.py's own loop (loader, optimize
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -135,7 +136,8 @@ class Bench:
         rates = {name: [] for name in jobs}
         for repeat in range(self.repeats + 1):
             for name, job in jobs.items():
-                rates[name].append(job())
+                with contextlib.redirect_stdout(sys.stderr):  # a long epoch's progress is no part of the table
+                    rates[name].append(job())
             print(f"  {', '.join(jobs)}: {repeat}/{self.repeats}", file=sys.stderr, flush=True)
         return {name: statistics.median(values[1:]) for name, values in rates.items()}
 
