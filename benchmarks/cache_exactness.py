@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import config
 import runtime as rt
+from report import table
 from teacher_cache import SIZES, TeacherCache
 from train import load_teacher
 from utils import Views, load_images
@@ -22,34 +23,36 @@ from utils import Views, load_images
 IMAGES = 2048
 
 
-def difference(logits: torch.Tensor, reference: torch.Tensor, temp: float) -> str:
-    """A row's cells: how far logits (N, C) are from the reference, and the softened probabilities in nats."""
-    student, teacher = (torch.log_softmax(values.double() / temp, 1) for values in (logits, reference))
-    kl = (teacher.exp() * (teacher - student)).sum(1).mean().item()
+def difference(name: str, logits: torch.Tensor, reference: torch.Tensor, temp: float) -> list[str]:
+    """A row of the table: how far logits (N, C) are from the reference, and their softened probabilities, in nats."""
+    changed, exact = (torch.log_softmax(values.double() / temp, 1) for values in (logits, reference))
+    kl = (exact.exp() * (exact - changed)).sum(1).mean()
     gap = (logits - reference).abs()
-    changed = (logits.argmax(1) != reference.argmax(1)).sum().item()
-    return f"{gap.max():.2g} | {gap.mean():.2g} | {kl:.2g} | {changed}"
+    flips = (logits.argmax(1) != reference.argmax(1)).sum()
+    return [name, f"{gap.max():.2g}", f"{gap.mean():.2g}", f"{kl:.2g}", f"{flips}"]
 
 
 def measure(options: config.TrainOptions, runtime: rt.Runtime) -> None:
+    """Print the table; UserError where there is no teacher."""
     teacher, _ = load_teacher(options, runtime)
     images = load_images(options.spec, options.data_path)[0][:IMAGES].to(runtime.device)
     views = Views(images, options.spec)
     cache = TeacherCache(None, teacher, views, len(options.spec.classes), runtime)
     order, view_of = views.plan(options.seed, 0)
     whole = views.batch(order, view_of[order])[0]
-    at = {size: torch.cat([cache.compute(part) for part in whole.split(size)]).cpu() for size in SIZES}
+    at = {size: torch.cat([cache.compute_padded(part) for part in whole.split(size)]).cpu() for size in SIZES}
     reference = at[SIZES[-1]]
     print(f"{len(order):,} images, {rt.device_title(runtime)}, torch {torch.__version__}")
     print(f"logits: mean size {reference.abs().mean():.2f}, standard deviation {reference.std():.2f}\n")
-    print(f"| changed | max logit | mean logit | KL at T = {options.temperature:g} (nats) | other top-1 |")
-    print("|:--|--:|--:|--:|--:|")
-    print(f"| half precision | {difference(reference.half().float(), reference, options.temperature)} |")
-    for size in SIZES[:-1]:
-        print(f"| batches of {size} | {difference(at[size], reference, options.temperature)} |")
+    changed = {"half precision": reference.half().float()} | {f"batches of {size}": at[size] for size in SIZES[:-1]}
+    rows = [difference(name, logits, reference, options.temperature) for name, logits in changed.items()]
+    print(
+        table(["changed", "max logit", "mean logit", f"KL at T = {options.temperature:g}, nats", "other top-1"], rows)
+    )
 
 
 def main() -> int:
+    """The exit code."""
     options = config.parse_train(["--kd", "True", *sys.argv[1:]])
 
     def work() -> None:

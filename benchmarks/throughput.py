@@ -1,6 +1,6 @@
 """How fast this project trains, beside what it is compared with, measured in the same run.
 
-    python benchmarks/throughput.py                       the table, in some ten minutes on two cores
+    python benchmarks/throughput.py                       the table, in about half an hour on two cores
     python benchmarks/throughput.py --quick               a rough one in about a minute
     python benchmarks/throughput.py --json rows.json      the rows, hardware and versions as JSON too
     python benchmarks/throughput.py --device cuda         further options are train.py's
@@ -34,6 +34,7 @@ import config
 import runtime as rt
 import train
 from models import build_model
+from report import table
 from run import Run
 from utils import SIDE, Images, Views, load_images
 
@@ -255,11 +256,12 @@ def main() -> None:
             rows = measure(bench, sys.argv)
             hardware = {"processor": processor(), "cores": os.cpu_count(), "device": rt.device_title(runtime)}
     print(f"{hardware['processor']}, {hardware['cores']} cores; {hardware['device']}; torch {torch.__version__}\n")
-    print(f"| {'ours / theirs':<47} | {'ours':>9} | {'theirs':>9} | {'unit':<8} | {'ratio':>7} |")
-    print(f"|{'-' * 49}|{'-' * 10}:|{'-' * 10}:|{'-' * 10}|{'-' * 8}:|")
-    for r in rows:
-        ours, theirs = (f"{r[side]:,.{0 if r[side] >= 1000 else 2}f}" for side in ("ours", "theirs"))
-        print(f"| {r['name']:<47} | {ours:>9} | {theirs:>9} | {r['unit']:<8} | {r['ratio']:>7.3g} |")
+    cells = [
+        [r["name"], *(f"{r[side]:,.{0 if r[side] >= 1000 else 2}f}" for side in ("ours", "theirs")), r["unit"]]
+        + [f"{r['ratio']:.3g}"]
+        for r in rows
+    ]
+    print(table(["ours / theirs", "ours", "theirs", "unit", "ratio"], cells))
     if arguments.json:
         content = {"rows": rows, "hardware": hardware, "versions": checkpoint.versions(), "quick": arguments.quick}
         arguments.json.write_text(json.dumps(content, indent=1) + "\n")

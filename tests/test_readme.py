@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import statistics
 
 import pytest
 from conftest import REPOSITORY
@@ -9,7 +10,8 @@ from conftest import REPOSITORY
 import config
 import report
 from checkpoint import read_log
-from utils import find_logs
+from measures import paired_gain
+from utils import find_logs, run_title
 
 README = (REPOSITORY / "README.md").read_text()
 SOURCES = {"Digits": ("plots/digits_5_seeds", "digits"), "CIFAR-10": ("plots", "cifar10")}
@@ -51,7 +53,7 @@ def test_every_number_of_the_results_is_its_logs_last_line(title):
 def test_every_run_of_the_results_is_as_long_as_said(title):
     said = first_table(title)
     for content in logged(title).values():
-        assert str(content["options"]["num_epochs"]) == said[report.model_title(content)]["Epochs"]
+        assert str(content["options"]["num_epochs"]) == said[run_title(content)]["Epochs"]
 
 
 def test_a_quoted_command_is_the_one_of_its_log():
@@ -71,3 +73,15 @@ def test_every_figure_of_the_readme_is_there():
     figures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", README)
     assert len(figures) >= 8
     assert [figure for figure in figures if not (REPOSITORY / figure).is_file()] == []
+
+
+def test_what_the_cache_costs_is_what_the_logs_say():
+    def top1(folder: str) -> list[float]:
+        names = (f"digits_student_kd_t5{seed}.jsonl" for seed in ("", "_seed43", "_seed44"))
+        return [read_log(REPOSITORY / "plots" / folder / name)[1][-1]["test"]["top1"] for name in names]
+
+    on, off = top1("digits_5_seeds"), top1("digits_without_cache")
+    gain = paired_gain(on, off)
+    text = " ".join(README.split())
+    assert f"end at {statistics.mean(on):.2f} % with the cache and {statistics.mean(off):.2f} % without" in text
+    assert f"{gain['mean']:+.2f} points (95 % interval {gain['ci'][0]:+.2f} to {gain['ci'][1]:+.2f})" in text
