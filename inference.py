@@ -1,4 +1,4 @@
-"""A trained model at work: its logits, what it costs, the class of any picture, its exported form."""
+"""A trained model at work: what it costs, the class of any picture, its exported form."""
 
 import copy
 import io
@@ -17,33 +17,19 @@ import checkpoint
 from models import ARCHITECTURES, build_model
 from recipes import DatasetSpec
 from runtime import Runtime, UserError
-from utils import EVALUATION_BATCH, SIDE, Images, Normaliser, evaluation_batches
+from utils import SIDE, Normaliser
 
 SMALLEST = 8  # pixels along a side, below which a picture shows nothing
 
 
-def load_model(path: Path, role: str, dataset: str, spec: DatasetSpec, device: torch.device):
+def load_model(
+    path: Path, role: str, dataset: str, spec: DatasetSpec, device: torch.device
+) -> tuple[torch.nn.Module, dict]:
     """The model of a checkpoint, ready to evaluate, and what the checkpoint says; UserError where it is no such one."""
     classes = len(spec.classes)
     content = checkpoint.load(path, role=role, architecture=ARCHITECTURES[role], dataset=dataset, num_classes=classes)
     model = checkpoint.load_weights(build_model(role, classes), content, path)
     return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), content
-
-
-@torch.inference_mode()
-def all_logits(model: torch.nn.Module, images: Images, spec: DatasetSpec, runtime: Runtime) -> torch.Tensor:
-    """The logits (N, C) of all images in their order, float64 on every process's CPU, each computed once."""
-    rows = torch.arange(runtime.rank, len(images), runtime.world_size)
-    logits = torch.zeros(len(images), len(spec.classes), dtype=torch.float64)
-    for part, (batch, _) in zip(
-        rows.split(EVALUATION_BATCH), evaluation_batches(images, spec, rows, EVALUATION_BATCH), strict=True
-    ):
-        with runtime.autocast():
-            logits[part] = model(batch).cpu().double()
-    logits = runtime.total(logits)  # another process's rows are zeros here
-    if not logits.isfinite().all():
-        raise UserError("the model answers with numbers that are not finite: train it anew")
-    return logits
 
 
 # ---------------------------------------------------------------------------------------------- cost
@@ -66,6 +52,7 @@ class Cost:
 
 
 def count_parameters(model: torch.nn.Module) -> int:
+    """All numbers that training learns."""
     return sum(p.numel() for p in model.parameters())
 
 
@@ -145,7 +132,7 @@ def classify(model: torch.nn.Module, pixels: np.ndarray, spec: DatasetSpec, runt
     """The probabilities (B, C), float64 on the CPU, of pictures (B, 32, 32, 3) uint8."""
     images = Normaliser(spec, runtime.device)(torch.from_numpy(pixels).to(runtime.device))
     with runtime.autocast():
-        return model(images).double().cpu().softmax(1)
+        return model(images).cpu().double().softmax(1)
 
 
 # ---------------------------------------------------------------------------------------------- export
@@ -157,6 +144,7 @@ def export_model(model: torch.nn.Module, path: Path, spec: DatasetSpec) -> float
     The file's `preprocessing.json` says what the input (B, 3, 32, 32) is. RuntimeError where the outputs disagree.
     """
     model = copy.deepcopy(model).to("cpu", memory_format=torch.contiguous_format)
+    model.classifier.__class__ = torch.nn.Linear  # all of it is float32
     images = torch.randn(5, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
     program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
     preprocessing = {

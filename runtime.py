@@ -1,8 +1,7 @@
-"""Where a run runs: device, precision, processes, seeds, the stop signal, the progress bar, a user's errors."""
+"""Where a run runs: device, precision, processes, the stop signal, the progress bar, a user's errors."""
 
 import contextlib
 import os
-import random
 import signal
 import sys
 import time
@@ -10,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -38,6 +36,9 @@ def exit_code(main: Callable[[], None]) -> int:
     except UserError as error:
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:
+        print("stopped at once; the same command goes on from the last save", file=sys.stderr, flush=True)
+        return 128 + signal.SIGINT
     except Stopped as stop:
         print("stopped; the same command goes on from here", file=sys.stderr, flush=True)
         return 128 + stop.args[0]
@@ -61,6 +62,8 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _note(self, number, frame) -> None:
+        if self.number and "LOCAL_RANK" not in os.environ:  # torchrun passes on each signal twice
+            raise KeyboardInterrupt  # asked again: not at the next step, but now
         self.number = number
 
 
@@ -79,9 +82,11 @@ class Runtime:
 
     @property
     def precision(self) -> str:
+        """ "bf16" or "fp32"."""
         return "bf16" if self.autocast_dtype is torch.bfloat16 else "fp32"
 
     def autocast(self) -> contextlib.AbstractContextManager:
+        """The context of every forward pass."""
         if self.autocast_dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.autocast_dtype)
@@ -133,9 +138,12 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; try cpu")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: not available on this machine; try --device cpu")
-    if kind == "cuda" and not index and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
-    return torch.device(name)
+    if kind != "cuda":
+        return torch.device(name)
+    processes, devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1 if index else torch.cuda.device_count()
+    if processes > devices:
+        raise UserError(f"{processes} processes need a CUDA device each, --device {name} gives {devices}; try cpu")
+    return torch.device("cuda", int(index or os.environ.get("LOCAL_RANK", 0)))
 
 
 def has_fast_bf16(device: torch.device) -> bool:
@@ -155,7 +163,7 @@ def start(device_name: str, precision: str, deterministic: bool = False):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = not deterministic
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = False  # --precision fp32 means it
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.deterministic = True
@@ -205,13 +213,6 @@ def device_title(runtime: Runtime) -> str:
 def duration(seconds: float) -> str:
     """Seconds as h:mm:ss."""
     return str(timedelta(seconds=int(seconds)))
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python's, numpy's and torch's generators: initial weights are a function of the seed."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
 
 
 class SumOverProcesses(torch.autograd.Function):

@@ -13,7 +13,7 @@ ARCHITECTURES = {"teacher": "vgg19_bn/1", "student": "student_cnn/1"}
 
 
 def build_model(role: str, num_classes: int = 10) -> nn.Module:
-    """The model of a role ("teacher" | "student"), freshly initialised; ValueError for any other role."""
+    """A new model of a role ("teacher" | "student"): `.features`, then a linear `.classifier`; ValueError otherwise."""
     if role not in BUILDERS:
         raise ValueError(f"role must be one of {', '.join(BUILDERS)}, not {role!r}")
     return BUILDERS[role](num_classes)

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from models.vgg import conv_bn_relu, initialise
+from models.vgg import Float32Linear, conv_bn_relu, initialise
 
 WIDTHS = ((32, 32), (64, 64), (128, 128))
 
@@ -26,7 +26,7 @@ class StudentCNN(nn.Module):
                 layers += conv_bn_relu(channels, width, bias=False)
                 channels = width
         self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1))
-        self.classifier = nn.Linear(channels, num_classes)
+        self.classifier = Float32Linear(channels, num_classes)
         initialise(self)
 
     def forward(self, images):

@@ -1,5 +1,6 @@
 """VGG19 with batch normalisation (Simonyan & Zisserman, 2015, table 1, configuration E)."""
 
+import torch
 from torch import nn
 
 # One row a resolution: the widths of its 3 x 3 convolutions, each row followed by a 2 x 2 max pool.
@@ -13,6 +14,14 @@ def conv_bn_relu(in_channels: int, out_channels: int, bias: bool) -> list[nn.Mod
         nn.BatchNorm2d(out_channels),
         nn.ReLU(inplace=True),
     ]
+
+
+class Float32Linear(nn.Linear):
+    """A linear layer in float32 whatever the precision around it: logits rounded to bfloat16 would often tie."""
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(features.device.type, enabled=False):
+            return super().forward(features.float())
 
 
 def initialise(model: nn.Module) -> None:
@@ -45,7 +54,7 @@ class VGG(nn.Module):
     def __init__(self, rows: tuple[tuple[int, ...], ...], num_classes: int) -> None:
         super().__init__()
         self.features = make_layers(rows)
-        self.classifier = nn.Linear(rows[-1][-1], num_classes)
+        self.classifier = Float32Linear(rows[-1][-1], num_classes)
         initialise(self)
 
     def forward(self, images):

@@ -11,6 +11,7 @@ from config import parse_train
 from models import ARCHITECTURES, StudentCNN, build_model, vgg19_bn
 from recipes import DATASETS
 from run import learning_rate_factor, make_optimizer
+from runtime import UserError, pick_device
 from utils import OFFSETS, PAD, SIDE, VIEWS, Images, Normaliser, Views, kd_loss, loss_terms, topk_correct
 
 SPEC = DATASETS["cifar10"]
@@ -263,6 +264,44 @@ def test_costs_are_what_the_docstrings_say():
     text = " ".join(vgg19_bn.__doc__.split())
     assert f"{teacher_parameters / 1e6:.1f} M parameters" in text
     assert f"{teacher_macs / 1e6:.0f} M multiply-accumulates" in text
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_logits_are_float32_whatever_the_precision(role):
+    model = build_model(role).eval()
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        features = model.features(images).flatten(1)
+        logits = model(images)
+    assert features.dtype == torch.bfloat16 and logits.dtype == torch.float32
+    assert torch.equal(logits, torch.nn.functional.linear(features.float(), *model.classifier.parameters()))
+    assert not torch.equal(logits, logits.bfloat16().float())
+
+
+@pytest.mark.parametrize(
+    ("name", "environment", "expected"),
+    [
+        ("auto", {}, "cuda:0"),
+        ("cuda", {}, "cuda:0"),
+        ("cuda:1", {}, "cuda:1"),
+        ("cpu", {}, "cpu"),
+        ("auto", {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, "cuda:1"),
+        ("cpu", {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "9"}, "cpu"),
+        ("cuda", {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "3"}, "3 processes need a CUDA device each.* gives 2"),
+        ("cuda:1", {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, "2 processes need a CUDA device each.* gives 1"),
+        ("cuda:2", {}, "has 2 CUDA devices"),
+    ],
+)
+def test_each_process_has_a_device_of_its_own_with_its_number(name, environment, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    if " " in expected:
+        with pytest.raises(UserError, match=expected):
+            pick_device(name)
+    else:
+        assert str(pick_device(name)) == expected  # torch.cuda.set_device refuses one without its number
 
 
 def test_build_model_knows_the_roles_and_nothing_else():
