@@ -55,10 +55,12 @@ def writing(path: Path) -> Iterator[Path]:
 
 
 def reason(error: Exception) -> str:
+    """Why a read or a write failed, in the system's words."""
     return getattr(error, "strerror", None) or "the disk is full or refuses writes"
 
 
 def process_lives(pid: int) -> bool:
+    """Whether a process of this machine has this number."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -86,6 +88,15 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"can't use {folder} as a folder: {reason(error)}") from error
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"can't write into {folder}: permission denied; give another folder")
+
+
+def keep_previous(path: Path) -> None:
+    """Let the file at `path` stay as `<name>.previous` when it is replaced, on file systems that can."""
+    previous = path.with_name(path.name + ".previous")
+    with contextlib.suppress(OSError):
+        if path.exists():
+            previous.unlink(missing_ok=True)
+            os.link(path, previous)
 
 
 def save(path: Path, content: dict) -> None:
@@ -172,38 +183,31 @@ def locked(path: Path) -> Iterator[None]:
 
 
 class RunLog:
-    """The run's JSON lines: a header, then one line an epoch, each on disk before the next step is taken."""
+    """The run's JSON lines: a header, then one line an epoch, each on disk before the next step is taken.
+
+    The run's resume state holds its `text`, too: whatever became of the file meanwhile, it is written anew.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.text = path, ""
 
-    def begin(self, header: dict) -> int:
-        """Start the file with its header line, an older one with epochs moved aside; return its length in bytes."""
+    def begin(self, header: dict) -> None:
+        """Start with the header line; an older log with epochs is moved aside. UserError where that fails."""
+        self.text = json.dumps(header) + "\n"
         with writing(self.path) as temporary:
-            temporary.write_bytes(json.dumps(header).encode() + b"\n")
+            temporary.write_text(self.text)
             if self.path.exists() and self.path.read_bytes().count(b"\n") > 1:
                 os.replace(self.path, self.path.with_name(self.path.name + ".previous"))
-        return self.path.stat().st_size
 
-    def append(self, line: dict) -> int:
-        """Append one line durably; return the file's length in bytes."""
-        try:
-            with open(self.path, "ab") as file:
-                file.write(json.dumps(line).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-                return file.tell()
-        except OSError as error:
-            raise UserError(f"can't write {self.path}: {reason(error)}") from error
+    def append(self, line: dict) -> None:
+        """Add an epoch's line; UserError where that fails."""
+        self.write(self.text + json.dumps(line) + "\n")
 
-    def trim(self, length: int) -> None:
-        """Cut what was written after a resume state; UserError where the file is not that long."""
-        try:
-            if self.path.stat().st_size < length:
-                raise UserError(f"{self.path} is shorter than the unfinished run left it: use --resume False")
-            os.truncate(self.path, length)
-        except OSError as error:
-            raise UserError(f"can't go on with {self.path}: {reason(error)}; or use --resume False") from error
+    def write(self, text: str) -> None:
+        """Make `text` the whole log; UserError where that fails."""
+        with writing(self.path) as temporary:
+            temporary.write_text(text)
+        self.text = text
 
 
 def read_log(path: Path) -> tuple[dict, list[dict]]:

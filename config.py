@@ -6,6 +6,8 @@ Standard library only: `--help` and a wrong option answer before torch is import
 import argparse
 import math
 import re
+import shlex
+import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -53,10 +55,10 @@ def device_name(text: str) -> str:
     return text
 
 
-def option(default, text: str, parse=str, shapes_result: bool = False, **keywords):
-    """An option: its default, help, parser, and whether a run with another value is another run."""
-    metadata = {"help": text, "parse": parse, "shapes_result": shapes_result, "keywords": keywords}
-    return field(default=default, metadata=metadata)
+def option(default, text: str, parse=str, shapes_result: bool = False, names_files: bool = False, **keywords):
+    """An option: its default, help, parser, whether a run with another value is another run, or has other files."""
+    metadata = {"help": text, "parse": parse, "shapes_result": shapes_result, "names_files": names_files}
+    return field(default=default, metadata=metadata | {"keywords": keywords})
 
 
 @dataclass(frozen=True)
@@ -71,17 +73,17 @@ class Options:
     )  # fmt: skip
     dataset: str = option(
         "cifar10", "data set: cifar10, or digits, which are drawn here without a download",
-        shapes_result=True, choices=tuple(DATASETS),
+        shapes_result=True, names_files=True, choices=tuple(DATASETS),
     )  # fmt: skip
-    data_path: Path = option(Path("data"), "folder of the data sets", Path)
-    weights_path: Path = option(Path("weights"), "folder of the checkpoints", Path)
-    plots_path: Path = option(Path("plots"), "folder of the logs and figures", Path)
+    data_path: Path = option(Path("data"), "folder of the data sets", Path, names_files=True)
+    weights_path: Path = option(Path("weights"), "folder of the checkpoints", Path, names_files=True)
+    plots_path: Path = option(Path("plots"), "folder of the logs and figures", Path, names_files=True)
     teacher: Path | None = option(
-        None, "the teacher's checkpoint (default: [digits_]teacher.pt in --weights_path)", Path
+        None, "the teacher's checkpoint (default: [digits_]teacher.pt in --weights_path)", Path, names_files=True
     )
     seed: int = option(
         DEFAULT_SEED, "seed of initial weights, order and views; another one is part of the files' names",
-        number(int, at_least=0, at_most=2**31 - 1), shapes_result=True,
+        number(int, at_least=0, at_most=2**31 - 1), shapes_result=True, names_files=True,
     )  # fmt: skip
     subset: int | None = option(
         None, "first N training and first N/5 test images, for a quick trial (default: all)",
@@ -125,17 +127,18 @@ class Options:
     def comparison_path(self) -> Path:
         return self.plots_path / f"{self.spec.prefix}comparison.png"
 
-    @property
-    def test_command(self) -> str:
-        """What to type to evaluate this run."""
-        words = ["python test.py"]
-        words += ["--tto True"] * self.tto + [f"--kd True --temp {self.temp[0]:g}"] * self.kd
-        words += [f"--dataset {self.dataset}"] * bool(self.spec.prefix)
-        words += [f"--seed {self.seed}"] * (self.seed != DEFAULT_SEED)
+    def command(self, script: str) -> str:
+        """What to type to train this run (`script` "train.py") or to evaluate it ("test.py")."""
+        words = ["python", script] + ["--tto True"] * self.tto + [f"--kd True --temp {self.temp[0]:g}"] * self.kd
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.metadata["names_files"] and value != f.default:
+                words.append(f"--{f.name} {shlex.quote(str(value))}")
         return " ".join(words)
 
     @property
     def teacher_path(self) -> Path:
+        """The teacher to learn from, or to be compared with."""
         return self.teacher or self.weights_path / f"{self.spec.prefix}teacher.pt"
 
 
@@ -150,8 +153,9 @@ class TrainOptions(Options):
         number(float, at_least=0, at_most=1), shapes_result=True,
     )  # fmt: skip
     num_epochs: int | None = option(
-        None, "epochs (default: by data set and role, see README)", number(int, at_least=1), shapes_result=True
-    )
+        None, "epochs (default: by data set and role: 60; for digits 9 and 4)", number(int, at_least=1),
+        shapes_result=True,
+    )  # fmt: skip
     batch_size: int | None = option(
         None, "images a step, over all devices (default: by data set and role)", number(int, at_least=1),
         shapes_result=True,
@@ -169,7 +173,7 @@ class TrainOptions(Options):
     )  # fmt: skip
     holdout: int = option(
         0, "evaluate on the last N training images, kept from training, instead of the test set",
-        number(int, at_least=0), shapes_result=True,
+        number(int, at_least=0), shapes_result=True, names_files=True,
     )  # fmt: skip
     views: int | None = option(
         None, "crops and flips drawn an image (default: all 162; for a student of digits 4 of 81)",
@@ -187,8 +191,18 @@ class TrainOptions(Options):
     )
 
     @property
+    def holdout_suffix(self) -> str:
+        """Part of the files' names: what one run keeps aside, another may have been trained on."""
+        return f"_holdout{self.holdout}" * bool(self.holdout)
+
+    @property
     def run_name(self) -> str:
-        return super().run_name + "_holdout" * bool(self.holdout)
+        return super().run_name + self.holdout_suffix
+
+    @property
+    def teacher_path(self) -> Path:
+        """The teacher to learn from; with --holdout one that has not seen the images kept aside either."""
+        return self.teacher or self.weights_path / f"{self.spec.prefix}teacher{self.holdout_suffix}.pt"
 
     @property
     def resume_path(self) -> Path:
@@ -255,8 +269,9 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser(script: str, options_class: type[Options]) -> Parser:
     """The parser of one script, from the fields of its options."""
-    first_lines = {"train.py": "Train the teacher, or the student with or without knowledge distillation."}
-    parser = Parser(script, description=first_lines.get(script, "Evaluate what train.py left."), allow_abbrev=False)
+    train = "Train the teacher, or the student with or without knowledge distillation."
+    description = train if script == "train.py" else "Evaluate what train.py left."
+    parser = Parser(script, description=description, allow_abbrev=False)
     for f in fields(options_class):
         text = option_help(f)
         keywords = dict(f.metadata["keywords"])
@@ -264,8 +279,7 @@ def build_parser(script: str, options_class: type[Options]) -> Parser:
             keywords |= {"nargs": "?", "const": True, "metavar": "True|False"}
         elif "choices" not in keywords:
             kinds = {float: "X", int: "N", Path: "PATH"}
-            sample = f.type if isinstance(f.type, str) else str(f.type)
-            keywords["metavar"] = next((v for k, v in kinds.items() if k.__name__ in sample), f.name.upper())
+            keywords["metavar"] = next((v for k, v in kinds.items() if k.__name__ in str(f.type)), f.name.upper())
         parser.add_argument(
             f"--{f.name}", type=f.metadata["parse"], default=f.default, help=text.replace("%", "%%"), **keywords
         )
@@ -273,8 +287,7 @@ def build_parser(script: str, options_class: type[Options]) -> Parser:
 
 
 def parse(script: str, options_class: type[Options], argv: list[str] | None) -> tuple[Parser, Options]:
-    import sys
-
+    """The parser of a script, for further errors, and its options from `argv` (None: the command line)."""
     words = sys.argv[1:] if argv is None else list(argv)
     # --num-epochs is --num_epochs
     words = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), word) for word in words]
@@ -295,6 +308,8 @@ def parse_train(argv: list[str] | None = None) -> TrainOptions:
     parser, options = parse("train.py", TrainOptions, argv)
     if options.all and (options.tto or options.kd):
         parser.error("--all trains teacher and students: leave --tto and --kd out")
+    if options.teacher and (options.all or options.tto):
+        parser.error("--teacher names the teacher that --kd True learns from; --all and --tto train one: leave it out")
     if options.seeds > 1 and not options.all:
         parser.error("--seeds repeats the runs of --all True: give both, or --seed for one run")
     if options.views is not None and options.views > options.spec.views:

@@ -2,17 +2,20 @@
 
 from dataclasses import dataclass
 
+PAD = 4  # pixels around an image that is cropped at random
+OFFSETS = 2 * PAD + 1  # crop positions along one axis
+
 
 @dataclass(frozen=True)
 class Recipe:
     """What a model trains with where the user does not say."""
 
     num_epochs: int
-    lr: float
+    lr: float  # peak
     weight_decay: float
-    batch_size: int = 128
-    head_lr: float = 1.0
-    views: int | None = None
+    batch_size: int = 128  # over all devices
+    head_lr: float = 1.0  # the last layer's learning rate, as a fraction of lr
+    views: int | None = None  # an image is seen in; None: all
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,8 @@ class DatasetSpec:
 
     @property
     def views(self) -> int:
-        """Random crops of an image (pad 4: 9 x 9), times 2 where it may be mirrored."""
-        return 81 * (2 if self.flip else 1)
+        """Random crops of an image (9 x 9), times 2 where it may be mirrored."""
+        return OFFSETS**2 * (2 if self.flip else 1)
 
 
 DATASETS = {

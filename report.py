@@ -13,8 +13,7 @@ from config import Options, TrainOptions
 from inference import Cost, count_parameters
 from measures import BINS, paired_gain, reliability, wilson
 from models import build_model
-from runtime import Runtime
-from utils import COLOURS, find_logs, new_axes, plot_comparison, save_figure
+from utils import COLOURS, find_logs, new_axes, plot_comparison, run_title, same_but, save_figure
 
 # ---------------------------------------------------------------------------------------------- words
 
@@ -22,13 +21,12 @@ from utils import COLOURS, find_logs, new_axes, plot_comparison, save_figure
 def table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table whose source is aligned, so that it is the text too; numbers to the right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    rule = ["-" * width + ":" for width in widths]
-    rule[0] = ":" + "-" * widths[0]
+    rules = [f":{'-' * (widths[0] + 1)}", *(f"{'-' * (width + 1)}:" for width in widths[1:])]
     lines = []
     for row in (header, *rows):
         cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
         lines.append(f"| {' | '.join([row[0].ljust(widths[0]), *cells[1:]])} |")
-    return "\n".join([lines[0], f"|{'|'.join('-' + r if i else r + '-' for i, r in enumerate(rule))}|", *lines[1:]])
+    return "\n".join([lines[0], f"|{'|'.join(rules)}|", *lines[1:]])
 
 
 def accuracy_text(numbers: dict, classes: tuple[str, ...]) -> str:
@@ -187,26 +185,9 @@ def write_json(path: Path, content: dict) -> Path:
 # ---------------------------------------------------------------------------------------------- the table of models
 
 
-def model_title(content: dict) -> str:
-    """A checkpoint's row in the table: its role, KD, and how its evaluation departs from the whole test set."""
-    options = content["options"]
-    title = "Teacher (VGG19 with BN)" if content["role"] == "teacher" else "Student (w/o KD)"
-    if content.get("kd"):
-        title = f"Student (with KD, Temp = {options['temp'][0]:g})"
-    if options.get("subset"):
-        title += f", subset {options['subset']}"
-    return title + (f", holdout {options['holdout']}" if options.get("holdout") else "")
-
-
 def place_in_table(content: dict) -> tuple:
     """A checkpoint's sort key: the teacher, the student without KD, then by temperature, then by seed."""
     return content["role"] != "teacher", content["options"].get("temp", [0]), content["options"]["seed"]
-
-
-def same_but(content: dict, *names: str) -> str:
-    """A key that checkpoints share if they agree in role and options other than those named."""
-    options = {key: value for key, value in content["options"].items() if key not in names}
-    return json.dumps([content["role"], options], sort_keys=True)
 
 
 # What test.py --compare adds to the table: a column's title, and how its number is written.
@@ -236,7 +217,7 @@ def collect(contents: list[dict]) -> dict:
         first = next(iter(runs.values()))
         with torch.device("meta"):
             parameters = count_parameters(build_model(first["role"], first["num_classes"]))
-        row = {"model": model_title(first), "parameters": parameters, "seeds": list(runs)}
+        row = {"model": run_title(first), "parameters": parameters, "seeds": list(runs)}
         for key in ("top1", "top5"):
             values = [run["metrics"][key] for run in runs.values()]
             row[key] = statistics.mean(values)
@@ -290,9 +271,8 @@ def publish(contents: list[dict], options: Options, name: str) -> None:
     print(f"saved {', '.join(map(str, paths))}")
 
 
-def write_table(options: TrainOptions, runtime: Runtime) -> None:
+def write_table(options: TrainOptions) -> None:
     """Publish the table of the runs of `train.py --all`; UserError where one of them is not finished."""
-    if runtime.is_main:
-        runs = options.runs()
-        contents = [checkpoint.load(run.checkpoint_path, role=run.role, dataset=run.dataset) for run in runs]
-        publish(contents, options, "results")
+    runs = options.runs()
+    contents = [checkpoint.load(run.checkpoint_path, role=run.role, dataset=run.dataset) for run in runs]
+    publish(contents, options, f"results{options.holdout_suffix}")

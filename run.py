@@ -26,7 +26,7 @@ def learning_rate_factor(step: int, total: int) -> float:
 def make_optimizer(model: torch.nn.Module, options: TrainOptions, device: torch.device) -> torch.optim.SGD:
     """SGD with Nesterov momentum; weight decay spares biases and batch norm (He et al., 2019, section 3.1).
 
-    The last layer may learn at a rate of its own: its inputs, all positive, make its steps as large as they are many.
+    The last layer may learn at a rate of its own: its inputs are all positive, so that their steps add up.
     """
     groups = []
     for part, lr in ((model.features, options.lr), (model.classifier, options.lr * options.head_lr)):
@@ -41,6 +41,7 @@ class Run:
     """Model, optimizer, schedule, log and position of one training; `options` are resolved ones."""
 
     def __init__(self, options: TrainOptions, runtime: Runtime, views: Views, teacher_id: str) -> None:
+        """UserError where the processes can't share a batch."""
         self.options, self.runtime = options, runtime
         world = runtime.world_size
         self.batch_size = min(options.batch_size, len(views)) // world * world
@@ -48,7 +49,7 @@ class Run:
             raise UserError(f"{world} processes can't share batches of {options.batch_size}: give a multiple")
         self.steps = len(views) // self.batch_size  # of an epoch; its last, smaller batch is left out
         self.total_steps = self.steps * options.num_epochs
-        rt.seed_everything(options.seed)
+        torch.manual_seed(options.seed)  # of the initial weights
         self.model = build_model(options.role, len(options.spec.classes))
         self.model.to(runtime.device, memory_format=torch.channels_last)
         if options.sync_bn and world > 1:
@@ -62,7 +63,7 @@ class Run:
         if world > 1:
             self.forward = DistributedDataParallel(self.forward)
         self.log = checkpoint.RunLog(options.log_path)
-        self.epoch = self.log_length = 0
+        self.epoch = 0
         self.identity = {
             "role": options.role,
             "architecture": ARCHITECTURES[options.role],
@@ -86,12 +87,16 @@ class Run:
         self.losses[self.step] = loss.detach()
         self.totals += torch.stack((loss.detach() * count, ce * count, kl * count, *correct))
         self.step += 1
-        now = time.monotonic()
         if self.compiling:
-            self.runtime.print(f"compiled in {now - self.clock:.1f} s, which the epoch's time leaves out")
-            self.compiling = False
+            self.runtime.print(f"compiled in {time.monotonic() - self.clock:.1f} s, which the epoch's time leaves out")
+            self.compiling, self.clock = False, time.monotonic()
         else:
-            self.seconds += now - self.clock
+            self.count_time()
+
+    def count_time(self) -> None:
+        """Add the time since the last call to the epoch's."""
+        now = time.monotonic()
+        self.seconds += now - self.clock
         self.clock = now
 
     def check_finite(self) -> None:
@@ -114,7 +119,7 @@ class Run:
         """Write the resume state. No generator is in it: order and views follow from seed and epoch."""
         totals = self.runtime.total(self.totals)
         if self.runtime.is_main:
-            position = {"step": self.step, "seconds": self.seconds, "totals": totals, "log_length": self.log_length}
+            position = {"step": self.step, "seconds": self.seconds, "totals": totals, "log": self.log.text}
             engines = {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
             checkpoint.save(self.options.resume_path, self.state(**position, **engines))
 
@@ -146,5 +151,4 @@ class Run:
         self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
         if self.runtime.is_main:  # sums over all processes: one brings them back
             self.totals += state["totals"].to(self.totals)
-            self.log_length = state["log_length"]
-            self.log.trim(self.log_length)
+            self.log.write(state["log"])

@@ -17,7 +17,7 @@ from utils import VIEWS, Views
 # A record's last word is the XOR of its logits' bits with this: zeros, or a record torn by a crash or by
 # two writers, do not fit their seal and count as not filled.
 SEAL = np.uint16(0xA5C3)
-SIZES = (2, 8, 32, 128)  # a forward pass is padded to one of these: kernels are tuned and compiled for no others
+SIZES = (2, 8, 32, 128)  # what a batch lacks is padded to one of these: kernels are tuned and compiled for no others
 
 
 class TeacherCache:
@@ -45,23 +45,33 @@ class TeacherCache:
         self.misses += len(missing)
         self.hits += len(rows) - len(missing)
         if len(missing):
-            wanted = images[torch.from_numpy(missing).to(images.device)] if len(missing) < len(rows) else images
-            fresh = self.compute(wanted).half().cpu().numpy().view(np.uint16)
+            whole = len(missing) == len(rows)
+            fresh = (
+                self.compute(images)
+                if whole
+                else self.compute_padded(images[torch.from_numpy(missing).to(images.device)])
+            )
+            fresh = fresh.half().cpu().numpy().view(np.uint16)
             records[missing] = np.concatenate((fresh, seal(fresh)[:, None]), axis=1)
             self.records[rows[missing], views[missing]] = records[missing]
         # What was just computed is rounded like what is read back: a run is the same whatever was cached.
         halves = torch.from_numpy(np.ascontiguousarray(records[:, :-1]).view(np.float16))
-        return halves.to(self.runtime.device).float()
+        device = self.runtime.device
+        return halves.to(device, non_blocking=device.type == "cuda").float()
 
     def compute(self, images: torch.Tensor) -> torch.Tensor:
-        """The teacher's forward pass over (B, 3, 32, 32), padded to a size of SIZES or a multiple of the last."""
+        """The teacher's logits (B, C), float32, of images (B, 3, 32, 32)."""
+        with torch.inference_mode(), self.runtime.autocast():
+            return self.teacher(images).float()
+
+    def compute_padded(self, images: torch.Tensor) -> torch.Tensor:
+        """As `compute`, in a batch of a size of SIZES, or a multiple of the last."""
         count = len(images)
         size = next((size for size in SIZES if count <= size), -(-count // SIZES[-1]) * SIZES[-1])
         if count < size:
             images = torch.cat((images, images[:1].expand(size - count, -1, -1, -1)))
             images = images.contiguous(memory_format=torch.channels_last)
-        with torch.inference_mode(), self.runtime.autocast():
-            return self.teacher(images)[:count].float()
+        return self.compute(images)[:count]
 
     def hit_rate(self) -> float:
         """The fraction of logits since the last call that needed no forward pass."""

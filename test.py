@@ -9,7 +9,7 @@
     python test.py --export student.pt2    the model as a program that runs without this project, too
     torchrun --nproc_per_node=2 test.py    any of these on two devices
 
-The first line says of the test images what the last line of the training's log says.
+The first line repeats the test loss and the accuracies of the training log's last line.
 """
 
 import sys
@@ -30,14 +30,13 @@ import report
 import runtime as rt
 from measures import fidelity, measure
 from runtime import Runtime, UserError
-from utils import Images, load_images
+from utils import Images, all_logits, load_images, run_title
 
 
 def load(options: config.TestOptions, path: Path, role: str, runtime: Runtime) -> tuple[torch.nn.Module, dict]:
     """A model on the device and its checkpoint's content; UserError where it is missing or another's."""
     if not path.exists():
-        command = options.test_command.replace("test.py", "train.py")
-        raise UserError(f"no checkpoint {path}: make it with `{command}`")
+        raise UserError(f"no checkpoint {path}: make it with `{options.command('train.py')}`")
     return inference.load_model(path, role, options.dataset, options.spec, runtime.device)
 
 
@@ -68,7 +67,7 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
         checkpoint.make_folder(folder)  # what can't be written is said before an evaluation, not after it
     runtime = as_trained(options, runtime, content)
     images, labels = load_test_images(options, runtime)
-    logits = inference.all_logits(model, images, spec, runtime)
+    logits = all_logits(model, images, spec, runtime)
     numbers = measure(logits, labels)
     runtime.print(
         f"test loss {numbers['loss']:.4f} top1 {100 * numbers['top1']:.2f}% top5 {100 * numbers['top5']:.2f}%"
@@ -88,7 +87,7 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
     cost = inference.measure_cost(model, path, runtime)
     teacher_cost = teacher and inference.measure_cost(teacher, options.teacher_path, runtime)
     runtime.print(f"\n{report.cost_text(cost, teacher_cost)}\n")
-    title, stem = f"{report.model_title(content)} on {options.dataset}", options.plots_path / path.stem
+    title, stem = f"{run_title(content)} on {options.dataset}", options.plots_path / path.stem
     saved = [
         report.plot_confusion(numbers, spec.classes, f"{title}: confusion", Path(f"{stem}_confusion.png")),
         report.plot_reliability(logits, labels, f"{title}: reliability", Path(f"{stem}_reliability.png")),
@@ -109,16 +108,14 @@ def compare_with_teacher(
     """The teacher, the student's fidelity to it, and the table; beside KD, the student without it as a control."""
     labels = images.labels.cpu()
     teacher, teacher_content = load(options, options.teacher_path, "teacher", runtime)
-    teacher_logits = inference.all_logits(teacher, images, options.spec, runtime)
+    teacher_logits = all_logits(teacher, images, options.spec, runtime)
     extra = fidelity(logits, teacher_logits, labels)
     columns = {"this student": extra}
     control = replace(options, kd=False).checkpoint_path
     if options.kd and control.exists():
         # Agreement grows with accuracy alone: what KD adds is seen beside the student that had no teacher.
         model, _ = load(options, control, "student", runtime)
-        columns["without KD"] = fidelity(
-            inference.all_logits(model, images, options.spec, runtime), teacher_logits, labels
-        )
+        columns["without KD"] = fidelity(all_logits(model, images, options.spec, runtime), teacher_logits, labels)
     text = report.fidelity_text(columns)
     if options.kd and content.get("teacher") != checkpoint.fingerprint(teacher_content["model"]):
         text += f"\n{options.teacher_path} is not the teacher that this student learned from"
@@ -129,7 +126,11 @@ def compare(options: config.TestOptions, runtime: Runtime) -> None:
     """Evaluate every finished checkpoint of the data set and publish their table; UserError where there is none."""
     paths = sorted(options.weights_path.glob(f"{options.spec.prefix}*.pt"))
     found = {path: checkpoint.load(path) for path in paths if not path.name.endswith(".last.pt")}
-    found = {path: c for path, c in found.items() if c.get("dataset") == options.dataset and "metrics" in c}
+    found = {
+        path: content
+        for path, content in found.items()
+        if content.get("dataset") == options.dataset and "metrics" in content and not content["options"].get("holdout")
+    }
     if not found:
         raise UserError(
             f"no finished checkpoint of {options.dataset} in {options.weights_path}: "
@@ -141,7 +142,7 @@ def compare(options: config.TestOptions, runtime: Runtime) -> None:
     for path, content in ordered:
         model, _ = load(options, path, content["role"], runtime)
         its_runtime = as_trained(options, runtime, content)
-        logits = inference.all_logits(model, images, options.spec, its_runtime)
+        logits = all_logits(model, images, options.spec, its_runtime)
         numbers = measure(logits, labels)
         if path.resolve() == options.teacher_path.resolve():
             teacher_logits = logits
@@ -163,7 +164,7 @@ def classify(options: config.TestOptions, runtime: Runtime) -> None:
     answers = {}
     for role, path in paths.items():
         model, content = load(options, path, role, runtime)
-        answers[report.model_title(content)] = inference.classify(model, pixels, options.spec, runtime)
+        answers[run_title(content)] = inference.classify(model, pixels, options.spec, runtime)
     if not runtime.is_main:
         return
     print(report.pictures_text(options.image, answers, options.spec.classes))

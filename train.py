@@ -64,6 +64,7 @@ def train_epoch(run: Run, views: Views, teacher: TeacherCache | None, stop: rt.S
             if save_due:
                 run.save()
                 saved_at = time.monotonic()
+    run.count_time()  # the device was waited for
 
 
 def running_text(run: Run) -> str:
@@ -92,7 +93,7 @@ def end_epoch(run: Run, teacher: TeacherCache | None, held_out, split: str, stop
     if teacher:
         line["teacher_cache_hits"] = teacher.hit_rate()
     if runtime.is_main:
-        run.log_length = run.log.append(line)
+        run.log.append(line)
     run.epoch += 1
     run.begin_epoch()
     hits = f", teacher cache hits {100 * line['teacher_cache_hits']:.1f}%" if teacher else ""
@@ -112,15 +113,14 @@ def load_teacher(options: config.TrainOptions, runtime: Runtime) -> tuple[torch.
     """The teacher in evaluation mode, without gradients, and the fingerprint of its weights."""
     path = options.teacher_path
     if not path.exists():
-        digits = f" --dataset {options.dataset}" if options.spec.prefix else ""
-        raise UserError(f"no teacher {path}: train one with `python train.py --tto True{digits}`")
+        command = replace(options, tto=True, kd=False, teacher=None, seed=config.DEFAULT_SEED).command("train.py")
+        raise UserError(f"no teacher {path}: train one with `{command}`")
     teacher, content = load_model(path, "teacher", options.dataset, options.spec, runtime.device)
     return teacher, checkpoint.fingerprint(content["model"])
 
 
 def train(options: config.TrainOptions, runtime: Runtime, stop: rt.StopSignal) -> None:
     """One run from its options to its checkpoint, log and figures, going on with an unfinished one."""
-    options = replace(options, precision=runtime.precision)
     teacher, teacher_id = load_teacher(options, runtime) if options.kd else (None, "")
     with rt.main_first(runtime):
         images, held_out = load_images(options.spec, options.data_path, options.subset, options.holdout)
@@ -164,8 +164,9 @@ def begin(run: Run, split: str, count: int) -> None:
         f"{runtime.precision}, " + ", ".join(f"{name} {getattr(options, name):g}" for name in chosen),
     )
     if runtime.is_main:
+        checkpoint.keep_previous(options.checkpoint_path)
         header = {"run": options.run_name, "evaluated_on": split, "device": rt.device_title(runtime), **run.identity}
-        run.log_length = run.log.begin(header | {"world_size": runtime.world_size, "versions": checkpoint.versions()})
+        run.log.begin(header | {"world_size": runtime.world_size, "versions": checkpoint.versions()})
     run.save()
 
 
@@ -190,7 +191,8 @@ def finish(run: Run, split: str) -> None:
     figures.append(plot_comparison(find_logs(options.plots_path, options.dataset), options.comparison_path))
     options.resume_path.unlink(missing_ok=True)
     print(f"saved {options.checkpoint_path}, {options.log_path} and {', '.join(path.name for path in figures)}")
-    print(f"next: {options.test_command}")
+    if not options.holdout:  # a trial, which test.py has no business with
+        print(f"next: {options.command('test.py')}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -203,12 +205,13 @@ def train_all(options: config.TrainOptions) -> None:
     """The run asked for, or with --all every run that is not finished yet, and then the table."""
     with rt.StopSignal() as stop, rt.start(options.device, options.precision, options.deterministic) as runtime:
         for run_options in options.runs():
+            run_options = replace(run_options, precision=runtime.precision)
             if options.all and is_finished(run_options, runtime):
                 runtime.print(f"{run_options.run_name}: finished before, kept")
             else:
                 train(run_options, runtime, stop)
         if options.all and runtime.is_main:
-            write_table(options, runtime)
+            write_table(options)
 
 
 def is_finished(options: config.TrainOptions, runtime: Runtime) -> bool:
@@ -219,7 +222,7 @@ def is_finished(options: config.TrainOptions, runtime: Runtime) -> bool:
     if options.resume == "False" or options.resume_path.exists() or not options.checkpoint_path.exists():
         return False
     found = checkpoint.load(options.checkpoint_path, role=options.role, dataset=options.dataset)
-    wanted = replace(options, precision=runtime.precision).result_options()
+    wanted = options.result_options()
     if options.tto:
         return all(found["options"][name] == wanted[name] for name in ("subset", "holdout"))
     return found["options"] == wanted and found["teacher"] == (load_teacher(options, runtime)[1] if options.kd else "")

@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,13 +14,11 @@ import torchvision
 
 from checkpoint import read_log, writing
 from digits import cached_digits
-from recipes import DatasetSpec
-from runtime import Runtime, Stopped, UserError
+from recipes import OFFSETS, PAD, DatasetSpec
+from runtime import Runtime, Stopped, StopSignal, UserError
 
 EVALUATION_BATCH = 500
 SIDE = 32  # of an image, in pixels
-PAD = 4
-OFFSETS = 2 * PAD + 1  # crop positions along one axis
 VIEWS = 2 * OFFSETS**2  # 9 x 9 crops, each as it is and mirrored
 
 # ---------------------------------------------------------------------------------------------- data
@@ -115,7 +113,7 @@ class Views:
     def batch(self, rows: torch.Tensor, views: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Image rows (B,) in their views (B,), normalised (B, 3, 32, 32) channels_last, and their labels (B,)."""
         device = self.labels.device
-        rows, views = rows.to(device, non_blocking=True), views.to(device, non_blocking=True)
+        rows, views = (values.to(device, non_blocking=device.type == "cuda") for values in (rows, views))
         top, left, flip = views // 2 // OFFSETS, views // 2 % OFFSETS, views % 2 == 1
         crops = self.windows.index_select(0, (rows * self.width + top) * self.width + left)
         mirrored = crops.unflatten(2, (SIDE, 3)).flip(2).flatten(2)
@@ -137,18 +135,16 @@ class Normaliser:
         return values.unflatten(2, (SIDE, 3)).permute(0, 3, 1, 2)
 
 
-def evaluation_batches(images: Images, spec: DatasetSpec, rows: torch.Tensor, size: int) -> Iterator[tuple]:
-    """(images, labels) of `rows` in order, unaugmented, `size` at a time."""
-    normalise = Normaliser(spec, images.pixels.device)
-    for part in rows.to(images.pixels.device).split(size):
-        yield normalise(images.pixels[part]), images.labels[part]
-
-
 # ---------------------------------------------------------------------------------------------- loss
 
 
-def loss_terms(student_logits, teacher_logits, targets, temp: float, alpha: float) -> tuple[torch.Tensor, ...]:
-    """(loss, CE, KL): scalars in nats, KL already times T^2; without a teacher the loss is the CE, KL is 0."""
+def loss_terms(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor | None, targets: torch.Tensor, temp: float, alpha: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(loss, CE, KL) of logits (B, C) and targets (B,): scalars in nats, of which the loss alone has a gradient.
+
+    KL is already times T^2. Without a teacher the loss is the CE, and KL is 0.
+    """
     student_logits = student_logits.float()
     ce = F.cross_entropy(student_logits, targets)
     if teacher_logits is None:
@@ -159,7 +155,9 @@ def loss_terms(student_logits, teacher_logits, targets, temp: float, alpha: floa
     return alpha * kl + (1 - alpha) * ce, ce.detach(), kl.detach()
 
 
-def kd_loss(student_logits, teacher_logits, targets, temp: float, alpha: float) -> torch.Tensor:
+def kd_loss(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, targets: torch.Tensor, temp: float, alpha: float
+) -> torch.Tensor:
     """alpha * T^2 * KL(teacher_T || student_T) + (1 - alpha) * CE, a scalar in nats, in float32.
 
     Logits (B, C), targets (B,) int64. T^2 keeps the soft targets' gradient at the size of the hard ones'
@@ -186,23 +184,39 @@ def topk_correct(logits: torch.Tensor, targets: torch.Tensor, ks: tuple[int, ...
 
 
 @torch.inference_mode()
-def evaluate(
-    model: torch.nn.Module, images: Images, spec: DatasetSpec, runtime: Runtime, stop=None
-) -> dict[str, float]:
-    """Mean cross-entropy (nats), top-1 and top-5 (0 to 1) over all images, each counted once over all processes."""
-    model.eval()
-    runtime.share_buffers(model)  # what is evaluated is what the first process saves
+def all_logits(
+    model: torch.nn.Module, images: Images, spec: DatasetSpec, runtime: Runtime, stop: StopSignal | None = None
+) -> torch.Tensor:
+    """The logits (N, C) of all images in their order, float64 on every process's CPU, each computed once.
+
+    Stopped where a signal came, UserError where a logit is not finite.
+    """
+    normalise = Normaliser(spec, images.pixels.device)
     rows = torch.arange(runtime.rank, len(images), runtime.world_size)
-    sums = torch.zeros(3, dtype=torch.float64)
-    for batch, labels in evaluation_batches(images, spec, rows, EVALUATION_BATCH):
+    parts = []
+    for part in rows.to(images.pixels.device).split(EVALUATION_BATCH):
         with runtime.autocast():
-            logits = model(batch).float()
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        sums += torch.stack((loss, *topk_correct(logits, labels))).cpu()
+            parts.append(model(normalise(images.pixels[part])))
         if stop is not None and stop.number and runtime.world_size == 1:
             raise Stopped(stop.number)
-    loss, top1, top5 = (runtime.total(sums) / len(images)).tolist()
-    return {"loss": loss, "top1": top1, "top5": top5}
+    logits = torch.zeros(len(images), len(spec.classes), dtype=torch.float64)
+    if parts:
+        logits[rows] = torch.cat(parts).cpu().double()
+    logits = runtime.total(logits)  # another process's rows are zeros here
+    if not logits.isfinite().all():
+        raise UserError("the model answers with numbers that are not finite: train it anew with a lower --lr")
+    return logits
+
+
+def evaluate(
+    model: torch.nn.Module, images: Images, spec: DatasetSpec, runtime: Runtime, stop: StopSignal | None = None
+) -> dict[str, float]:
+    """Mean cross-entropy (nats), top-1 and top-5 (0 to 1) over all images; raises what `all_logits` raises."""
+    model.eval()
+    runtime.share_buffers(model)  # what is evaluated is what the first process saves
+    logits, labels = all_logits(model, images, spec, runtime, stop), images.labels.cpu()
+    top1, top5 = (topk_correct(logits, labels) / len(labels)).tolist()
+    return {"loss": F.cross_entropy(logits, labels).item(), "top1": top1, "top5": top5}
 
 
 # ---------------------------------------------------------------------------------------------- curves
@@ -211,13 +225,19 @@ def evaluate(
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
-def run_title(header: dict) -> str:
-    """A run's name for a figure, from its log's header."""
-    options = header["options"]
-    name = header["role"].capitalize()
-    if header["role"] == "student":
-        name += f" (with KD, T = {options['temp'][0]:g})" if header["kd"] else " (without KD)"
-    return name
+def run_title(content: dict) -> str:
+    """A run's name, from its checkpoint or its log's header: role, KD, and how its images depart from the whole set."""
+    options = content["options"]
+    title = "Teacher (VGG19 with BN)" if content["role"] == "teacher" else "Student (w/o KD)"
+    if content.get("kd"):
+        title = f"Student (with KD, Temp = {options['temp'][0]:g})"
+    return title + "".join(f", {key} {options[key]}" for key in ("subset", "holdout") if options.get(key))
+
+
+def same_but(content: dict, *names: str) -> str:
+    """A key that runs share if they agree in role and options other than those named."""
+    options = {key: value for key, value in content["options"].items() if key not in names}
+    return json.dumps([content["role"], options], sort_keys=True)
 
 
 def new_axes(title: str, ylabel: str):
@@ -278,16 +298,18 @@ def find_logs(folder: Path, dataset: str) -> list[Path]:
 
 
 def plot_comparison(log_paths: list[Path], figure_path: Path) -> Path:
-    """Draw the test top-1 (%) of runs over their epochs, seeds of one kind in one colour; the figure's path."""
-    kinds: dict[str, list[list[dict]]] = {}
+    """Draw the test top-1 (%) of runs on one data set, those that differ in the seed alone in one colour; the path."""
+    kinds: dict[str, list[tuple[dict, list[dict]]]] = {}
     for path in log_paths:
         header, lines = read_log(path)
-        kinds.setdefault(run_title(header), []).append(lines)
+        kinds.setdefault(same_but(header, "seed"), []).append((header, lines))
     axes = new_axes("Top-1 accuracy on the test images", "accuracy (%)")
-    for colour, (title, runs) in zip(itertools.cycle(COLOURS), kinds.items(), strict=False):
-        last = [lines[-1]["test"]["top1"] for lines in runs]
-        label = f"{title}: {np.mean(last):.2f}" + (f" (mean of {len(runs)})" if len(runs) > 1 else "")
-        for lines in runs:
+    for colour, runs in zip(itertools.cycle(COLOURS), kinds.values(), strict=False):
+        header = runs[0][0]
+        axes.set_title(f"Top-1 accuracy on the test images of {header['dataset']}")
+        last = [lines[-1]["test"]["top1"] for _, lines in runs]
+        label = f"{run_title(header)}: {np.mean(last):.2f}" + (f" (mean of {len(runs)})" if len(runs) > 1 else "")
+        for _, lines in runs:
             axes.plot(
                 [line["epoch"] for line in lines], [line["test"]["top1"] for line in lines], color=colour, label=label
             )

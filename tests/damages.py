@@ -116,14 +116,14 @@ DAMAGES = {
 
 
 def resume_state(**changes) -> Callable[[Path], None]:
-    """A resume state of the command QUICK that starts over its log, with `changes`."""
+    """A resume state of the command QUICK, with `changes`."""
 
     def prepare(path: Path) -> None:
         model = build_model("student", 10)
         optimizer = make_optimizer(model, parse_train(["--dataset=digits"]), torch.device("cpu"))
         state = {
             "dataset": "digits", "options": DIGITS_OPTIONS, "model": model.state_dict(), "epoch": 0, "step": 0,
-            "seconds": 0.0, "totals": torch.zeros(5), "log_length": 0, "optimizer": optimizer.state_dict(),
+            "seconds": 0.0, "totals": torch.zeros(5), "log": "{}\n", "optimizer": optimizer.state_dict(),
             "scheduler": {"lr_lambdas": [None]},
         }  # fmt: skip
         state |= changes
@@ -145,6 +145,7 @@ RESUME_DAMAGES |= {
     "optimizer of another model": (resume_state(optimizer={"state": {}, "param_groups": []}), "damaged"),
     "weights of another model": (resume_state(model={}), "does not fit the model StudentCNN"),
     "no optimizer": (resume_state(optimizer=None), "damaged"),
+    "no log": (resume_state(log=None), "damaged"),
     "options of no kind": (resume_state(options=3), "damaged"),
 }
 
@@ -185,15 +186,5 @@ def in_weights(name: str, damage: Callable[[Path], None]) -> Callable[[Path], No
     def prepare(folder: Path) -> None:
         (folder / "weights").mkdir()
         damage(folder / "weights" / name)
-
-    return prepare
-
-
-def with_log(prepare_state: Callable[[Path], None], log: str | None) -> Callable[[Path], None]:
-    def prepare(folder: Path) -> None:
-        prepare_state(folder)
-        (folder / "plots").mkdir()
-        if log is not None:
-            (folder / "plots" / "digits_student.jsonl").write_text(log)
 
     return prepare

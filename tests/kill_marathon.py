@@ -112,6 +112,7 @@ def kill_and_go_on(start: Callable[[], Started], folder: Path, name: str, moment
     assert finished.read_bytes() == FINISHED_BEFORE or reach is finished_checkpoint, "the earlier result is gone"
     done = start().end()
     assert done.returncode == 0, done.stderr
+    assert finished.with_name(f"{name}.pt.previous").read_bytes() == FINISHED_BEFORE, "the earlier result is gone"
 
 
 def result(folder: Path, name: str) -> tuple[dict, list[dict]]:
@@ -131,7 +132,7 @@ def assert_same_result(folder: Path, name: str, expected: tuple[dict, list[dict]
     assert epochs == list(range(1, log[0]["options"]["num_epochs"] + 1)), f"epochs in the log: {epochs}"
     assert log == expected[1], "the log differs"
     left = {path.name for path in (folder / "weights").iterdir() if path.suffix != ".cache"}
-    assert left <= {f"{name}.pt", "teacher.pt"}, f"left behind: {left}"
+    assert left <= {f"{name}.pt", f"{name}.pt.previous", "teacher.pt"}, f"left behind: {left}"
     figures = {path.name for path in (folder / "plots").glob("*.png*")} - {"comparison.png"}
     assert figures == {f"{name}_accuracy.png", f"{name}_loss.png"}, f"figures: {figures}"
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from kill_marathon import result, wait
 
+import checkpoint
 import train
 import utils
 
@@ -53,6 +54,25 @@ def test_stopped_after_each_phase_it_gives_the_same_table(command, start_script,
         assert log == wanted_log, name
     assert {path.name for path in (stopped / "plots").iterdir()} == {path.name for path in (whole / "plots").iterdir()}
     assert not list((stopped / "weights").glob("*.last.pt*"))
+
+
+def test_with_a_holdout_the_students_learn_from_a_teacher_that_has_not_seen_it_either(command, forked, tmp_path):
+    whole = forked(*command, "--seeds=1", "--temp", "5", folder=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    before = table_of(tmp_path)
+    done = forked(*command, "--seeds=1", "--temp", "5", "--holdout=8", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "python test.py" not in done.stdout
+    teacher, student = (
+        checkpoint.load(tmp_path / "weights" / f"digits_{name}_holdout8.pt") for name in ("teacher", "student_kd_t5")
+    )
+    assert student["teacher"] == checkpoint.fingerprint(teacher["model"])
+    assert table_of(tmp_path) == before
+    text = (tmp_path / "plots" / "digits_results_holdout8.md").read_text()
+    assert text.count(", subset 40, holdout 8 ") == 3
+    done = forked("test.py", "--compare", *command[2:3], command[-3], "--subset=40", "--device=cpu", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Student (with KD, Temp = 5), subset 40" in done.stdout and "holdout" not in done.stdout
 
 
 def test_students_of_a_seed_differ_in_the_loss_alone(command, tmp_path, monkeypatch):

@@ -101,7 +101,7 @@ def test_logits_of_a_real_teacher_hardly_depend_on_the_batch(tmp_path):
     with torch.no_grad():
         teacher.train()(images)  # running statistics of these images, so that the logits differ from one another
     teacher.eval()
-    padded = cache.compute(images)
+    padded = cache.compute_padded(images)
     with torch.inference_mode():
         alone = torch.cat([teacher(image[None]) for image in images])
     assert ((padded - alone).abs().max() / alone.std()) < 1e-4  # half precision itself: 5e-4
@@ -139,10 +139,17 @@ def test_forward_passes_come_in_few_sizes():
     cache = make_cache(None)
     images = cache.views.batch(torch.zeros(200, dtype=torch.int64), torch.zeros(200, dtype=torch.int64))[0]
     for count in (1, 3, 32, 33, 128, 129, 200):
-        logits = cache.compute(images[:count])
+        logits = cache.compute_padded(images[:count])
         assert logits.shape == (count, CLASSES)
         assert cache.teacher.seen[-1].is_contiguous(memory_format=torch.channels_last)
     assert [len(seen) for seen in cache.teacher.seen] == [2, 8, 32, 128, 128, 256, 256]
+
+
+def test_a_batch_that_is_all_new_is_computed_as_it_is(tmp_path):
+    for path in (None, tmp_path / "a.cache"):
+        cache = make_cache(path)
+        ask(cache, ROWS, PICKED)
+        assert [len(seen) for seen in cache.teacher.seen] == [len(ROWS)], "padded to 32 it would cost more than twice"
 
 
 @pytest.mark.parametrize("first, last", [(0, 1), (3, 7), (10, 11), (5, 11)])

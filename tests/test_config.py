@@ -1,5 +1,6 @@
 """The options: read as a user spells them, declared once, answered before torch is imported."""
 
+import shlex
 import subprocess
 import sys
 
@@ -73,12 +74,31 @@ def test_each_run_has_its_own_files(arguments, name):
     assert test_options.checkpoint_path == train_options.checkpoint_path
 
 
-def test_what_train_says_to_type_next_finds_what_it_wrote():
-    for arguments in (["--tto"], [], ["--kd", "--temp", "20"], ["--dataset", "digits", "--kd", "--seed", "7"]):
-        options = parse_train(arguments)
-        words = options.test_command.split()
-        assert words[:2] == ["python", "test.py"]
-        assert parse_test(words[2:]).checkpoint_path == options.checkpoint_path
+def test_with_a_holdout_files_and_teacher_are_others():
+    options = parse_train(["--kd", "--holdout", "5000"])
+    assert str(options.checkpoint_path) == "weights/student_kd_t5_holdout5000.pt"
+    assert str(options.teacher_path) == "weights/teacher_holdout5000.pt"
+    assert str(parse_train(["--kd", "--holdout", "5000", "--teacher", "my.pt"]).teacher_path) == "my.pt"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--tto",
+        "",
+        "--kd --temp 20",
+        "--dataset digits --kd --seed 7",
+        "--weights_path 'my weights' --plots_path p --data_path d --kd --teacher t.pt",
+    ],
+)
+def test_the_commands_that_train_tells_find_what_it_wrote(arguments):
+    options = parse_train(shlex.split(arguments))
+    for script, parse in (("train.py", parse_train), ("test.py", parse_test)):
+        words = shlex.split(options.command(script))
+        assert words[:2] == ["python", script]
+        again = parse(words[2:])
+        for name in ("checkpoint_path", "teacher_path", "log_path", "data_path"):
+            assert getattr(again, name) == getattr(options, name)
 
 
 def test_all_plans_every_run_once():

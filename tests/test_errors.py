@@ -24,8 +24,6 @@ from damages import (
     hostile,
     in_weights,
     replace_batch,
-    resume_state,
-    with_log,
 )
 
 import checkpoint
@@ -63,6 +61,8 @@ CASES = [
     *values("train.py --subset", "0", "-5", "1.5"),
     parsed("test.py --subset 0", "--subset"),
     parsed("train.py --holdout -1", "--holdout"),
+    parsed("train.py --all True --teacher my.pt", "--teacher"),
+    parsed("train.py --tto True --teacher my.pt", "--teacher"),
     *values("train.py --views", "0", "163"),
     parsed("train.py --dataset digits --views 82", "--views.* 81 "),
     *values("train.py --seed", "-1", "2147483648", "x"),
@@ -93,7 +93,10 @@ CASES = [
     case("holdout of all", FORKED, f"train.py {QUICK} --holdout 40", "--holdout 40 leaves none of the 40"),
     # The teacher's checkpoint.
     case("no teacher", REAL, "train.py --kd True", "train one with `python train.py --tto True`"),
-    case("no teacher of digits", FORKED, f"train.py --kd True {QUICK}", "train.py --tto True --dataset digits`"),
+    case("no teacher of digits", FORKED, f"train.py --kd True {QUICK}",
+         "`python train.py --tto True --dataset digits --data_path .*`"),
+    case("no teacher of a holdout", FORKED, f"train.py --kd True {QUICK} --holdout 8 --weights_path w --seed 7",
+         "no teacher w/digits_teacher_holdout8.pt: .*`python train.py --tto True --dataset digits .*--holdout 8`"),
     case("no teacher there", FORKED, "train.py --kd True --teacher my.pt", "no teacher my.pt"),
     *(
         case(f"teacher: {name}", FORKED, "train.py --kd True", f"weights/teacher.pt.*({tells})",
@@ -110,16 +113,11 @@ CASES = [
              in_weights("teacher.pt", damage))
         for name, (damage, tells) in DAMAGES.items()
     ),
-    # The resume state and its log.
+    # The resume state.
     *(
         case(f"resume: {name}", FORKED, f"train.py {QUICK}", f"digits_student.last.pt.*({tells})",
-             with_log(in_weights("digits_student.last.pt", damage), ""))
+             in_weights("digits_student.last.pt", damage))
         for name, (damage, tells) in RESUME_DAMAGES.items()
-    ),
-    *(
-        case(f"resume: {name} log", FORKED, f"train.py {QUICK}", "digits_student.jsonl.*--resume False",
-             with_log(in_weights("digits_student.last.pt", resume_state(log_length=100)), log))
-        for name, log in (("no", None), ("shorter", "{}\n"))
     ),
     # The data.
     case("data is a file", FORKED, "train.py", "data/cifar-10-batches-py", file_as_folder("data")),

@@ -14,8 +14,8 @@ import torch
 from kill_marathon import COMMON, MOMENTS, RUNS, assert_same_result, kill_and_go_on, result, wait
 
 import checkpoint
+import runtime as rt
 from models import ARCHITECTURES, build_model
-from runtime import UserError
 
 
 @pytest.fixture(scope="module")
@@ -196,20 +196,46 @@ def test_a_save_is_on_the_disk_before_it_replaces_the_old_file(tmp_path, monkeyp
     done.clear()
     log = checkpoint.RunLog(tmp_path / "log.jsonl")
     log.append({"epoch": 1})
-    assert done == [("fsync", str(log.path))], "a line is on the disk before the state that counts on it"
+    assert [word for word, _ in done] == ["fsync", "replace", "fsync"], "so is a line of the log"
 
 
-def test_a_log_is_cut_to_where_the_state_left_it(tmp_path):
+@pytest.mark.parametrize("meanwhile", ["another run's", "cut", "longer", "removed"])
+def test_a_resumed_run_has_its_own_log_whatever_became_of_the_file(meanwhile, tmp_path):
     log = checkpoint.RunLog(tmp_path / "log.jsonl")
     log.begin({"run": "student"})
-    length = log.append({"epoch": 1})
+    log.append({"epoch": 1})
+    saved = log.text
     log.append({"epoch": 2})
-    with open(log.path, "a") as file:
-        file.write('{"epoch": 3, "half a li')
-    log.trim(length)
-    assert checkpoint.read_log(log.path) == ({"run": "student"}, [{"epoch": 1}])
-    with pytest.raises(UserError, match="shorter than the unfinished run left it"):
-        log.trim(length + 1)
+    if meanwhile == "removed":
+        log.path.unlink()
+    else:
+        longer = log.text + '{"epoch": 3, "half a li'
+        log.path.write_text({"another run's": '{"run": "other"}\n', "cut": saved[:-5], "longer": longer}[meanwhile])
+    again = checkpoint.RunLog(log.path)
+    again.write(saved)
+    again.append({"epoch": 2, "again": True})
+    assert checkpoint.read_log(log.path) == ({"run": "student"}, [{"epoch": 1}, {"epoch": 2, "again": True}])
+
+
+def test_what_a_new_run_replaces_stays_as_the_previous_one(tmp_path):
+    path = tmp_path / "teacher.pt"
+    for epochs in (60, 2, 1):
+        checkpoint.keep_previous(path)
+        checkpoint.save(path, {"model": {}, "options": {}, "epoch": epochs})
+    assert checkpoint.load(path)["epoch"] == 1
+    assert checkpoint.load(tmp_path / "teacher.pt.previous")["epoch"] == 2
+
+
+def test_a_second_signal_does_not_wait_for_the_next_step(capsys):
+    def work():
+        with rt.StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.number == signal.SIGINT
+            os.kill(os.getpid(), signal.SIGINT)
+            raise AssertionError("the second signal had no effect")
+
+    assert rt.exit_code(work) == 130
+    assert capsys.readouterr().err == "stopped at once; the same command goes on from the last save\n"
 
 
 def test_temporaries_of_the_living_are_left_alone(tmp_path):
