@@ -45,12 +45,8 @@ class TeacherCache:
         self.misses += len(missing)
         self.hits += len(rows) - len(missing)
         if len(missing):
-            whole = len(missing) == len(rows)
-            fresh = (
-                self.compute(images)
-                if whole
-                else self.compute_padded(images[torch.from_numpy(missing).to(images.device)])
-            )
+            few = torch.from_numpy(missing).to(images.device)
+            fresh = self.compute(images) if len(missing) == len(rows) else self.compute_padded(images[few])
             fresh = fresh.half().cpu().numpy().view(np.uint16)
             records[missing] = np.concatenate((fresh, seal(fresh)[:, None]), axis=1)
             self.records[rows[missing], views[missing]] = records[missing]

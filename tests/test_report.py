@@ -15,6 +15,7 @@ import inference
 import report
 import runtime as rt
 import test as test_script
+import utils
 from models import ARCHITECTURES, build_model
 from recipes import DATASETS
 from runtime import UserError
@@ -290,3 +291,31 @@ def test_only_the_same_seed_and_options_are_paired():
     assert found["gains"][0]["pairs"] == 2 and found["gains"][0]["mean"] == pytest.approx((3 + 2.5) / 2)
     assert [len(row["seeds"]) for row in found["rows"]] == [2, 1, 3]
     assert not report.collect([content(1, 70.0), kd[0]])["gains"]  # one pair has no spread
+
+
+def test_the_comparison_has_one_mean_for_runs_that_differ_in_the_seed_alone(tmp_path, monkeypatch):
+    def write_log(name: str, top1: float, kd: bool = False, split: str = "test", **options) -> None:
+        options = {"seed": 42, "num_epochs": 1, **({"temp": [5.0], "alpha": 0.9} if kd else {}), **options}
+        header = {"role": "student", "kd": kd, "dataset": "cifar10", "evaluated_on": split, "options": options}
+        line = {"epoch": 1, split: {"top1": top1}}
+        (tmp_path / f"{name}.jsonl").write_text(f"{json.dumps(header)}\n{json.dumps(line)}\n")
+
+    write_log("a", 50.0)
+    write_log("b", 52.0, seed=43)
+    write_log("c", 60.0, kd=True)
+    write_log("d", 70.0, kd=True, seed=43, alpha=0.5)
+    write_log("e", 99.0, split="holdout", holdout=8)
+    (tmp_path / "f.jsonl").write_text('{"role": "stud')
+    drawn = []
+    monkeypatch.setattr(utils, "save_figure", lambda axes, path: drawn.append(axes) or path)
+    logs = utils.find_logs(tmp_path, "cifar10")
+    assert [path.stem for path in logs] == ["a", "b", "c", "d"]
+    utils.plot_comparison(logs, tmp_path / "comparison.png")
+    lines, labels = drawn[0].get_legend_handles_labels()
+    assert labels == [
+        "Student (w/o KD): 51.00 (mean of 2)",
+        "Student (with KD, Temp = 5): 60.00",
+        "Student (with KD, Temp = 5): 70.00",
+    ]
+    assert len({line.get_color() for line in lines}) == 3 and len(drawn[0].lines) == 4
+    assert drawn[0].get_title() == "Top-1 accuracy on the test images of cifar10"
