@@ -132,7 +132,7 @@ class Options:
         words = ["python", script] + ["--tto True"] * self.tto + [f"--kd True --temp {self.temp[0]:g}"] * self.kd
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.metadata["names_files"] and value != f.default:
+            if f.metadata["names_files"] and value != f.default and not (self.tto and f.name == "teacher"):
                 words.append(f"--{f.name} {shlex.quote(str(value))}")
         return " ".join(words)
 

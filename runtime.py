@@ -82,7 +82,7 @@ class Runtime:
 
     @property
     def precision(self) -> str:
-        """ "bf16" or "fp32"."""
+        """The word bf16 or fp32."""
         return "bf16" if self.autocast_dtype is torch.bfloat16 else "fp32"
 
     def autocast(self) -> contextlib.AbstractContextManager:

@@ -113,7 +113,7 @@ def load_teacher(options: config.TrainOptions, runtime: Runtime) -> tuple[torch.
     """The teacher in evaluation mode, without gradients, and the fingerprint of its weights."""
     path = options.teacher_path
     if not path.exists():
-        command = replace(options, tto=True, kd=False, teacher=None, seed=config.DEFAULT_SEED).command("train.py")
+        command = replace(options, tto=True, kd=False, seed=config.DEFAULT_SEED).command("train.py")
         raise UserError(f"no teacher {path}: train one with `{command}`")
     teacher, content = load_model(path, "teacher", options.dataset, options.spec, runtime.device)
     return teacher, checkpoint.fingerprint(content["model"])
