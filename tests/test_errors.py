@@ -107,7 +107,7 @@ CASES = [
     # What test.py evaluates.
     case("never trained", REAL, "test.py", r"weights/student.pt.*`python train.py`"),
     case("teacher never trained", FORKED, "test.py --tto True", r"weights/teacher.pt.*`python train.py --tto True`"),
-    case("no such teacher to test", FORKED, "test.py --tto True --teacher my.pt", "my.pt: .*`python train.py --tto True`"),
+    case("no such teacher", FORKED, "test.py --tto True --teacher my.pt", "my.pt: .*`python train.py --tto True`"),
     case("T never trained", FORKED, "test.py --kd True --temp 7", r"student_kd_t7.pt.*train.py --kd True --temp 7`"),
     *(
         case(f"tested: {name}", FORKED, "test.py --tto True", f"weights/teacher.pt.*({tells})",
