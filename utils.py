@@ -215,7 +215,7 @@ def evaluate(
     model.eval()
     runtime.share_buffers(model)  # what is evaluated is what the first process saves
     logits, labels = all_logits(model, images, spec, runtime, stop), images.labels.cpu()
-    top1, top5 = (topk_correct(logits, labels) / len(labels)).tolist()
+    top1, top5 = (count / len(labels) for count in topk_correct(logits, labels).tolist())
     return {"loss": F.cross_entropy(logits, labels).item(), "top1": top1, "top5": top5}
 
 
