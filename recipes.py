@@ -41,7 +41,7 @@ DATASETS = {
         classes=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
         mean=(0.4914, 0.4822, 0.4465),
         std=(0.2470, 0.2435, 0.2616),
-        recipes={"teacher": Recipe(60, 0.05, 5e-4), "student": Recipe(60, 0.1, 5e-4)},
+        recipes={"teacher": Recipe(60, 0.05, 5e-4, head_lr=0.05), "student": Recipe(60, 0.1, 5e-4)},
         torchvision_class="CIFAR10",
     ),
     "digits": DatasetSpec(
