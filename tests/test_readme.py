@@ -5,13 +5,17 @@ import shlex
 import statistics
 
 import pytest
+import torch
 from conftest import REPOSITORY
 
 import config
 import report
 from checkpoint import read_log
+from inference import load_model
 from measures import paired_gain
-from utils import find_logs, run_title
+from recipes import DATASETS
+from runtime import Runtime
+from utils import evaluate, find_logs, load_images, run_title
 
 README = (REPOSITORY / "README.md").read_text()
 SOURCES = {"Digits": ("plots/digits_5_seeds", "digits"), "CIFAR-10": ("plots", "cifar10")}
@@ -56,17 +60,25 @@ def test_every_run_of_the_results_is_as_long_as_said(title):
         assert str(content["options"]["num_epochs"]) == said[run_title(content)]["Epochs"]
 
 
-def test_a_quoted_command_is_the_one_of_its_log():
-    contents = logged("CIFAR-10")
-    commands = [cells["Command"].strip("`") for cells in first_table("CIFAR-10").values()]
-    assert len(commands) == len(contents)
-    for command in commands:
-        options = config.parse_train(shlex.split(command)[2:])
-        wanted = options.result_options()
-        made = contents[REPOSITORY / options.log_path]["options"]
-        assert {name: wanted[name] for name in made if name != "precision"} == {
-            name: value for name, value in made.items() if name != "precision"
-        }
+def test_the_quoted_commands_are_those_of_the_logs():
+    section = README.split("### CIFAR-10\n")[1].split("\n#")[0]
+    planned = {}
+    for command in re.findall(r"^python train\.py .+$", section, re.MULTILINE):
+        for run in config.parse_train(shlex.split(command)[2:]).runs():
+            planned.setdefault(REPOSITORY / run.log_path, run.result_options())  # --all keeps what was made before
+    made = {path: content["options"] for path, content in logged("CIFAR-10").items()}
+    assert {path: options | {"precision": made[path]["precision"]} for path, options in planned.items()} == made
+
+
+@pytest.mark.parametrize("name", ["student", "student_kd_t5", "student_kd_t20"])
+def test_a_shipped_student_is_as_good_as_its_log_says(name, cifar10):
+    cpu, spec = torch.device("cpu"), DATASETS["cifar10"]
+    model, content = load_model(REPOSITORY / "weights" / f"{name}.pt", "student", "cifar10", spec, cpu)
+    found = evaluate(model, load_images(spec, cifar10)[1], spec, Runtime(cpu, None))
+    header, lines = read_log(REPOSITORY / "plots" / f"{name}.jsonl")
+    assert content["options"] == header["options"]
+    for key in ("top1", "top5"):  # in another order of additions an image or two may tip over
+        assert 100 * found[key] == pytest.approx(lines[-1]["test"][key], abs=0.03)
 
 
 def test_every_figure_of_the_readme_is_there():
@@ -85,3 +97,15 @@ def test_what_the_cache_costs_is_what_the_logs_say():
     text = " ".join(README.split())
     assert f"end at {statistics.mean(on):.2f} % with the cache and {statistics.mean(off):.2f} % without" in text
     assert f"{gain['mean']:+.2f} points (95 % interval {gain['ci'][0]:+.2f} to {gain['ci'][1]:+.2f})" in text
+
+
+def test_what_was_tried_is_what_the_trials_say():
+    def top1(name: str, split: str) -> str:
+        return f"{read_log(REPOSITORY / 'plots' / 'trials' / f'{name}.jsonl')[1][-1][split]['top1']:.2f} %"
+
+    text = " ".join(README.split())
+    slow, full = top1("head_lr_0.05", "holdout"), top1("head_lr_1", "holdout")
+    assert f"the teacher has {slow} right with it and {full} without" in text
+    teacher, student = top1("teacher_weaker", "test"), top1("student_kd_t5_weaker_teacher", "test")
+    assert f"under a weaker teacher, of {teacher}, the one of T = 5 ended at {student}." in text
+    assert f"bring the student without KD to {top1('student_all_views', 'test')}." in text
