@@ -28,7 +28,10 @@ class SaidElsewhere(Exception):
 
 
 def exit_code(main: Callable[[], None]) -> int:
-    """Call `main`: 0, or after one line on stderr 2 for a UserError and 128 + its number for a stop signal."""
+    """Call `main`: 0, or after one line on stderr 2 for a UserError and 128 + its number for a stop signal.
+
+    A reader of stdout that has gone ends it as SIGPIPE would, without a word.
+    """
     try:
         main()
     except SaidElsewhere as error:
@@ -39,6 +42,9 @@ def exit_code(main: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print("stopped at once; the same command goes on from the last save", file=sys.stderr, flush=True)
         return 128 + signal.SIGINT
+    except BrokenPipeError:  # the reader of stdout, perhaps `head`, wants no more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except Stopped as stop:
         print("stopped; the same command goes on from here", file=sys.stderr, flush=True)
         return 128 + stop.args[0]

@@ -1,12 +1,16 @@
 """What test.py says beside its numbers: cost, pictures, files, the table of models."""
 
 import json
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import REPOSITORY
 from PIL import Image
 
 import checkpoint
@@ -319,3 +323,12 @@ def test_the_comparison_has_one_mean_for_runs_that_differ_in_the_seed_alone(tmp_
     ]
     assert len({line.get_color() for line in lines}) == 3 and len(drawn[0].lines) == 4
     assert drawn[0].get_title() == "Top-1 accuracy on the test images of cifar10"
+
+
+def test_a_reader_that_wants_no_more_is_no_error(digits, tmp_path):
+    save_checkpoint(tmp_path, "digits_student", dataset="digits", options={"dataset": "digits"})
+    arguments = f"--dataset digits --subset 40 --data_path {digits} --weights_path {tmp_path} --plots_path {tmp_path}"
+    command = f"{sys.executable} {REPOSITORY / 'test.py'} {arguments} | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.stdout.startswith("test loss ") and done.stderr == ""
+    assert done.returncode == 128 + signal.SIGPIPE
