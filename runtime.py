@@ -42,12 +42,12 @@ def exit_code(main: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print("stopped at once; the same command goes on from the last save", file=sys.stderr, flush=True)
         return 128 + signal.SIGINT
-    except BrokenPipeError:  # the reader of stdout, perhaps `head`, wants no more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
     except Stopped as stop:
         print("stopped; the same command goes on from here", file=sys.stderr, flush=True)
         return 128 + stop.args[0]
+    except BrokenPipeError:  # the reader of stdout, perhaps `head`, wants no more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     return 0
 
 

@@ -18,13 +18,24 @@ from runtime import Runtime
 from utils import evaluate, find_logs, load_images, run_title
 
 README = (REPOSITORY / "README.md").read_text()
-SOURCES = {"Digits": ("plots/digits_5_seeds", "digits"), "CIFAR-10": ("plots", "cifar10")}
+TEXT = " ".join(README.split())  # as it reads, wherever its lines break
+PLOTS = REPOSITORY / "plots"
+SOURCES = {"Digits": (PLOTS / "digits_5_seeds", "digits"), "CIFAR-10": (PLOTS, "cifar10")}
+
+
+def section(title: str) -> str:
+    """The text of a README subsection."""
+    return README.split(f"### {title}\n")[1].split("\n#")[0]
+
+
+def final_top1(name: str, split: str = "test") -> float:
+    """The last top-1 (%) of the log plots/<name>.jsonl."""
+    return read_log(PLOTS / f"{name}.jsonl")[1][-1][split]["top1"]
 
 
 def first_table(title: str) -> dict[str, dict[str, str]]:
     """The first table of a README section: for each model its cells by column."""
-    section = README.split(f"### {title}\n")[1].split("\n#")[0]
-    lines = re.search(r"(^\|.*\n)+", section, re.MULTILINE)[0].splitlines()
+    lines = re.search(r"(^\|.*\n)+", section(title), re.MULTILINE)[0].splitlines()
     head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
     return {row[0]: dict(zip(head, row, strict=True)) for row in rows}
 
@@ -32,7 +43,7 @@ def first_table(title: str) -> dict[str, dict[str, str]]:
 def logged(title: str) -> dict[str, dict]:
     """What `report.collect` needs of the runs whose logs a section's table was read from, by path."""
     folder, dataset = SOURCES[title]
-    logs = {path: read_log(path) for path in find_logs(REPOSITORY / folder, dataset)}
+    logs = {path: read_log(path) for path in find_logs(folder, dataset)}
     return {path: header | {"metrics": lines[-1]["test"]} for path, (header, lines) in logs.items()}
 
 
@@ -61,9 +72,8 @@ def test_every_run_of_the_results_is_as_long_as_said(title):
 
 
 def test_the_quoted_commands_are_those_of_the_logs():
-    section = README.split("### CIFAR-10\n")[1].split("\n#")[0]
     planned = {}
-    for command in re.findall(r"^python train\.py .+$", section, re.MULTILINE):
+    for command in re.findall(r"^python train\.py .+$", section("CIFAR-10"), re.MULTILINE):
         for run in config.parse_train(shlex.split(command)[2:]).runs():
             planned.setdefault(REPOSITORY / run.log_path, run.result_options())  # --all keeps what was made before
     made = {path: content["options"] for path, content in logged("CIFAR-10").items()}
@@ -75,7 +85,7 @@ def test_a_shipped_student_is_as_good_as_its_log_says(name, cifar10):
     cpu, spec = torch.device("cpu"), DATASETS["cifar10"]
     model, content = load_model(REPOSITORY / "weights" / f"{name}.pt", "student", "cifar10", spec, cpu)
     found = evaluate(model, load_images(spec, cifar10)[1], spec, Runtime(cpu, None))
-    header, lines = read_log(REPOSITORY / "plots" / f"{name}.jsonl")
+    header, lines = read_log(PLOTS / f"{name}.jsonl")
     assert content["options"] == header["options"]
     for key in ("top1", "top5"):  # in another order of additions an image or two may tip over
         assert 100 * found[key] == pytest.approx(lines[-1]["test"][key], abs=0.03)
@@ -88,24 +98,18 @@ def test_every_figure_of_the_readme_is_there():
 
 
 def test_what_the_cache_costs_is_what_the_logs_say():
-    def top1(folder: str) -> list[float]:
-        names = (f"digits_student_kd_t5{seed}.jsonl" for seed in ("", "_seed43", "_seed44"))
-        return [read_log(REPOSITORY / "plots" / folder / name)[1][-1]["test"]["top1"] for name in names]
-
-    on, off = top1("digits_5_seeds"), top1("digits_without_cache")
+    names = [f"digits_student_kd_t5{seed}" for seed in ("", "_seed43", "_seed44")]
+    on, off = (
+        [final_top1(f"{folder}/{name}") for name in names] for folder in ("digits_5_seeds", "digits_without_cache")
+    )
     gain = paired_gain(on, off)
-    text = " ".join(README.split())
-    assert f"end at {statistics.mean(on):.2f} % with the cache and {statistics.mean(off):.2f} % without" in text
-    assert f"{gain['mean']:+.2f} points (95 % interval {gain['ci'][0]:+.2f} to {gain['ci'][1]:+.2f})" in text
+    assert f"end at {statistics.mean(on):.2f} % with the cache and {statistics.mean(off):.2f} % without" in TEXT
+    assert f"{gain['mean']:+.2f} points (95 % interval {gain['ci'][0]:+.2f} to {gain['ci'][1]:+.2f})" in TEXT
 
 
 def test_what_was_tried_is_what_the_trials_say():
-    def top1(name: str, split: str) -> str:
-        return f"{read_log(REPOSITORY / 'plots' / 'trials' / f'{name}.jsonl')[1][-1][split]['top1']:.2f} %"
-
-    text = " ".join(README.split())
-    slow, full = top1("head_lr_0.05", "holdout"), top1("head_lr_1", "holdout")
-    assert f"the teacher has {slow} right with it and {full} without" in text
-    teacher, student = top1("teacher_weaker", "test"), top1("student_kd_t5_weaker_teacher", "test")
-    assert f"under a weaker teacher, of {teacher}, the one of T = 5 ended at {student}." in text
-    assert f"bring the student without KD to {top1('student_all_views', 'test')}." in text
+    slow, full = (final_top1(f"trials/head_lr_{rate}", "holdout") for rate in ("0.05", "1"))
+    assert f"the teacher has {slow:.2f} % right with it and {full:.2f} % without" in TEXT
+    teacher, student = final_top1("trials/teacher_weaker"), final_top1("trials/student_kd_t5_weaker_teacher")
+    assert f"under a weaker teacher, of {teacher:.2f} %, the one of T = 5 ended at {student:.2f} %." in TEXT
+    assert f"bring the student without KD to {final_top1('trials/student_all_views'):.2f} %." in TEXT
