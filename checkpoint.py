@@ -39,7 +39,7 @@ def writing(path: Path) -> Iterator[Path]:
             if pid.isdecimal() and not process_lives(int(pid)):
                 stale.unlink(missing_ok=True)
         yield temporary
-        with open(temporary, "rb") as file:
+        with open(temporary, "r+b") as file:  # Windows flushes only what it may write to
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
@@ -60,7 +60,9 @@ def reason(error: Exception) -> str:
 
 
 def process_lives(pid: int) -> bool:
-    """Whether a process of this machine has this number."""
+    """Whether a process of this machine has this number; on Windows, where asking would be a signal, True."""
+    if os.name == "nt":
+        return True
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -191,12 +193,12 @@ class RunLog:
     def __init__(self, path: Path) -> None:
         self.path, self.text = path, ""
 
-    def begin(self, header: dict) -> None:
-        """Start with the header line; an older log with epochs is moved aside. UserError where that fails."""
+    def begin(self, header: dict, keep_old: bool = True) -> None:
+        """Start with the header line; an older log with epochs may be moved aside. UserError where that fails."""
         self.text = json.dumps(header) + "\n"
         with writing(self.path) as temporary:
             temporary.write_text(self.text)
-            if self.path.exists() and self.path.read_bytes().count(b"\n") > 1:
+            if keep_old and self.path.exists() and self.path.read_bytes().count(b"\n") > 1:
                 os.replace(self.path, self.path.with_name(self.path.name + ".previous"))
 
     def append(self, line: dict) -> None:

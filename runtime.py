@@ -30,24 +30,27 @@ class SaidElsewhere(Exception):
 def exit_code(main: Callable[[], None]) -> int:
     """Call `main`: 0, or after one line on stderr 2 for a UserError and 128 + its number for a stop signal.
 
-    A reader of stdout that has gone ends it as SIGPIPE would, without a word.
+    A device whose memory is full counts as a UserError. A reader of stdout that has gone ends it as SIGPIPE would,
+    without a word.
     """
     try:
         main()
     except SaidElsewhere as error:
         return error.args[0]
-    except UserError as error:
+    except (UserError, torch.OutOfMemoryError) as error:
+        if not isinstance(error, UserError):
+            error = "not enough memory on the device: give train.py a smaller --batch_size, or --device cpu"
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
-        print("stopped at once; the same command goes on from the last save", file=sys.stderr, flush=True)
+        print("stopped at once; a training goes on from its last save", file=sys.stderr, flush=True)
         return 128 + signal.SIGINT
     except Stopped as stop:
         print("stopped; the same command goes on from here", file=sys.stderr, flush=True)
         return 128 + stop.args[0]
     except BrokenPipeError:  # the reader of stdout, perhaps `head`, wants no more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        return 128 + 13  # SIGPIPE, a name that Windows lacks
     return 0
 
 

@@ -166,7 +166,8 @@ def begin(run: Run, split: str, count: int) -> None:
     if runtime.is_main:
         checkpoint.keep_previous(options.checkpoint_path)
         header = {"run": options.run_name, "evaluated_on": split, "device": rt.device_title(runtime), **run.identity}
-        run.log.begin(header | {"world_size": runtime.world_size, "versions": checkpoint.versions()})
+        header |= {"world_size": runtime.world_size, "versions": checkpoint.versions()}
+        run.log.begin(header, keep_old=not exists)  # an unfinished run's is worth less than what was kept before
     run.save()
 
 
@@ -188,7 +189,8 @@ def finish(run: Run, split: str) -> None:
     metrics = checkpoint.read_log(options.log_path)[1][-1][split]
     checkpoint.save(options.checkpoint_path, run.state(metrics=metrics))
     figures = plot_curves(options.log_path, options.plots_path)
-    figures.append(plot_comparison(find_logs(options.plots_path, options.dataset), options.comparison_path))
+    if logs := find_logs(options.plots_path, options.dataset):
+        figures.append(plot_comparison(logs, options.comparison_path))
     options.resume_path.unlink(missing_ok=True)
     print(f"saved {options.checkpoint_path}, {options.log_path} and {', '.join(path.name for path in figures)}")
     if not options.holdout:  # a trial, which test.py has no business with
@@ -217,14 +219,15 @@ def train_all(options: config.TrainOptions) -> None:
 def is_finished(options: config.TrainOptions, runtime: Runtime) -> bool:
     """Whether a finished checkpoint of these options, and for KD of the present teacher, is there.
 
-    A teacher only has to know the same images: one that was trained longer is not to be trained again.
+    A teacher has to know the same images and to be trained as long: a better one is not to be trained again.
     """
     if options.resume == "False" or options.resume_path.exists() or not options.checkpoint_path.exists():
         return False
     found = checkpoint.load(options.checkpoint_path, role=options.role, dataset=options.dataset)
     wanted = options.result_options()
     if options.tto:
-        return all(found["options"][name] == wanted[name] for name in ("subset", "holdout"))
+        same_images = all(found["options"][name] == wanted[name] for name in ("subset", "holdout"))
+        return same_images and found["options"]["num_epochs"] >= wanted["num_epochs"]
     return found["options"] == wanted and found["teacher"] == (load_teacher(options, runtime)[1] if options.kd else "")
 
 

@@ -10,8 +10,10 @@ import torch
 from kill_marathon import result, wait
 
 import checkpoint
+import config
 import train
 import utils
+from runtime import Runtime
 
 RUNS = ["teacher", *(f"student{kd}{seed}" for seed in ("", "_seed43") for kd in ("", "_kd_t5", "_kd_t20"))]
 
@@ -92,6 +94,9 @@ def test_students_of_a_seed_differ_in_the_loss_alone(command, tmp_path, monkeypa
     monkeypatch.setattr(utils.Views, "batch", batch)
     folders = [f"--weights_path={tmp_path}", f"--plots_path={tmp_path}"]
     assert train.main([*command[1:], *folders]) == 0
+    longer, same = (config.parse_train([*command[1:], *folders, f"--num_epochs={n}"]).runs()[0] for n in (2, 1))
+    runtime = Runtime(torch.device("cpu"), None)
+    assert train.is_finished(same, runtime) and not train.is_finished(longer, runtime), "a teacher trained too shortly"
     names = [name for name, _ in begun]
     assert names == [f"digits_{name}" for name in RUNS]
     for first in (1, 4):  # of each seed, the student without KD

@@ -235,7 +235,15 @@ def test_a_second_signal_does_not_wait_for_the_next_step(capsys):
             raise AssertionError("the second signal had no effect")
 
     assert rt.exit_code(work) == 130
-    assert capsys.readouterr().err == "stopped at once; the same command goes on from the last save\n"
+    assert capsys.readouterr().err == "stopped at once; a training goes on from its last save\n"
+
+
+def test_a_full_device_is_one_line_that_says_what_to_do(capsys):
+    def work():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    assert rt.exit_code(work) == 2
+    assert "--batch_size" in capsys.readouterr().err
 
 
 def test_temporaries_of_the_living_are_left_alone(tmp_path):
@@ -259,3 +267,15 @@ def test_a_new_run_keeps_the_log_of_the_one_before(student, forked, tmp_path):
     assert done.returncode == 0, done.stderr
     assert log.read_bytes() != before
     assert Path(f"{log}.previous").read_bytes() == before
+
+
+def test_a_run_begun_anew_in_its_middle_leaves_the_finished_ones_log(student, start_script, forked, tmp_path):
+    log = tmp_path / "plots" / "student.jsonl"
+    assert forked(*student, "--num_epochs=1", folder=tmp_path).returncode == 0
+    finished = log.read_bytes()
+    run = start_script(*student, "--num_epochs=1000", folder=tmp_path)
+    wait(lambda: log.exists() and log.read_bytes() != finished and log.read_bytes().count(b"\n") > 1, run)
+    os.kill(run.pid, signal.SIGKILL)
+    run.end()
+    assert forked(*student, "--num_epochs=1", "--resume=False", folder=tmp_path).returncode == 0
+    assert Path(f"{log}.previous").read_bytes() == finished
