@@ -281,6 +281,11 @@ def test_compare_says_of_each_checkpoint_what_its_own_report_says(tmp_path, eval
         assert f"{100 * expected['ece']:.2f}%" in line and f"{expected['nll']:.4f}" in line
     assert cells(table)[0][4:] == ["ECE", "NLL", "Agreement", "KL", "MACs", "Size", "Latency", "Images/s"]
     assert cells(table)[2][6:8] == ["", ""], "the teacher is not compared with itself"
+    elsewhere = (tmp_path / "teacher.pt").rename(tmp_path / "plots" / "another.pt")
+    assert evaluate("--compare", "True", f"--teacher={elsewhere}") == 0
+    assert (tmp_path / "plots" / "comparison.md").read_text() == table
+    assert evaluate("--compare", "True", f"--teacher={tmp_path / 'student.pt'}") == 2
+    assert "holds role student" in capfd.readouterr().err
 
 
 def test_only_the_same_seed_and_options_are_paired():
