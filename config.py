@@ -35,10 +35,11 @@ def number(kind: type, at_least: float = -math.inf, above: float = -math.inf, at
     def parse(text: str):
         try:
             value = kind(text)
-        except ValueError:
+            finite = math.isfinite(value)
+        except (ValueError, OverflowError):
             name = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"expected {name}, not {text!r}") from None
-        if not math.isfinite(value) or value < at_least or value <= above or value > at_most:
+        if not finite or value < at_least or value <= above or value > at_most:
             bounds = [f"at least {at_least}"] if at_least > -math.inf else []
             bounds += [f"above {above}"] if above > -math.inf else []
             bounds += [f"at most {at_most}"] if at_most < math.inf else []
@@ -69,7 +70,7 @@ class Options:
     kd: bool = option(False, "distil the teacher's knowledge into the student", boolean)
     temp: tuple[float, ...] | None = option(
         None, "temperature T of the softened probabilities (default: 5; with --all: 5 20)",
-        number(float, above=0), shapes_result=True, nargs="+",
+        number(float, above=0, at_most=1000), shapes_result=True, nargs="+",
     )  # fmt: skip
     dataset: str = option(
         "cifar10", "data set: cifar10, or digits, which are drawn here without a download",
@@ -79,7 +80,7 @@ class Options:
     weights_path: Path = option(Path("weights"), "folder of the checkpoints", Path, names_files=True)
     plots_path: Path = option(Path("plots"), "folder of the logs and figures", Path, names_files=True)
     teacher: Path | None = option(
-        None, "the teacher's checkpoint (default: [digits_]teacher.pt in --weights_path)", Path, names_files=True
+        None, "the teacher's checkpoint (default: what --tto True leaves in --weights_path)", Path, names_files=True
     )
     seed: int = option(
         DEFAULT_SEED, "seed of initial weights, order and views; another one is part of the files' names",
@@ -132,7 +133,7 @@ class Options:
         words = ["python", script] + ["--tto True"] * self.tto + [f"--kd True --temp {self.temp[0]:g}"] * self.kd
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.metadata["names_files"] and value != f.default and not (self.tto and f.name == "teacher"):
+            if f.metadata["names_files"] and value != f.default and (self.kd or f.name != "teacher"):
                 words.append(f"--{f.name} {shlex.quote(str(value))}")
         return " ".join(words)
 
@@ -308,8 +309,10 @@ def parse_train(argv: list[str] | None = None) -> TrainOptions:
     parser, options = parse("train.py", TrainOptions, argv)
     if options.all and (options.tto or options.kd):
         parser.error("--all trains teacher and students: leave --tto and --kd out")
-    if options.teacher and (options.all or options.tto):
-        parser.error("--teacher names the teacher that --kd True learns from; --all and --tto train one: leave it out")
+    if options.teacher and not options.kd:
+        parser.error("--teacher names the teacher that --kd True learns from: give both, or leave it out")
+    if options.all and options.resume == "True":
+        parser.error("--all goes on with what is unfinished by itself: leave --resume out, or False to start anew")
     if options.seeds > 1 and not options.all:
         parser.error("--seeds repeats the runs of --all True: give both, or --seed for one run")
     if options.views is not None and options.views > options.spec.views:

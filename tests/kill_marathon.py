@@ -165,7 +165,8 @@ def main(data_path: str = str(REPOSITORY / "data"), kills: str = "20") -> int:
         expected, teacher = {}, Path(scratch, "teacher", "weights", "teacher.pt")
         for name in sorted(RUNS, key=lambda name: name != "teacher"):
             folder = Path(scratch, name)
-            arguments = [*RUNS[name], *COMMON, f"--data_path={Path(data_path).resolve()}", f"--teacher={teacher}"]
+            arguments = [*RUNS[name], *COMMON, f"--data_path={Path(data_path).resolve()}"]
+            arguments += [f"--teacher={teacher}"] * ("--kd" in arguments)
             folder.mkdir()
             began = time.monotonic()
             done = Command(folder, arguments).end()
