@@ -27,6 +27,12 @@ class SaidElsewhere(Exception):
     """Another process has already shown the error that this one ends with; its exit code is the argument."""
 
 
+def complain(text: str) -> int:
+    """Print a user's error as one line on stderr; its exit code."""
+    print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr, flush=True)
+    return 2
+
+
 def exit_code(main: Callable[[], None]) -> int:
     """Call `main`: 0, or after one line on stderr 2 for a UserError and 128 + its number for a stop signal.
 
@@ -37,11 +43,10 @@ def exit_code(main: Callable[[], None]) -> int:
         main()
     except SaidElsewhere as error:
         return error.args[0]
-    except (UserError, torch.OutOfMemoryError) as error:
-        if not isinstance(error, UserError):
-            error = "not enough memory on the device: give train.py a smaller --batch_size, or --device cpu"
-        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
-        return 2
+    except UserError as error:
+        return complain(str(error))
+    except torch.OutOfMemoryError:
+        return complain("not enough memory on the device: give train.py a smaller --batch_size, or --device cpu")
     except KeyboardInterrupt:
         print("stopped at once; a training goes on from its last save", file=sys.stderr, flush=True)
         return 128 + signal.SIGINT

@@ -124,11 +124,13 @@ def compare_with_teacher(
 
 def compare(options: config.TestOptions, runtime: Runtime) -> None:
     """Evaluate every finished checkpoint of the data set and publish their table; UserError where there is none."""
-    paths = sorted(options.weights_path.glob(f"{options.spec.prefix}*.pt"))
-    found = {path: checkpoint.load(path) for path in paths if not path.name.endswith(".last.pt")}
+    found = {}
     if options.teacher:  # which may lie in another folder
-        found = {path: content for path, content in found.items() if path.resolve() != options.teacher.resolve()}
         found[options.teacher] = checkpoint.load(options.teacher, role="teacher", dataset=options.dataset)
+    read = [path.resolve() for path in found]
+    paths = sorted(options.weights_path.glob(f"{options.spec.prefix}*.pt"))
+    paths = [path for path in paths if not path.name.endswith(".last.pt") and path.resolve() not in read]
+    found |= {path: checkpoint.load(path) for path in paths}
     found = {
         path: content
         for path, content in found.items()
