@@ -1,19 +1,25 @@
 """Every option of train.py and test.py, declared once and checked once, and the names of all files.
 
-Standard library only: `--help` and a wrong option answer before torch is imported.
+Standard library and the table of data sets only: `--help` and a wrong option answer before torch is imported.
 """
 
 import argparse
 import math
+import os
 import re
 import shlex
+import signal
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-from recipes import DATASETS, DatasetSpec
+from datasets import DATASETS, DatasetSpec, Recipe
 
 DEFAULT_SEED = 42
+OPTIMIZERS = ("muon", "sgd")
+RECIPE_OPTIONS = tuple(f.name for f in fields(Recipe))
+
+# ---------------------------------------------------------------------------------------------- how a value is read
 
 
 def boolean(text: str) -> bool:
@@ -56,10 +62,36 @@ def device_name(text: str) -> str:
     return text
 
 
-def option(default, text: str, parse=str, shapes_result: bool = False, names_files: bool = False, **keywords):
-    """An option: its default, help, parser, whether a run with another value is another run, or has other files."""
-    metadata = {"help": text, "parse": parse, "shapes_result": shapes_result, "names_files": names_files}
-    return field(default=default, metadata=metadata | {"keywords": keywords})
+def file_name(text: str) -> Path:
+    """The path of a file, which is no folder."""
+    if not Path(text).name or Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"expected the name of a file, not {text!r}")
+    return Path(text)
+
+
+def plain(value: float) -> str:
+    """A number as one would type it, exactly: 5.0 is 5, and no two temperatures read alike."""
+    return repr(value).removesuffix(".0")
+
+
+def by_recipe(name: str) -> str:
+    """The defaults of an option that hangs on data set and role, as `--help` shows them."""
+    rows = []
+    for dataset, spec in DATASETS.items():
+        values = [getattr(spec.recipes[role, OPTIMIZERS[0]], name) for role in ("teacher", "student")]
+        teacher, student = (spec.views if value is None else plain(value) for value in values)
+        rows.append(f"{dataset} {teacher}" + (f" and {student}" if teacher != student else ""))
+    return f"(default for teacher and student: {', '.join(rows)})"
+
+
+def option(default, text: str, parse=str, **more):
+    """An option: its default, help and parser; `shapes_result`: a run with another value is another run;
+    `names_files`: its files are others; the rest is argparse's."""
+    flags = {name: more.pop(name, False) for name in ("shapes_result", "names_files")}
+    return field(default=default, metadata={"help": text, "parse": parse, "keywords": more, **flags})
+
+
+# ---------------------------------------------------------------------------------------------- the options
 
 
 @dataclass(frozen=True)
@@ -69,12 +101,12 @@ class Options:
     tto: bool = option(False, "train (test) the teacher only", boolean)
     kd: bool = option(False, "distil the teacher's knowledge into the student", boolean)
     temp: tuple[float, ...] | None = option(
-        None, "temperature T of the softened probabilities (default: 5; with --all: 5 20)",
-        number(float, above=0, at_most=1000), shapes_result=True, nargs="+",
+        None, "temperature T of the softened probabilities, 0.01 to 1000 (default: 5; with --all: 5 20)",
+        number(float, at_least=0.01, at_most=1000), shapes_result=True, nargs="+",
     )  # fmt: skip
     dataset: str = option(
         "cifar10", "data set: cifar10, or digits, which are drawn here without a download",
-        shapes_result=True, names_files=True, choices=tuple(DATASETS),
+        names_files=True, choices=tuple(DATASETS),
     )  # fmt: skip
     data_path: Path = option(Path("data"), "folder of the data sets", Path, names_files=True)
     weights_path: Path = option(Path("weights"), "folder of the checkpoints", Path, names_files=True)
@@ -87,8 +119,13 @@ class Options:
         number(int, at_least=0, at_most=2**31 - 1), shapes_result=True, names_files=True,
     )  # fmt: skip
     subset: int | None = option(
-        None, "first N training and first N/5 test images, for a quick trial (default: all)",
-        number(int, at_least=1), shapes_result=True,
+        None, "first N training and first N/5 test images, for a quick trial; part of the files' names (default: all)",
+        number(int, at_least=1), shapes_result=True, names_files=True,
+    )  # fmt: skip
+    holdout: int = option(
+        0, "evaluate on the last N training images, kept from training, instead of the test set; "
+        "part of the files' names",
+        number(int, at_least=0), shapes_result=True, names_files=True,
     )  # fmt: skip
     device: str = option("auto", "auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:N or mps", device_name)
     precision: str = option(
@@ -110,11 +147,18 @@ class Options:
         return self.temp[0]
 
     @property
+    def trial_suffix(self) -> str:
+        """Part of the files' names: a trial replaces no result, and a holdout's runs share no teacher with others."""
+        subset = f"_subset{self.subset}" if self.subset else ""
+        holdout = f"_holdout{self.holdout}" if self.holdout else ""
+        return subset + holdout
+
+    @property
     def run_name(self) -> str:
-        """teacher, student or student_kd_t5, with the data set before it and an unusual seed after it."""
-        name = f"student_kd_t{self.temperature:g}" if self.kd else self.role
+        """teacher, student or student_kd_t5, with the data set before it, an unusual seed and a trial's size after."""
+        name = f"student_kd_t{plain(self.temperature)}" if self.kd else self.role
         seed = "" if self.seed == DEFAULT_SEED else f"_seed{self.seed}"
-        return f"{self.spec.prefix}{name}{seed}"
+        return f"{self.spec.prefix}{name}{seed}{self.trial_suffix}"
 
     @property
     def checkpoint_path(self) -> Path:
@@ -126,64 +170,88 @@ class Options:
 
     @property
     def comparison_path(self) -> Path:
-        return self.plots_path / f"{self.spec.prefix}comparison.png"
-
-    def command(self, script: str) -> str:
-        """What to type to train this run (`script` "train.py") or to evaluate it ("test.py")."""
-        words = ["python", script] + ["--tto True"] * self.tto + [f"--kd True --temp {self.temp[0]:g}"] * self.kd
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if f.metadata["names_files"] and value != f.default and (self.kd or f.name != "teacher"):
-                words.append(f"--{f.name} {shlex.quote(str(value))}")
-        return " ".join(words)
+        return self.plots_path / f"{self.spec.prefix}comparison{self.trial_suffix}.png"
 
     @property
     def teacher_path(self) -> Path:
-        """The teacher to learn from, or to be compared with."""
-        return self.teacher or self.weights_path / f"{self.spec.prefix}teacher.pt"
+        """The teacher to learn from, or to be compared with: of a trial, one of the same images."""
+        return self.teacher or self.weights_path / f"{self.spec.prefix}teacher{self.trial_suffix}.pt"
+
+    @property
+    def split(self) -> str:
+        """What a run is evaluated on, as its log calls it."""
+        return "holdout" if self.holdout else "test"
+
+    def command(self, script: str, every: bool = False) -> str:
+        """What to type to train this run (`script` "train.py") or to evaluate it ("test.py").
+
+        With the options that name its files, or with `every` one that is not the default.
+        """
+        words = ["python", script]
+        words += ["--tto True"] if self.tto else []
+        words += ["--kd True"] if self.kd else []
+        usual = self.defaults()
+        if self.kd or (every and self.temp != usual["temp"]):
+            words.append(f"--temp {' '.join(map(plain, self.temp))}")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            told = f.metadata["names_files"] or every
+            if told and f.name not in ("tto", "kd", "temp") and value != usual[f.name]:
+                words.append(f"--{f.name} {shlex.quote(plain(value) if isinstance(value, float) else str(value))}")
+        return " ".join(words)
+
+    def defaults(self) -> dict:
+        """What each option is where the user does not give it."""
+        temps = (5.0, 20.0) if getattr(self, "all", False) else (5.0,)
+        return {f.name: f.default for f in fields(self)} | {"temp": temps}
 
 
 @dataclass(frozen=True)
 class TrainOptions(Options):
-    """Options of train.py. `None` stands for what the recipe of data set and role says, until resolved."""
+    """Options of train.py. `None` stands for what the recipe of data set, role and optimizer says, until resolved."""
 
-    all: bool = option(False, "everything: teacher, students without and with KD, evaluation, table", boolean)
+    all: bool = option(
+        False, "everything: teacher, students without and with KD, evaluation, table; the options of training are the "
+        "students', the teacher has its own recipe, or was trained before by --tto True",
+        boolean,
+    )  # fmt: skip
     seeds: int = option(1, "with --all: number of seeds of the students, paired", number(int, at_least=1))
     alpha: float = option(
         0.9, "weight of the KL term, 0 to 1; 1 - alpha is the cross-entropy's",
         number(float, at_least=0, at_most=1), shapes_result=True,
     )  # fmt: skip
+    optimizer: str = option(
+        OPTIMIZERS[0], "muon for the convolutions and SGD for the rest, or sgd for all, each with its own recipe",
+        choices=OPTIMIZERS, shapes_result=True,
+    )  # fmt: skip
     num_epochs: int | None = option(
-        None, "epochs (default: by data set and role: 60; for digits 9 and 4)", number(int, at_least=1),
-        shapes_result=True,
-    )  # fmt: skip
+        None, f"epochs {by_recipe('num_epochs')}", number(int, at_least=1), shapes_result=True
+    )
     batch_size: int | None = option(
-        None, "images a step, over all devices (default: by data set and role)", number(int, at_least=1),
-        shapes_result=True,
-    )  # fmt: skip
+        None, f"images a step, over all devices {by_recipe('batch_size')}", number(int, at_least=1), shapes_result=True
+    )
     lr: float | None = option(
-        None, "peak learning rate (default: by data set and role)", number(float, above=0), shapes_result=True
+        None, f"peak learning rate {by_recipe('lr')}", number(float, above=0), shapes_result=True
     )
     head_lr: float | None = option(
-        None, "the last layer's learning rate, as a fraction of --lr (default: by data set and role)",
+        None, f"the last layer's learning rate, as a fraction of --lr {by_recipe('head_lr')}",
         number(float, above=0), shapes_result=True,
     )  # fmt: skip
     weight_decay: float | None = option(
-        None, "L2 penalty on all weights but biases and batch norm (default: by data set and role)",
+        None, "L2 penalty on the last layer's weights, with sgd on all but those of batch norm "
+        f"{by_recipe('weight_decay')}",
         number(float, at_least=0), shapes_result=True,
     )  # fmt: skip
-    holdout: int = option(
-        0, "evaluate on the last N training images, kept from training, instead of the test set",
-        number(int, at_least=0), shapes_result=True, names_files=True,
-    )  # fmt: skip
     views: int | None = option(
-        None, "crops and flips drawn an image (default: all 162; for a student of digits 4 of 81)",
-        number(int, at_least=1), shapes_result=True,
+        None, f"crops and mirror images drawn an image {by_recipe('views')}", number(int, at_least=1),
+        shapes_result=True,
     )  # fmt: skip
-    cache_teacher: bool = option(True, "with KD: keep the teacher's logits on disk", boolean)
-    sync_bn: bool = option(False, "batch norm over the global batch on several devices", boolean)
-    compile: bool = option(False, "torch.compile the model; pays on long runs", boolean)
-    deterministic: bool = option(False, "bit-identical repeats on CUDA too, at some speed", boolean)
+    cache_teacher: bool = option(True, "with KD: keep the teacher's logits on disk", boolean, shapes_result=True)
+    sync_bn: bool = option(False, "batch norm over the global batch on several devices", boolean, shapes_result=True)
+    compile: bool = option(False, "torch.compile the model; pays on long runs", boolean, shapes_result=True)
+    deterministic: bool = option(
+        False, "bit-identical repeats on CUDA too, at some speed", boolean, shapes_result=True
+    )
     resume: str = option(
         "auto", "auto: go on with an unfinished run; True: it must exist; False: start anew", resume_mode
     )
@@ -192,68 +260,95 @@ class TrainOptions(Options):
     )
 
     @property
-    def holdout_suffix(self) -> str:
-        """Part of the files' names: what one run keeps aside, another may have been trained on."""
-        return f"_holdout{self.holdout}" * bool(self.holdout)
-
-    @property
-    def run_name(self) -> str:
-        return super().run_name + self.holdout_suffix
-
-    @property
-    def teacher_path(self) -> Path:
-        """The teacher to learn from; with --holdout one that has not seen the images kept aside either."""
-        return self.teacher or self.weights_path / f"{self.spec.prefix}teacher{self.holdout_suffix}.pt"
-
-    @property
     def resume_path(self) -> Path:
         return self.weights_path / f"{self.run_name}.last.pt"
 
+    @property
+    def recipe(self) -> Recipe:
+        return self.spec.recipes[self.role, self.optimizer]
+
+    def defaults(self) -> dict:
+        """What each option is where the user does not give it: before `resolved` and after."""
+        usual = super().defaults()
+        return usual if self.num_epochs is None or self.all else usual | asdict(self.recipe)
+
     def resolved(self, **changes) -> "TrainOptions":
         """These options for one run, the recipe's values in place of None."""
-        run = replace(self, all=False, **changes)
-        recipe = asdict(run.spec.recipes[run.role])
-        return replace(run, **{name: value for name, value in recipe.items() if getattr(run, name) is None})
+        run = replace(self, all=False, seeds=1, **changes)
+        return replace(
+            run, **{name: value for name, value in asdict(run.recipe).items() if getattr(run, name) is None}
+        )
 
     def runs(self) -> list["TrainOptions"]:
         """The runs to do, in order: one, or with `all` the teacher, then each seed's students."""
         if not self.all:
             return [self]
-        plan = [self.resolved(tto=True, seed=DEFAULT_SEED, temp=self.temp[:1])]
+        recipe = dict.fromkeys(RECIPE_OPTIONS)  # the user's are the students'
+        plan = [self.resolved(tto=True, seed=DEFAULT_SEED, temp=(5.0,), **recipe)]
         for seed in range(self.seed, self.seed + self.seeds):
-            plan.append(self.resolved(seed=seed, temp=self.temp[:1]))
+            plan.append(self.resolved(seed=seed, temp=(5.0,)))
             plan += [self.resolved(seed=seed, kd=True, temp=(temp,)) for temp in self.temp]
         return plan
 
     def result_options(self) -> dict:
-        """The options that shape the result, as plain values: two runs that agree in them are the same run."""
+        """The options that shape the result, as plain values."""
         names = [f.name for f in fields(self) if f.metadata["shapes_result"]]
         if not self.kd:
-            names = [name for name in names if name not in ("temp", "alpha")]
+            names = [name for name in names if name not in ("temp", "alpha", "cache_teacher")]
         values = {name: getattr(self, name) for name in names}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return values | ({"temp": self.temperature} if self.kd else {})
 
 
 @dataclass(frozen=True)
 class TestOptions(Options):
     """Options of test.py."""
 
+    checkpoint: Path | None = option(
+        None, "any checkpoint to evaluate; it says itself what it is (default: the one that the other options name)",
+        file_name,
+    )  # fmt: skip
     compare: bool = option(False, "one table of all checkpoints found, and the comparison figures", boolean)
     image: tuple[Path, ...] | None = option(
         None, "pictures to classify instead of the test set (default: none)", Path, nargs="+"
     )
-    json: Path | None = option(None, "file for the report's numbers (default: none)", Path)
-    export: Path | None = option(None, "file for the model as a torch.export program, .pt2 (default: none)", Path)
+    json: Path | None = option(None, "file for the report's numbers (default: none)", file_name)
+    export: Path | None = option(
+        None, "file for the model as a torch.export program, .pt2 (default: none)", file_name
+    )
+
+
+# ---------------------------------------------------------------------------------------------- help and parsing
+
+# An option that this command would ignore is a mistake: what it needs beside it, and what it can't stand beside.
+NEEDS = {
+    "train.py": {
+        "temp": ("kd", "all"),
+        "alpha": ("kd", "all"),
+        "cache_teacher": ("kd", "all"),
+        "teacher": ("kd",),
+        "seeds": ("all",),
+    },
+    "test.py": {"temp": ("kd",)},
+}
+EXCLUDES = {
+    "train.py": {"tto": ("kd", "all"), "kd": ("all",)},
+    "test.py": {
+        "tto": ("kd",),
+        "checkpoint": ("tto", "kd", "seed", "dataset", "subset", "holdout", "compare"),
+        "compare": ("tto", "kd", "seed", "image", "json", "export"),
+        "image": ("subset", "holdout", "json", "export", "data_path"),
+    },
+}
 
 
 def option_help(f) -> str:
     """What a field's option means, in which unit, and its default."""
     text = f.metadata["help"]
-    return text if "(default:" in text else f"{text} (default: {f.default})"
+    return text if "(default" in text else f"{text} (default: {f.default})"
 
 
 def option_table() -> str:
-    """README's Markdown table of every option, from the same text as `--help`."""
+    """The Markdown table of every option, from the same text as `--help`."""
     rows = ["| option | script | meaning |", "|---|---|---|"]
     for script, options_class in (("both", Options), ("train.py", TrainOptions), ("test.py", TestOptions)):
         known = 0 if options_class is Options else len(fields(Options))
@@ -265,25 +360,22 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, exit code 2."""
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
 def build_parser(script: str, options_class: type[Options]) -> Parser:
-    """The parser of one script, from the fields of its options."""
+    """The parser of one script, from the fields of its options; what is not given is not in its result."""
     train = "Train the teacher, or the student with or without knowledge distillation."
     description = train if script == "train.py" else "Evaluate what train.py left."
-    parser = Parser(script, description=description, allow_abbrev=False)
+    parser = Parser(script, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for f in fields(options_class):
-        text = option_help(f)
         keywords = dict(f.metadata["keywords"])
         if f.metadata["parse"] is boolean:
             keywords |= {"nargs": "?", "const": True, "metavar": "True|False"}
         elif "choices" not in keywords:
             kinds = {float: "X", int: "N", Path: "PATH"}
             keywords["metavar"] = next((v for k, v in kinds.items() if k.__name__ in str(f.type)), f.name.upper())
-        parser.add_argument(
-            f"--{f.name}", type=f.metadata["parse"], default=f.default, help=text.replace("%", "%%"), **keywords
-        )
+        parser.add_argument(f"--{f.name}", type=f.metadata["parse"], help=option_help(f).replace("%", "%%"), **keywords)
     return parser
 
 
@@ -293,28 +385,37 @@ def parse(script: str, options_class: type[Options], argv: list[str] | None) -> 
     # --num-epochs is --num_epochs
     words = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), word) for word in words]
     parser = build_parser(script, options_class)
-    values = vars(parser.parse_args(words))
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    if values["tto"] and values["kd"]:
-        parser.error("--tto trains the teacher and --kd the student: give one of them")
-    if values["temp"] is None:
-        values["temp"] = (5.0, 20.0) if values.get("all") else (5.0,)
-    if len(values["temp"]) > 1 and not values.get("all"):
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(parser.parse_args(words)).items()}
+    options = options_class(**given)
+    check_company(parser, given)
+    if "temp" not in given:
+        options = replace(options, temp=options.defaults()["temp"])
+    if len(options.temp) > 1 and not getattr(options, "all", False):
         parser.error("--temp takes several temperatures only with --all True: give one")
-    return parser, options_class(**values)
+    if len(set(options.temp)) < len(options.temp):
+        parser.error("--temp names a temperature twice")
+    return parser, options
+
+
+def check_company(parser: Parser, given: dict) -> None:
+    """Exit with code 2 where an option lacks what it needs beside it, or stands beside what it can't."""
+    asked = [name for name, value in given.items() if value is not False]
+    for name in given:
+        needs = NEEDS[parser.prog].get(name, ())
+        if needs and not any(need in asked for need in needs):
+            wanted = " or ".join(f"--{need} True" for need in needs)
+            parser.error(f"--{name} means something with {wanted} alone: give that too, or leave --{name} out")
+    for name in asked:
+        for other in EXCLUDES[parser.prog].get(name, ()):
+            if other in asked:
+                parser.error(f"--{name} and --{other} do not go together: leave one of them out")
 
 
 def parse_train(argv: list[str] | None = None) -> TrainOptions:
     """The options of train.py from `argv` (None: the command line); a wrong one exits with code 2."""
     parser, options = parse("train.py", TrainOptions, argv)
-    if options.all and (options.tto or options.kd):
-        parser.error("--all trains teacher and students: leave --tto and --kd out")
-    if options.teacher and not options.kd:
-        parser.error("--teacher names the teacher that --kd True learns from: give both, or leave it out")
     if options.all and options.resume == "True":
         parser.error("--all goes on with what is unfinished by itself: leave --resume out, or False to start anew")
-    if options.seeds > 1 and not options.all:
-        parser.error("--seeds repeats the runs of --all True: give both, or --seed for one run")
     if options.views is not None and options.views > options.spec.views:
         parser.error(f"--views: an image of {options.dataset} has {options.spec.views} views, not {options.views}")
     return options if options.all else options.resolved()
@@ -325,6 +426,10 @@ def parse_test(argv: list[str] | None = None) -> TestOptions:
     parser, options = parse("test.py", TestOptions, argv)
     if options.export and options.export.suffix != ".pt2":
         parser.error(f"--export writes a .pt2 file, not {options.export}")
-    if (options.json or options.export) and (options.compare or options.image):
-        parser.error("--json and --export go with the report of one checkpoint: leave --compare and --image out")
     return options
+
+
+def answer_early(parse) -> None:
+    """Parse the command line before the slow imports; whoever interrupts those gets one line, as later."""
+    signal.signal(signal.SIGINT, lambda *_: (print("stopped at once", file=sys.stderr, flush=True), os._exit(130)))
+    parse()

@@ -3,6 +3,7 @@
     python test.py --tto True              the teacher
     python test.py                         the student without KD
     python test.py --kd True --temp 5      the student with KD
+    python test.py --checkpoint FILE       any checkpoint; what it is, it says itself
     python test.py --compare True          one table of all checkpoints found
     python test.py --image cat.png         the class of any picture, by student and teacher
     python test.py --json student.json     the report's numbers in a file, too
@@ -19,78 +20,105 @@ from pathlib import Path
 import config
 
 if __name__ == "__main__":
-    config.parse_test()  # --help and a wrong option answer here, before torch is imported
+    config.answer_early(config.parse_test)  # --help and a wrong option answer here, before torch is imported
 
 import numpy as np
 import torch
 
-import checkpoint
-import inference
-import report
-import runtime as rt
-from measures import fidelity, measure
-from runtime import Runtime, UserError
-from utils import Images, all_logits, load_images, run_title
+from evaluation import figures, inference, report
+from evaluation.measures import fidelity, measure
+from models import ARCHITECTURES
+from runtime import checkpoint
+from runtime.device import Runtime, device_title
+from runtime.errors import UserError, exit_code
+from runtime.files import make_folder
+from runtime.identity import Identity
+from runtime.processes import main_first, start
+from utils import Images, all_logits, load_images
 
 
 def load(options: config.TestOptions, path: Path, role: str, runtime: Runtime) -> tuple[torch.nn.Module, dict]:
     """A model on the device and its checkpoint's content; UserError where it is missing or another's."""
     if not path.exists():
-        raise UserError(f"no checkpoint {path}: make it with `{options.command('train.py')}`")
+        raise UserError(
+            f"no checkpoint {path} in {path.parent.resolve()}: make it with `{options.command('train.py')}`, "
+            "or give its folder by --weights_path"
+        )
     return inference.load_model(path, role, options.dataset, options.spec, runtime.device)
 
 
-def main_path(options: config.TestOptions) -> Path:
-    """The checkpoint to evaluate; with --tto True, --teacher names it."""
-    return options.teacher_path if options.tto and options.teacher else options.checkpoint_path
+def with_checkpoint(options: config.TestOptions) -> tuple[config.TestOptions, Path]:
+    """The checkpoint to evaluate, and the options completed by what a --checkpoint says of itself.
+
+    With --tto True, --teacher names it. UserError where it is missing, damaged or of an unknown kind.
+    """
+    if options.checkpoint is None:
+        return options, options.teacher_path if options.tto else options.checkpoint_path
+    run = checkpoint.load(options.checkpoint)["identity"]
+    if run["role"] not in ARCHITECTURES or run["dataset"] not in config.DATASETS:
+        raise UserError(f"{options.checkpoint} holds a {run['role']} of {run['dataset']}, which this version knows not")
+    facts = {name: run[name] for name in ("dataset", "seed", "subset", "kd")}
+    facts |= {"tto": run["role"] == "teacher", "holdout": run["holdout"] or 0, "temp": (run["temp"] or 5.0,)}
+    return replace(options, **facts), options.checkpoint
 
 
-def as_trained(options: config.TestOptions, runtime: Runtime, content: dict) -> Runtime:
+def find_teacher(options: config.TestOptions) -> Path | None:
+    """The teacher to compare with, or None where none was left; UserError where --teacher names none."""
+    if options.teacher_path.exists():
+        return options.teacher_path
+    if options.teacher:
+        raise UserError(f"no teacher {options.teacher}: check its name, or leave --teacher out")
+    return None
+
+
+def as_trained(options: config.TestOptions, runtime: Runtime, run: Identity) -> Runtime:
     """The runtime in which a checkpoint's log comes out again: float32, with --precision auto, if it was trained so."""
-    if options.precision == "auto" and content["options"].get("precision") == "fp32":
+    if options.precision == "auto" and run["precision"] == "fp32":
         return replace(runtime, autocast_dtype=None)
     return runtime
 
 
-def load_test_images(options: config.TestOptions, runtime: Runtime) -> tuple[Images, torch.Tensor]:
-    """The test images on the device, and their labels on the CPU."""
-    with rt.main_first(runtime):
-        _, images = load_images(options.spec, options.data_path, options.subset)
+def load_held_out(options: config.TestOptions, runtime: Runtime) -> tuple[Images, torch.Tensor]:
+    """The test images, or those that a holdout kept aside, on the device, and their labels on the CPU."""
+    with main_first(runtime):
+        (images,) = load_images(
+            options.spec, options.data_path, options.split, subset=options.subset, holdout=options.holdout
+        )
     return images.to(runtime.device), images.labels
 
 
 def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
     """Print the report of one checkpoint and write its figures and files."""
-    path, spec = main_path(options), options.spec
+    options, path = with_checkpoint(options)
+    spec = options.spec
     model, content = load(options, path, options.role, runtime)
+    run = content["identity"]
+    teacher_path = None if options.tto else find_teacher(options)
     for folder in {options.plots_path, *(file.parent for file in (options.json, options.export) if file)}:
-        checkpoint.make_folder(folder)  # what can't be written is said before an evaluation, not after it
-    runtime = as_trained(options, runtime, content)
-    images, labels = load_test_images(options, runtime)
+        make_folder(folder)  # what can't be written is said before an evaluation, not after it
+    runtime = as_trained(options, runtime, run)
+    images, labels = load_held_out(options, runtime)
     logits = all_logits(model, images, spec, runtime)
     numbers = measure(logits, labels)
-    runtime.print(
-        f"test loss {numbers['loss']:.4f} top1 {100 * numbers['top1']:.2f}% top5 {100 * numbers['top5']:.2f}%"
-    )
-    runtime.print(f"{path} on {options.dataset}, {rt.device_title(runtime)}\n")
+    top1, top5 = (f"{name} {100 * numbers[name]:.2f}%" for name in ("top1", "top5"))
+    runtime.print(f"{options.split} loss {numbers['loss']:.4f} {top1} {top5}")
+    runtime.print(f"{path} on {options.dataset}, {device_title(runtime)}, {runtime.precision}\n")
     runtime.print(report.accuracy_text(numbers, spec.classes))
 
     teacher, extra = None, {}
-    if not options.tto:
-        if options.teacher_path.exists():
-            teacher, extra, text = compare_with_teacher(options, runtime, content, images, logits)
-            runtime.print(f"\n{text}")
-        else:
-            runtime.print(f"\nfidelity to the teacher: left out, there is no {options.teacher_path}")
+    if teacher_path:
+        teacher, extra, text = compare_with_teacher(options, runtime, run, images, logits)
+        runtime.print(f"\n{text}")
+    elif not options.tto:
+        runtime.print(f"\nfidelity to the teacher: left out, there is no {options.teacher_path}")
     if not runtime.is_main:
         return
     cost = inference.measure_cost(model, path, runtime)
-    teacher_cost = teacher and inference.measure_cost(teacher, options.teacher_path, runtime)
-    runtime.print(f"\n{report.cost_text(cost, teacher_cost)}\n")
-    title, stem = f"{run_title(content)} on {options.dataset}", options.plots_path / path.stem
+    teacher_cost = teacher and inference.measure_cost(teacher, teacher_path, runtime)
+    title, stem = f"{run.title} on {options.dataset}", options.plots_path / path.stem
     saved = [
-        report.plot_confusion(numbers, spec.classes, f"{title}: confusion", Path(f"{stem}_confusion.png")),
-        report.plot_reliability(logits, labels, f"{title}: reliability", Path(f"{stem}_reliability.png")),
+        figures.plot_confusion(numbers, spec.classes, f"{title}: confusion", Path(f"{stem}_confusion.png")),
+        figures.plot_reliability(logits, labels, f"{title}: reliability", Path(f"{stem}_reliability.png")),
     ]
     if options.json:
         values = {"checkpoint": str(path), "role": options.role, **numbers, **cost.medians(), **extra}
@@ -99,95 +127,124 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
         difference = inference.export_model(model, options.export, spec)
         runtime.print(f"exported; reloaded, its logits differ by {difference:.1g} at most")
         saved.append(options.export)
-    runtime.print(f"saved {', '.join(map(str, saved))}")
+    runtime.print(f"\n{report.cost_text(cost, teacher_cost)}\n\nsaved {', '.join(map(str, saved))}")
 
 
 def compare_with_teacher(
-    options: config.TestOptions, runtime: Runtime, content: dict, images: Images, logits: torch.Tensor
+    options: config.TestOptions, runtime: Runtime, run: Identity, images: Images, logits: torch.Tensor
 ) -> tuple[torch.nn.Module, dict, str]:
     """The teacher, the student's fidelity to it, and the table; beside KD, the student without it as a control."""
     labels = images.labels.cpu()
     teacher, teacher_content = load(options, options.teacher_path, "teacher", runtime)
     teacher_logits = all_logits(teacher, images, options.spec, runtime)
     extra = fidelity(logits, teacher_logits, labels)
-    columns = {"this student": extra}
+    columns, notes = {"this student": extra}, []
     control = replace(options, kd=False).checkpoint_path
     if options.kd and control.exists():
         # Agreement grows with accuracy alone: what KD adds is seen beside the student that had no teacher.
-        model, _ = load(options, control, "student", runtime)
-        columns["without KD"] = fidelity(all_logits(model, images, options.spec, runtime), teacher_logits, labels)
-    text = report.fidelity_text(columns)
-    if options.kd and content.get("teacher") != checkpoint.fingerprint(teacher_content["model"]):
-        text += f"\n{options.teacher_path} is not the teacher that this student learned from"
-    return teacher, extra, text
+        model, content = load(options, control, "student", runtime)
+        if content["identity"].is_control_of(run):
+            columns["without KD"] = fidelity(all_logits(model, images, options.spec, runtime), teacher_logits, labels)
+        else:
+            notes.append(f"{control} is not its control: it has {content['identity'].beside(run)}")
+    if options.kd and run["teacher"] != checkpoint.fingerprint(teacher_content["model"]):
+        notes.append(f"{options.teacher_path} is not the teacher that this student learned from")
+    return teacher, extra, "\n".join([report.fidelity_text(columns), *notes])
 
 
 def compare(options: config.TestOptions, runtime: Runtime) -> None:
-    """Evaluate every finished checkpoint of the data set and publish their table; UserError where there is none."""
-    found = {}
-    if options.teacher:  # which may lie in another folder
-        found[options.teacher] = checkpoint.load(options.teacher, role="teacher", dataset=options.dataset)
-    read = [path.resolve() for path in found]
-    paths = sorted(options.weights_path.glob(f"{options.spec.prefix}*.pt"))
-    paths = [path for path in paths if not path.name.endswith(".last.pt") and path.resolve() not in read]
-    found |= {path: checkpoint.load(path) for path in paths}
-    found = {
-        path: content
-        for path, content in found.items()
-        if content.get("dataset") == options.dataset and "metrics" in content and not content["options"].get("holdout")
-    }
-    if not found:
+    """Evaluate every finished checkpoint of these images and publish their table; UserError where there is none."""
+    contents = find_checkpoints(options, runtime)
+    if not contents:
         raise UserError(
-            f"no finished checkpoint of {options.dataset} in {options.weights_path}: "
-            f"make them with `python train.py --all True --dataset {options.dataset}`"
+            f"no finished checkpoint of {options.dataset} in {options.weights_path.resolve()}: "
+            f"make them with `python train.py --all True --dataset {options.dataset}`, or give --weights_path"
         )
-    images, labels = load_test_images(options, runtime)
-    teacher_logits = None
-    ordered = sorted(found.items(), key=lambda item: report.place_in_table(item[1]))
-    for path, content in ordered:
-        model, _ = load(options, path, content["role"], runtime)
-        its_runtime = as_trained(options, runtime, content)
+    images, labels = load_held_out(options, runtime)
+    teachers: dict[str, torch.Tensor] = {}  # the logits of each, by its fingerprint
+    for content in contents:
+        run, path = content["identity"], content["path"]
+        model, _ = load(options, path, run["role"], runtime)
+        its_runtime = as_trained(options, runtime, run)
         logits = all_logits(model, images, options.spec, its_runtime)
         numbers = measure(logits, labels)
-        if path.resolve() == options.teacher_path.resolve():
-            teacher_logits = logits
-        elif teacher_logits is not None:
-            numbers |= fidelity(logits, teacher_logits, labels)
+        if run["role"] == "teacher":
+            teachers[content["fingerprint"]] = logits
+        elif teacher := run["teacher"] if run["kd"] else next(iter(teachers), None):
+            numbers |= fidelity(logits, teachers[teacher], labels) if teacher in teachers else {}
         content["metrics"] = {key: 100 * numbers[key] for key in ("top1", "top5")}
         if runtime.is_main:
             content["measured"] = numbers | inference.measure_cost(model, path, its_runtime).medians()
     if runtime.is_main:
-        report.publish([content for _, content in ordered], options, "comparison")
+        report.publish(contents, options, "comparison")
+
+
+def find_checkpoints(options: config.TestOptions, runtime: Runtime) -> list[dict]:
+    """The finished checkpoints to compare, each with its path, teachers first and with their fingerprint.
+
+    With --teacher, that one and, of the students with KD, its own. What is none of ours is named and left out.
+    """
+    pattern = f"{options.spec.prefix}*.pt"
+    paths = [path for path in sorted(options.weights_path.glob(pattern)) if not path.name.endswith(".last.pt")]
+    found = []
+    if options.teacher:
+        teacher = checkpoint.load(options.teacher, role="teacher", dataset=options.dataset)
+        found.append(teacher | {"path": options.teacher})
+    for path in paths:
+        try:
+            found.append(checkpoint.load(path) | {"path": path})
+        except UserError as error:
+            runtime.print(f"left out: {error}")
+    chosen = []
+    for content in sorted(found, key=report.place_in_table):
+        run = content["identity"]
+        if run["role"] == "teacher":
+            content["fingerprint"] = checkpoint.fingerprint(content["model"])
+        of_these_images = run["dataset"] == options.dataset and (run["holdout"] or 0) == options.holdout
+        if of_these_images and "metrics" in content and is_asked_for(options, content, chosen):
+            chosen.append(content)
+    return chosen
+
+
+def is_asked_for(options: config.TestOptions, content: dict, chosen: list[dict]) -> bool:
+    """With --teacher: whether a checkpoint is that teacher, its student or one without KD."""
+    run = content["identity"]
+    if options.teacher is None:
+        return True
+    if run["role"] == "teacher":
+        return content["path"] == options.teacher
+    return not run["kd"] or run["teacher"] == chosen[0]["fingerprint"]
 
 
 def classify(options: config.TestOptions, runtime: Runtime) -> None:
     """Print the classes of pictures by the model and its teacher, and draw them."""
     pixels = np.stack([inference.read_picture(path) for path in options.image])
-    paths = {options.role: main_path(options)}
-    if not options.tto and options.teacher_path.exists():
-        paths["teacher"] = options.teacher_path
+    options, path = with_checkpoint(options)
+    paths = {options.role: path}
+    if not options.tto and (teacher_path := find_teacher(options)):
+        paths["teacher"] = teacher_path
     answers = {}
-    for role, path in paths.items():
-        model, content = load(options, path, role, runtime)
-        answers[run_title(content)] = inference.classify(model, pixels, options.spec, runtime)
+    for role, model_path in paths.items():
+        model, content = load(options, model_path, role, runtime)
+        answers[content["identity"].title] = inference.classify(model, pixels, options.spec, runtime)
     if not runtime.is_main:
         return
-    print(report.pictures_text(options.image, answers, options.spec.classes))
-    shown = [path.name for path in options.image[: report.PICTURES_SHOWN]]
-    figure = options.plots_path / f"{main_path(options).stem}_images.png"
-    print(f"saved {report.plot_pictures(pixels, shown, answers, options.spec.classes, figure)}")
+    shown = [picture.name for picture in options.image[: figures.PICTURES_SHOWN]]
+    figure = options.plots_path / f"{path.stem}_images.png"
+    figures.plot_pictures(pixels, shown, answers, options.spec.classes, figure)
+    print(f"{report.pictures_text(options.image, answers, options.spec.classes)}\nsaved {figure}")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run test.py with `argv` (None: the command line); the exit code."""
     options = config.parse_test(argv)
-    return rt.exit_code(lambda: run(options))
+    return exit_code(lambda: run(options))
 
 
 def run(options: config.TestOptions) -> None:
     """The table of all checkpoints, the classes of pictures, or the report of one checkpoint."""
     task = compare if options.compare else classify if options.image else evaluate
-    with rt.start(options.device, options.precision) as runtime:
+    with start(options.device, options.precision) as runtime:
         task(options, runtime)
 
 

@@ -17,27 +17,32 @@ from dataclasses import replace
 import config
 
 if __name__ == "__main__":
-    config.parse_train()  # --help and a wrong option answer here, before torch is imported
+    config.answer_early(config.parse_train)  # --help and a wrong option answer here, before torch is imported
 
 import torch
 
-import checkpoint
-import runtime as rt
-from inference import load_model
-from report import write_table
-from run import METRICS, Run
-from runtime import Progress, Runtime, Stopped, UserError
-from teacher_cache import TeacherCache
-from utils import Views, evaluate, find_logs, load_images, loss_terms, plot_comparison, plot_curves, topk_correct
+from evaluation.figures import find_logs, plot_comparison
+from evaluation.inference import load_model
+from evaluation.report import publish
+from runtime import checkpoint
+from runtime.device import Runtime
+from runtime.errors import Stopped, UserError, exit_code
+from runtime.files import keep_previous, locked, make_folder
+from runtime.processes import main_first, start
+from runtime.progress import Progress, duration
+from runtime.signals import StopSignal
+from training.run import METRICS, Run, identity_of
+from training.teacher_cache import TeacherCache
+from utils import Views, evaluate, load_images, loss_terms, plot_curves, topk_correct
 
 
-def train_epoch(run: Run, views: Views, teacher: TeacherCache | None, stop: rt.StopSignal) -> None:
+def train_epoch(run: Run, views: Views, teacher: TeacherCache | None, stop: StopSignal) -> None:
     """The rest of the run's current epoch; the sums of its metrics go to `run.totals`."""
     options, runtime = run.options, run.runtime
     order, view_of = views.plan(options.seed, run.epoch)
     run.clock = saved_at = time.monotonic()
     run.model.train()
-    with Progress(f"epoch {run.epoch + 1}/{options.num_epochs}", run.steps, runtime, run.step) as progress:
+    with Progress(f"epoch {run.epoch + 1}/{options.num_epochs}", run.steps, runtime.is_main, run.step) as progress:
         while run.step < run.steps:
             rows = order[run.step * run.batch_size : (run.step + 1) * run.batch_size]
             rows = rows[runtime.rank :: runtime.world_size]
@@ -46,10 +51,7 @@ def train_epoch(run: Run, views: Views, teacher: TeacherCache | None, stop: rt.S
             with runtime.autocast():
                 logits = run.forward(images)
             loss, ce, kl = loss_terms(logits, teacher_logits, labels, options.temperature, options.alpha)
-            run.optimizer.zero_grad()
-            loss.backward()
-            run.optimizer.step()
-            run.scheduler.step()
+            run.update(loss)
             run.record(loss, ce, kl, topk_correct(logits, labels), len(rows))
 
             show = progress.step()
@@ -73,11 +75,10 @@ def running_text(run: Run) -> str:
     loss, top1 = (run.totals[[0, 3]] / seen).tolist()
     speed = run.step * run.batch_size / run.seconds
     left = (run.total_steps - run.epoch * run.steps - run.step) * run.batch_size / speed
-    lr = run.scheduler.get_last_lr()[0]
-    return f"loss {loss:.3f} top1 {100 * top1:.2f}% {speed:,.0f} img/s lr {lr:.4f} left {rt.duration(left)}"
+    return f"loss {loss:.3f} top1 {100 * top1:.2f}% {speed:,.0f} img/s lr {run.lr:.4f} left {duration(left)}"
 
 
-def end_epoch(run: Run, teacher: TeacherCache | None, held_out, split: str, stop: rt.StopSignal) -> None:
+def end_epoch(run: Run, teacher: TeacherCache | None, held_out, stop: StopSignal) -> None:
     """Evaluate, append the epoch's JSON line and step to the next epoch."""
     options, runtime = run.options, run.runtime
     images = run.steps * run.batch_size
@@ -85,8 +86,8 @@ def end_epoch(run: Run, teacher: TeacherCache | None, held_out, split: str, stop
     line = {
         "epoch": run.epoch + 1,
         "train": percent(means if options.kd else {k: v for k, v in means.items() if k != "kl"}),
-        split: percent(evaluate(run.model, held_out, options.spec, runtime, stop)),
-        "lr": run.scheduler.get_last_lr()[0],
+        options.split: percent(evaluate(run.model, held_out, options.spec, runtime, stop)),
+        "lr": run.lr,
         "seconds": round(run.seconds, 3),
         "images_per_second": round(images / max(run.seconds, 1e-9), 1),
     }
@@ -96,11 +97,12 @@ def end_epoch(run: Run, teacher: TeacherCache | None, held_out, split: str, stop
         run.log.append(line)
     run.epoch += 1
     run.begin_epoch()
+    train, held = line["train"], line[options.split]
     hits = f", teacher cache hits {100 * line['teacher_cache_hits']:.1f}%" if teacher else ""
     runtime.print(
-        f"epoch {line['epoch']}/{options.num_epochs}: train loss {line['train']['loss']:.4f} top1 "
-        f"{line['train']['top1']:.2f}%, {split} loss {line[split]['loss']:.4f} top1 {line[split]['top1']:.2f}% "
-        f"top5 {line[split]['top5']:.2f}%, {line['seconds']:.1f} s, {line['images_per_second']:,.0f} img/s{hits}",
+        f"epoch {line['epoch']}/{options.num_epochs}: train loss {train['loss']:.4f} top1 {train['top1']:.2f}%, "
+        f"{options.split} loss {held['loss']:.4f} top1 {held['top1']:.2f}% top5 {held['top5']:.2f}%, "
+        f"{line['seconds']:.1f} s, {line['images_per_second']:,.0f} img/s{hits}",
     )
 
 
@@ -110,63 +112,71 @@ def percent(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def load_teacher(options: config.TrainOptions, runtime: Runtime) -> tuple[torch.nn.Module, str]:
-    """The teacher in evaluation mode, without gradients, and the fingerprint of its weights."""
+    """The teacher in evaluation mode, without gradients, and the fingerprint of its weights.
+
+    UserError where there is none, or where it was trained on images that this run keeps aside.
+    """
     path = options.teacher_path
     if not path.exists():
-        command = replace(options, tto=True, kd=False, seed=config.DEFAULT_SEED).command("train.py")
+        names = ("dataset", "data_path", "weights_path", "plots_path", "subset", "holdout")
+        same = {name: getattr(options, name) for name in names}
+        command = config.TrainOptions(tto=True, temp=options.temp, **same).resolved().command("train.py")
         raise UserError(f"no teacher {path}: train one with `{command}`")
     teacher, content = load_model(path, "teacher", options.dataset, options.spec, runtime.device)
+    if content["identity"].has_seen_holdout(options.subset, options.holdout):
+        raise UserError(
+            f"--holdout {options.holdout}: the teacher {path} was trained on images that this run keeps aside; "
+            "train one with `python train.py --tto True` and the same --holdout"
+        )
     return teacher, checkpoint.fingerprint(content["model"])
 
 
-def train(options: config.TrainOptions, runtime: Runtime, stop: rt.StopSignal) -> None:
+def train(options: config.TrainOptions, runtime: Runtime, stop: StopSignal) -> None:
     """One run from its options to its checkpoint, log and figures, going on with an unfinished one."""
     teacher, teacher_id = load_teacher(options, runtime) if options.kd else (None, "")
-    with rt.main_first(runtime):
-        images, held_out = load_images(options.spec, options.data_path, options.subset, options.holdout)
+    with main_first(runtime):
+        images, held_out = load_images(
+            options.spec, options.data_path, "train", options.split, subset=options.subset, holdout=options.holdout
+        )
     views = Views(images.to(runtime.device), options.spec, options.views)
     held_out = held_out.to(runtime.device)
-    split = "holdout" if options.holdout else "test"
-    lock = checkpoint.locked(options.checkpoint_path) if runtime.is_main else contextlib.nullcontext()
-    with lock:
+    with locked(options.checkpoint_path) if runtime.is_main else contextlib.nullcontext():
         run = Run(options, runtime, views, teacher_id)
-        begin(run, split, len(views))
+        begin(run, len(views))
         cache = make_cache(run, teacher, views) if options.kd else None
         try:
             while run.epoch < options.num_epochs:
                 train_epoch(run, views, cache, stop)
-                end_epoch(run, cache, held_out, split, stop)
+                end_epoch(run, cache, held_out, stop)
                 run.save()
         except Stopped:
             run.save()
             runtime.print(f"saved {options.resume_path} at epoch {run.epoch + 1}, step {run.step}/{run.steps}")
             raise
         if runtime.is_main:
-            finish(run, split)
+            finish(run)
         runtime.barrier()
 
 
-def begin(run: Run, split: str, count: int) -> None:
+def begin(run: Run, count: int) -> None:
     """Restore an unfinished run, or start the log of a new one."""
     options, runtime = run.options, run.runtime
-    checkpoint.make_folder(options.plots_path)
+    make_folder(options.plots_path)
     exists = options.resume_path.exists()
     if options.resume == "True" and not exists:
         raise UserError(f"--resume True: there is no unfinished run {options.resume_path}; leave --resume out")
     runtime.barrier()
     if exists and options.resume != "False":
-        run.restore()
-        runtime.print(f"going on with {options.resume_path} at epoch {run.epoch + 1}, step {run.step}/{run.steps}")
-        return
-    chosen = ("num_epochs", "batch_size", "lr", "head_lr", "weight_decay", "seed")
+        return run.restore()
+    chosen = ", ".join(f"{name} {run.identity[name]}" for name in ("optimizer", *config.RECIPE_OPTIONS, "seed"))
     runtime.print(
-        f"{options.run_name}: {count:,} images, {run.steps} steps an epoch, {runtime.device} "
-        f"{runtime.precision}, " + ", ".join(f"{name} {getattr(options, name):g}" for name in chosen),
+        f"{options.run_name}: {count:,} images, {run.steps} steps an epoch, {run.identity['device']}, "
+        f"{runtime.precision}, {chosen}"
     )
     if runtime.is_main:
-        checkpoint.keep_previous(options.checkpoint_path)
-        header = {"run": options.run_name, "evaluated_on": split, "device": rt.device_title(runtime), **run.identity}
-        header |= {"world_size": runtime.world_size, "versions": checkpoint.versions()}
+        keep_previous(options.checkpoint_path)
+        header = {"run": options.run_name, "evaluated_on": options.split, "identity": run.identity.facts}
+        header["versions"] = checkpoint.versions()
         run.log.begin(header, keep_old=not exists)  # an unfinished run's is worth less than what was kept before
     run.save()
 
@@ -179,33 +189,32 @@ def make_cache(run: Run, teacher: torch.nn.Module, views: Views) -> TeacherCache
         pixels = {"pixels": views.padded}
         key = checkpoint.fingerprint(pixels, run.identity["teacher"], spec.mean, spec.std, options.precision)
         path = options.weights_path / f"{spec.prefix}teacher_{key}.cache"
-    with rt.main_first(run.runtime):
+    with main_first(run.runtime):
         return TeacherCache(path, teacher, views, len(spec.classes), run.runtime)
 
 
-def finish(run: Run, split: str) -> None:
+def finish(run: Run) -> None:
     """Write the finished checkpoint and the figures, drop the resume state, say what to type next."""
     options = run.options
-    metrics = checkpoint.read_log(options.log_path)[1][-1][split]
-    checkpoint.save(options.checkpoint_path, run.state(metrics=metrics))
+    checkpoint.save(options.checkpoint_path, run.state(metrics=run.log.lines[-1][options.split]))
     figures = plot_curves(options.log_path, options.plots_path)
-    if logs := find_logs(options.plots_path, options.dataset):
+    if logs := find_logs(options.plots_path, options.dataset, options.subset, options.holdout):
         figures.append(plot_comparison(logs, options.comparison_path))
     options.resume_path.unlink(missing_ok=True)
     print(f"saved {options.checkpoint_path}, {options.log_path} and {', '.join(path.name for path in figures)}")
-    if not options.holdout:  # a trial, which test.py has no business with
-        print(f"next: {options.command('test.py')}")
+    print(f"next: {options.command('test.py')}")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run train.py with `argv` (None: the command line); the exit code."""
     options = config.parse_train(argv)
-    return rt.exit_code(lambda: train_all(options))
+    goes_on = replace(options, resume="auto").command("train.py", every=True)
+    return exit_code(lambda: train_all(options), goes_on)
 
 
 def train_all(options: config.TrainOptions) -> None:
     """The run asked for, or with --all every run that is not finished yet, and then the table."""
-    with rt.StopSignal() as stop, rt.start(options.device, options.precision, options.deterministic) as runtime:
+    with StopSignal() as stop, start(options.device, options.precision, options.deterministic) as runtime:
         for run_options in options.runs():
             run_options = replace(run_options, precision=runtime.precision)
             if options.all and is_finished(run_options, runtime):
@@ -213,22 +222,20 @@ def train_all(options: config.TrainOptions) -> None:
             else:
                 train(run_options, runtime, stop)
         if options.all and runtime.is_main:
-            write_table(options)
+            finished = [checkpoint.load(run.checkpoint_path) for run in options.runs()]
+            publish(finished, options, "results")
 
 
 def is_finished(options: config.TrainOptions, runtime: Runtime) -> bool:
-    """Whether a finished checkpoint of these options, and for KD of the present teacher, is there.
-
-    A teacher has to know the same images and to be trained as long: a better one is not to be trained again.
-    """
-    if options.resume == "False" or options.resume_path.exists() or not options.checkpoint_path.exists():
+    """Whether the very run of these options is finished; of the teacher, which --all does not shape, any one."""
+    path = options.checkpoint_path
+    if options.resume == "False" or options.resume_path.exists() or not path.exists():
         return False
-    found = checkpoint.load(options.checkpoint_path, role=options.role, dataset=options.dataset)
-    wanted = options.result_options()
+    found = checkpoint.load(path, role=options.role, dataset=options.dataset)["identity"]
     if options.tto:
-        same_images = all(found["options"][name] == wanted[name] for name in ("subset", "holdout"))
-        return same_images and found["options"]["num_epochs"] >= wanted["num_epochs"]
-    return found["options"] == wanted and found["teacher"] == (load_teacher(options, runtime)[1] if options.kd else "")
+        return all(found[name] == getattr(options, name) for name in ("subset", "holdout"))
+    teacher_id = load_teacher(options, runtime)[1] if options.kd else ""
+    return found == identity_of(options, runtime, teacher_id)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import config
-import runtime as rt
-from report import table
-from teacher_cache import SIZES, TeacherCache
+from evaluation.report import table
+from runtime.device import Runtime, device_title
+from runtime.errors import exit_code
+from runtime.processes import start
 from train import load_teacher
+from training.teacher_cache import SIZES, TeacherCache
 from utils import Views, load_images
 
 IMAGES = 2048
@@ -32,17 +34,17 @@ def difference(name: str, logits: torch.Tensor, reference: torch.Tensor, temp: f
     return [name, f"{gap.max():.2g}", f"{gap.mean():.2g}", f"{kl:.2g}", f"{flips}"]
 
 
-def measure(options: config.TrainOptions, runtime: rt.Runtime) -> None:
+def measure(options: config.TrainOptions, runtime: Runtime) -> None:
     """Print the table; UserError where there is no teacher."""
     teacher, _ = load_teacher(options, runtime)
-    images = load_images(options.spec, options.data_path)[0][:IMAGES].to(runtime.device)
+    images = load_images(options.spec, options.data_path, "train")[0][:IMAGES].to(runtime.device)
     views = Views(images, options.spec)
     cache = TeacherCache(None, teacher, views, len(options.spec.classes), runtime)
     order, view_of = views.plan(options.seed, 0)
     whole = views.batch(order, view_of[order])[0]
     at = {size: torch.cat([cache.compute_padded(part) for part in whole.split(size)]).cpu() for size in SIZES}
     reference = at[SIZES[-1]]
-    print(f"{len(order):,} images, {rt.device_title(runtime)}, torch {torch.__version__}")
+    print(f"{len(order):,} images, {device_title(runtime)}, torch {torch.__version__}")
     print(f"logits: mean size {reference.abs().mean():.2f}, standard deviation {reference.std():.2f}\n")
     changed = {"half precision": reference.half().float()} | {f"batches of {size}": at[size] for size in SIZES[:-1]}
     rows = [difference(name, logits, reference, options.temperature) for name, logits in changed.items()]
@@ -56,10 +58,10 @@ def main() -> int:
     options = config.parse_train(["--kd", "True", *sys.argv[1:]])
 
     def work() -> None:
-        with rt.start(options.device, options.precision) as runtime:
+        with start(options.device, options.precision) as runtime:
             measure(options, runtime)
 
-    return rt.exit_code(work)
+    return exit_code(work)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
+from datasets import SIDE, DatasetSpec
 from models import build_model
-from recipes import DatasetSpec
-from runtime import Runtime
-from utils import SIDE, Images
+from runtime.device import Runtime
+from utils import Images
 
 # -------------------------------------------------------------------------------------------- the usual loop
 

@@ -27,16 +27,19 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from plain import copy, cost, matrix_product, plain_batches, plain_steps, processor
+from plain import copy, cost, matrix_product, plain_batches, plain_steps
 
-import checkpoint
 import config
-import runtime as rt
 import train
+from datasets import SIDE
+from evaluation.report import table
 from models import build_model
-from report import table
-from run import Run
-from utils import SIDE, Images, Views, load_images
+from runtime import checkpoint
+from runtime.device import Runtime, device_title, processor
+from runtime.processes import start
+from runtime.signals import StopSignal
+from training.run import Run
+from utils import Images, Views, load_images
 
 IMAGES = 50_000  # of CIFAR-10's training set
 Job = Callable[[], float]  # runs once and returns a rate: images, operations or bytes a second
@@ -45,14 +48,14 @@ Job = Callable[[], float]  # runs once and returns a rate: images, operations or
 class Bench:
     """Images, options and sizes of this benchmark, and the jobs it times."""
 
-    def __init__(self, arguments: argparse.Namespace, options: config.TrainOptions, runtime: rt.Runtime) -> None:
+    def __init__(self, arguments: argparse.Namespace, options: config.TrainOptions, runtime: Runtime) -> None:
         self.options, self.runtime, self.quick = options, runtime, arguments.quick
         fast = runtime.device.type == "cuda"
         self.repeats = 3 if self.quick else 7
         self.teacher_steps = (20 if fast else 2) if self.quick else (90 if fast else 6)
         self.student_steps = (20 if fast else 5) if self.quick else (90 if fast else 24)
         if arguments.data_path:
-            self.images = load_images(options.spec, arguments.data_path)[0]
+            self.images = load_images(options.spec, arguments.data_path, "train")[0]
         else:
             shape = (IMAGES, SIDE, SIDE, 3)
             self.images = Images(torch.randint(256, shape, dtype=torch.uint8), torch.randint(10, (IMAGES,)))
@@ -67,7 +70,7 @@ class Bench:
         options = self.run_options(kd=bool(cache), weights_path=place, **changes)
         count = min(steps * options.batch_size, len(self.images))
         views = Views(self.images[:count].to(self.runtime.device), options.spec)
-        run, stop = Run(options, self.runtime, views, teacher_id=cache), rt.StopSignal()
+        run, stop = Run(options, self.runtime, views, teacher_id=cache), StopSignal()
         if cache:
             teacher = build_model("teacher").to(self.runtime.device, memory_format=torch.channels_last)
             teacher.eval().requires_grad_(False)
@@ -249,12 +252,12 @@ def main() -> None:
     arguments, further = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         options = config.parse_train([*further, f"--weights_path={folder}", f"--plots_path={folder}"])
-        with rt.start(options.device, options.precision) as runtime:
+        with start(options.device, options.precision) as runtime:
             bench = Bench(arguments, options, runtime)
             if arguments.work:
                 return do_work(bench, arguments.work)
             rows = measure(bench, sys.argv)
-            hardware = {"processor": processor(), "cores": os.cpu_count(), "device": rt.device_title(runtime)}
+            hardware = {"processor": processor(), "cores": os.cpu_count(), "device": device_title(runtime)}
     print(f"{hardware['processor']}, {hardware['cores']} cores; {hardware['device']}; torch {torch.__version__}\n")
     cells = [
         [r["name"], *(f"{r[side]:,.{0 if r[side] >= 1000 else 2}f}" for side in ("ours", "theirs")), r["unit"]]

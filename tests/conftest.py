@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes import DATASETS
+from datasets import DATASETS
 from utils import load_images
 
 REPOSITORY = Path(__file__).resolve().parent.parent

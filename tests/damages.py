@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
 from config import parse_train
 from models import ARCHITECTURES, build_model
-from run import make_optimizer
+from runtime import checkpoint
+from training.optimizer import make_optimizer
 
 QUICK = "--dataset digits --subset 40 --batch_size 8 --num_epochs 1 --device cpu --precision fp32 --data_path {digits}"
 DIGITS_OPTIONS = parse_train(QUICK.split()).result_options()

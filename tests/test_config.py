@@ -9,7 +9,7 @@ from conftest import REPOSITORY, run_script
 
 import config
 from config import parse_test, parse_train
-from recipes import DATASETS
+from datasets import DATASETS
 
 TRUE, FALSE = ("True", "true", "TRUE", "yes", "Yes", "1"), ("False", "false", "FALSE", "no", "No", "0")
 

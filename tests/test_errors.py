@@ -26,8 +26,8 @@ from damages import (
     replace_batch,
 )
 
-import checkpoint
-from runtime import UserError
+from runtime import checkpoint
+from runtime.errors import UserError
 
 PARSED, FORKED, REAL = "parsed", "forked", "real"
 

@@ -9,12 +9,12 @@ import torch
 from conftest import REPOSITORY
 
 import config
-import report
-from checkpoint import read_log
-from inference import load_model
-from measures import paired_gain
-from recipes import DATASETS
-from runtime import Runtime
+from datasets import DATASETS
+from evaluation import report
+from evaluation.inference import load_model
+from evaluation.measures import paired_gain
+from runtime.device import Runtime
+from runtime.log import read_log
 from utils import evaluate, find_logs, load_images, run_title
 
 README = (REPOSITORY / "README.md").read_text()

@@ -8,11 +8,12 @@ import torchvision.transforms.v2.functional as vision
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import parse_train
+from datasets import DATASETS, OFFSETS, PAD, SIDE
 from models import ARCHITECTURES, StudentCNN, build_model, vgg19_bn
-from recipes import DATASETS
-from run import learning_rate_factor, make_optimizer
-from runtime import UserError, pick_device
-from utils import OFFSETS, PAD, SIDE, VIEWS, Images, Normaliser, Views, kd_loss, loss_terms, topk_correct
+from runtime.device import pick_device
+from runtime.errors import UserError
+from training.optimizer import make_optimizer
+from utils import VIEWS, Images, Normaliser, Views, kd_loss, loss_terms, topk_correct
 
 SPEC = DATASETS["cifar10"]
 

@@ -18,6 +18,8 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from matplotlib import ft2font, get_data_path
 
+from datasets import SIDE
+
 VERSION = 2  # names the cache's files: raise it with every change that alters the bytes
 SPLIT_FONTS = {  # those that matplotlib shipped before 3.11 too
     "train": "DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSansMono DejaVuSansMono-Oblique "
@@ -38,7 +40,7 @@ TINT = 45  # each channel's departure from its grey, at most
 BLUR_PASSES = 3  # of a [1 2 1] / 4 filter along both axes, of which each image takes its own share
 NOISE = 20  # the largest standard deviation of an image's noise
 
-SIDE, SAMPLES, BATCH = 32, 2, 25  # samples along a pixel's side; images drawn at once, for speed alone
+SAMPLES, BATCH = 2, 25  # samples along a pixel's side; images drawn at once, for speed alone
 CELL, CELL_HEIGHT = 96, 88  # a glyph's mask and the glyph in it
 EDGES = np.array([[0, 0], [-1, 0], [1, 0], [0, -1], [0, 1]])  # the labelled digit's, then its neighbours'
 

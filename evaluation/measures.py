@@ -59,17 +59,15 @@ def measure(logits: torch.Tensor, labels: torch.Tensor) -> dict:
     top1, top5 = topk_correct(logits, labels).tolist()
     confusion = confusion_matrix(logits, labels)
     per_class = [row[i] / sum(row) if sum(row) else None for i, row in enumerate(confusion.tolist())]
-    nll = float(F.cross_entropy(logits.double(), labels))
     return {
         "images": count,
-        "loss": nll,
+        "loss": float(F.cross_entropy(logits.double(), labels)),
         "top1": top1 / count,
         "top5": top5 / count,
         "top1_ci": list(wilson(top1, count)),
         "per_class": per_class,
         "confusion": confusion.tolist(),
         "ece": calibration_error(logits, labels),
-        "nll": nll,
     }
 
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from kill_marathon import result, wait
 
-import checkpoint
 import config
 import train
 import utils
-from runtime import Runtime
+from runtime import checkpoint
+from runtime.device import Runtime
 
 RUNS = ["teacher", *(f"student{kd}{seed}" for seed in ("", "_seed43") for kd in ("", "_kd_t5", "_kd_t20"))]
 

@@ -1,46 +1,47 @@
 """A training under way: what a checkpoint holds, what a resume brings back, how far the run is."""
 
 import time
-from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-import checkpoint
-import runtime as rt
 from config import TrainOptions
 from models import ARCHITECTURES, build_model
-from runtime import Runtime, UserError
+from runtime import checkpoint
+from runtime.device import Runtime, device_title
+from runtime.errors import UserError
+from runtime.identity import Identity
+from runtime.log import RunLog
+from runtime.processes import sync_batch_norm
+from training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from utils import Views
 
 METRICS = ("loss", "ce", "kl", "top1", "top5")
-WARM_UP = 0.1  # fraction of all steps
 
 
-def learning_rate_factor(step: int, total: int) -> float:
-    """Linear warm-up, then linear decay to zero: a factor of the peak for step 0 <= step < total."""
-    warm_up = max(int(total * WARM_UP), 1)
-    return min((step + 1) / warm_up, (total - step) / max(total - warm_up, 1))
-
-
-def make_optimizer(model: torch.nn.Module, options: TrainOptions, device: torch.device) -> torch.optim.SGD:
-    """SGD with Nesterov momentum; weight decay spares biases and batch norm (He et al., 2019, section 3.1).
-
-    The last layer may learn at a rate of its own: its inputs are all positive, so that their steps add up.
-    """
-    groups = []
-    for part, lr in ((model.features, options.lr), (model.classifier, options.lr * options.head_lr)):
-        weights = [p for p in part.parameters() if p.ndim > 1]
-        others = [p for p in part.parameters() if p.ndim <= 1]
-        groups.append({"params": weights, "lr": lr, "weight_decay": options.weight_decay})
-        groups.append({"params": others, "lr": lr, "weight_decay": 0.0})
-    return torch.optim.SGD(groups, lr=options.lr, momentum=0.9, nesterov=True, fused=device.type != "mps")
+def identity_of(options: TrainOptions, runtime: Runtime, teacher_id: str = "") -> Identity:
+    """All that shapes the result of a run with resolved options here, of the teacher with this fingerprint."""
+    role = options.role
+    return Identity(
+        {
+            "role": role,
+            "architecture": ARCHITECTURES[role],
+            "num_classes": len(options.spec.classes),
+            "dataset": options.dataset,
+            "kd": options.kd,
+            **options.result_options(),
+            **({"teacher": teacher_id} if options.kd else {}),
+            "world_size": runtime.world_size,
+            "torch": str(torch.__version__),
+            "device": device_title(runtime),
+        }
+    )
 
 
 class Run:
-    """Model, optimizer, schedule, log and position of one training; `options` are resolved ones."""
+    """Model, optimizer, log and position of one training; `options` are resolved ones."""
 
-    def __init__(self, options: TrainOptions, runtime: Runtime, views: Views, teacher_id: str) -> None:
+    def __init__(self, options: TrainOptions, runtime: Runtime, views: Views, teacher_id: str = "") -> None:
         """UserError where the processes can't share a batch."""
         self.options, self.runtime = options, runtime
         world = runtime.world_size
@@ -53,27 +54,24 @@ class Run:
         self.model = build_model(options.role, len(options.spec.classes))
         self.model.to(runtime.device, memory_format=torch.channels_last)
         if options.sync_bn and world > 1:
-            rt.sync_batch_norm(self.model)
-        self.optimizer = make_optimizer(self.model, options, runtime.device)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: learning_rate_factor(min(step, self.total_steps - 1), self.total_steps)
-        )
+            sync_batch_norm(self.model)
+        rates = (options.lr, options.head_lr, options.weight_decay)
+        dtype = runtime.autocast_dtype or torch.float32
+        self.optimizer = make_optimizer(self.model, options.optimizer, *rates, dtype)
         self.compiling = options.compile
         self.forward = torch.compile(self.model) if options.compile else self.model
         if world > 1:
             self.forward = DistributedDataParallel(self.forward)
-        self.log = checkpoint.RunLog(options.log_path)
+        self.log = RunLog(options.log_path)
         self.epoch = 0
-        self.identity = {
-            "role": options.role,
-            "architecture": ARCHITECTURES[options.role],
-            "num_classes": len(options.spec.classes),
-            "dataset": options.dataset,
-            "kd": options.kd,
-            "options": options.result_options(),
-            "teacher": teacher_id,
-        }
+        self.identity = identity_of(options, runtime, teacher_id)
         self.begin_epoch()
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step, or of the last one where none is left."""
+        step = min(self.epoch * self.steps + self.step, self.total_steps - 1)
+        return learning_rate(step, self.total_steps, self.options.lr)
 
     def begin_epoch(self) -> None:
         """Set the epoch's counts to zero."""
@@ -81,6 +79,13 @@ class Run:
         dtype = torch.float32 if self.runtime.device.type == "mps" else torch.float64
         self.totals = torch.zeros(len(METRICS), dtype=dtype, device=self.runtime.device)
         self.losses = torch.zeros(self.steps, device=self.runtime.device)
+
+    def update(self, loss: torch.Tensor) -> None:
+        """One step of the optimizer, down the gradient of a loss."""
+        set_learning_rate(self.optimizer, self.lr)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
 
     def record(self, loss, ce, kl, correct, count: int) -> None:
         """Count a step: its mean losses and its correct answers over `count` images; nothing waits for the device."""
@@ -104,7 +109,7 @@ class Run:
         bad = (~torch.isfinite(self.losses[: self.step])).nonzero()
         if len(bad):
             step = int(bad[0])
-            lr = self.options.lr * learning_rate_factor(self.epoch * self.steps + step, self.total_steps)
+            lr = learning_rate(self.epoch * self.steps + step, self.total_steps, self.options.lr)
             raise UserError(
                 f"the loss is {self.losses[step].item()} at epoch {self.epoch + 1}, step {step + 1}, learning rate "
                 f"{lr:.4g}: try --resume False with an --lr below {self.options.lr:g}"
@@ -113,42 +118,49 @@ class Run:
     def state(self, **more) -> dict:
         """What a checkpoint holds: all that is needed to use the weights and to trust them."""
         weights = {name: tensor.cpu().contiguous() for name, tensor in self.model.state_dict().items()}
-        return self.identity | {"epoch": self.epoch, "versions": checkpoint.versions(), "model": weights} | more
+        described = {"identity": self.identity.facts, "epoch": self.epoch, "versions": checkpoint.versions()}
+        return {**described, "model": weights, **more}
 
     def save(self) -> None:
-        """Write the resume state. No generator is in it: order and views follow from seed and epoch."""
+        """Write the resume state. No generator and no schedule is in it: they follow from seed, epoch and step."""
         totals = self.runtime.total(self.totals)
         if self.runtime.is_main:
             position = {"step": self.step, "seconds": self.seconds, "totals": totals, "log": self.log.text}
-            engines = {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
-            checkpoint.save(self.options.resume_path, self.state(**position, **engines))
+            state = self.state(**position, optimizer=self.optimizer.state_dict())
+            checkpoint.save(self.options.resume_path, state)
 
     def restore(self) -> None:
         """Go on where the resume state was saved; UserError where its run had other options, or it is damaged."""
         path = self.options.resume_path
         state = checkpoint.load(path, role=self.options.role, architecture=self.identity["architecture"])
+        if state["format"] < checkpoint.FORMAT:
+            raise UserError(
+                f"the unfinished run {path} is of an older version of this project, which another recipe trains: "
+                "give --resume False to start anew"
+            )
+        before = state["identity"]
+        if not before.can_go_on_as(self.identity):
+            raise UserError(
+                f"the unfinished run {path} has {before.beside(self.identity)}: "
+                "give the same options to go on with it, or --resume False to start anew"
+            )
         try:
-            self.take_over(state, path)
+            self.take_over(state)
         except UserError:
             raise
         except Exception as error:  # its parts are there and whole, but not a resume state's
             raise UserError(f"{path} is damaged or no unfinished run: give --resume False to start anew") from error
+        where = f"going on with {path} at epoch {self.epoch + 1}, step {self.step}/{self.steps}"
+        if before.differing(self.identity):
+            where += f"; it had {before.beside(self.identity)}: the last bits may differ from here"
+        self.runtime.print(where)
 
-    def take_over(self, state: dict, path: Path) -> None:
+    def take_over(self, state: dict) -> None:
         """Make a loaded resume state this run's own."""
-        options = self.identity["options"]
-        differing = [f"--{k} {v}, not {options.get(k)}" for k, v in state["options"].items() if v != options.get(k)]
-        if state["teacher"] != self.identity["teacher"]:
-            differing.append("another teacher")
-        if differing:
-            raise UserError(
-                f"the unfinished run {path} has {'; '.join(differing)}: "
-                "give the same options to go on with it, or --resume False to start anew"
-            )
-        checkpoint.load_weights(self.model, state, path)
+        checkpoint.load_weights(self.model, state, self.options.resume_path)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
         self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
-        if self.runtime.is_main:  # sums over all processes: one brings them back
-            self.totals += state["totals"].to(self.totals)
+        # Sums over all processes then: each takes its share, so that they add up to the same.
+        self.totals += (state["totals"] / self.runtime.world_size).to(self.totals)
+        if self.runtime.is_main:
             self.log.write(state["log"])

@@ -13,9 +13,12 @@ import pytest
 import torch
 from kill_marathon import COMMON, MOMENTS, RUNS, assert_same_result, kill_and_go_on, result, wait
 
-import checkpoint
-import runtime as rt
 from models import ARCHITECTURES, build_model
+from runtime import checkpoint
+from runtime.errors import exit_code
+from runtime.files import keep_previous, writing
+from runtime.log import RunLog, read_log
+from runtime.signals import StopSignal
 
 
 @pytest.fixture(scope="module")
@@ -161,13 +164,13 @@ def test_a_loss_that_is_not_finite_names_its_step_and_keeps_the_last_good_state(
 def test_what_is_being_written_replaces_the_old_file_whole_or_not_at_all(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    with checkpoint.writing(path) as temporary:
+    with writing(path) as temporary:
         assert temporary.parent == path.parent, "a rename is atomic within one file system"
         temporary.write_bytes(b"half")
         assert path.read_bytes() == b"old"
         temporary.write_bytes(b"whole")
     assert path.read_bytes() == b"whole"
-    with pytest.raises(ZeroDivisionError), checkpoint.writing(path) as temporary:
+    with pytest.raises(ZeroDivisionError), writing(path) as temporary:
         temporary.write_bytes(b"half")
         raise ZeroDivisionError
     assert path.read_bytes() == b"whole"
@@ -194,14 +197,14 @@ def test_a_save_is_on_the_disk_before_it_replaces_the_old_file(tmp_path, monkeyp
     assert temporary.startswith(f"{path}.")
     assert done == [("fsync", temporary), ("replace", temporary), ("fsync", str(tmp_path))]
     done.clear()
-    log = checkpoint.RunLog(tmp_path / "log.jsonl")
+    log = RunLog(tmp_path / "log.jsonl")
     log.append({"epoch": 1})
     assert [word for word, _ in done] == ["fsync", "replace", "fsync"], "so is a line of the log"
 
 
 @pytest.mark.parametrize("meanwhile", ["another run's", "cut", "longer", "removed"])
 def test_a_resumed_run_has_its_own_log_whatever_became_of_the_file(meanwhile, tmp_path):
-    log = checkpoint.RunLog(tmp_path / "log.jsonl")
+    log = RunLog(tmp_path / "log.jsonl")
     log.begin({"run": "student"})
     log.append({"epoch": 1})
     saved = log.text
@@ -211,16 +214,16 @@ def test_a_resumed_run_has_its_own_log_whatever_became_of_the_file(meanwhile, tm
     else:
         longer = log.text + '{"epoch": 3, "half a li'
         log.path.write_text({"another run's": '{"run": "other"}\n', "cut": saved[:-5], "longer": longer}[meanwhile])
-    again = checkpoint.RunLog(log.path)
+    again = RunLog(log.path)
     again.write(saved)
     again.append({"epoch": 2, "again": True})
-    assert checkpoint.read_log(log.path) == ({"run": "student"}, [{"epoch": 1}, {"epoch": 2, "again": True}])
+    assert read_log(log.path) == ({"run": "student"}, [{"epoch": 1}, {"epoch": 2, "again": True}])
 
 
 def test_what_a_new_run_replaces_stays_as_the_previous_one(tmp_path):
     path = tmp_path / "teacher.pt"
     for epochs in (60, 2, 1):
-        checkpoint.keep_previous(path)
+        keep_previous(path)
         checkpoint.save(path, {"model": {}, "options": {}, "epoch": epochs})
     assert checkpoint.load(path)["epoch"] == 1
     assert checkpoint.load(tmp_path / "teacher.pt.previous")["epoch"] == 2
@@ -228,13 +231,13 @@ def test_what_a_new_run_replaces_stays_as_the_previous_one(tmp_path):
 
 def test_a_second_signal_does_not_wait_for_the_next_step(capsys):
     def work():
-        with rt.StopSignal() as stop:
+        with StopSignal() as stop:
             os.kill(os.getpid(), signal.SIGINT)
             assert stop.number == signal.SIGINT
             os.kill(os.getpid(), signal.SIGINT)
             raise AssertionError("the second signal had no effect")
 
-    assert rt.exit_code(work) == 130
+    assert exit_code(work) == 130
     assert capsys.readouterr().err == "stopped at once; a training goes on from its last save\n"
 
 
@@ -242,7 +245,7 @@ def test_a_full_device_is_one_line_that_says_what_to_do(capsys):
     def work():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
-    assert rt.exit_code(work) == 2
+    assert exit_code(work) == 2
     assert "--batch_size" in capsys.readouterr().err
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from damages import empty, flip_bit
 
-import digits
+from datasets import digits
 
 # Of 200 images and labels of seed 0. Where one changes on purpose, digits.VERSION must be raised too.
 PINNED = {

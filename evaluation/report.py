@@ -1,19 +1,19 @@
-"""What test.py says beyond loss, top-1 and top-5, and the table of models: words, figures and files."""
+"""What test.py says beyond loss, top-1 and top-5, and the table of models: words and files."""
 
 import json
 import statistics
 import textwrap
 from pathlib import Path
 
-import numpy as np
 import torch
 
-import checkpoint
-from config import Options, TrainOptions
-from inference import Cost, count_parameters
-from measures import BINS, paired_gain, reliability, wilson
+from config import Options
+from evaluation.figures import find_logs, plot_comparison
+from evaluation.inference import Cost, count_parameters
+from evaluation.measures import BINS, paired_gain, wilson
 from models import build_model
-from utils import COLOURS, find_logs, new_axes, plot_comparison, run_title, same_but, save_figure
+from runtime.files import writing
+from runtime.identity import DISTILLATION, Identity, labels
 
 # ---------------------------------------------------------------------------------------------- words
 
@@ -48,7 +48,6 @@ def accuracy_text(numbers: dict, classes: tuple[str, ...]) -> str:
         f"95% intervals over {count:,} images: top-1 {top1}, top-5 {top5}",
         *textwrap.wrap(f"of each class: {per_class}", 110, subsequent_indent="  "),
         f"worst confusions: {', '.join(worst) or 'none'}",
-        f"calibration: negative log-likelihood {numbers['nll']:.4f} nats, "
         f"expected calibration error {100 * numbers['ece']:.2f}% ({BINS} bins)",
     ]
     return "\n".join(lines)
@@ -107,78 +106,14 @@ def pictures_text(paths: tuple[Path, ...], answers: dict[str, torch.Tensor], cla
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------- figures
-
-PICTURES_SHOWN = 12  # in one figure, lest it be too tall to look at
-
-
-def plot_confusion(numbers: dict, classes: tuple[str, ...], title: str, path: Path) -> Path:
-    """Draw the confusion matrix, each row as percent of its class; the figure's path."""
-    axes = new_axes(title, "class")
-    counts = torch.tensor(numbers["confusion"], dtype=torch.float64)
-    percent = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
-    picture = axes.imshow(percent.numpy(), cmap="Blues", vmin=0, vmax=100)
-    for i, row in enumerate(percent.tolist()):
-        for j, value in enumerate(row):
-            colour = "white" if value > 50 else "black"
-            axes.text(j, i, f"{value:.0f}" if value else "", ha="center", va="center", fontsize=8, color=colour)
-    axes.set(xlabel="predicted", xticks=range(len(classes)), yticks=range(len(classes)))
-    axes.set_xticklabels(classes, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticklabels(classes)
-    axes.grid(False)
-    axes.figure.set_size_inches(7, 6)
-    axes.figure.colorbar(picture, label="% of the class's images")
-    return save_figure(axes, path)
-
-
-def plot_reliability(logits: torch.Tensor, labels: torch.Tensor, title: str, path: Path) -> Path:
-    """Draw accuracy against confidence (Guo et al., 2017, figure 1) and the share of images; the figure's path."""
-    count, confidence, accuracy = (values.numpy() for values in reliability(logits, labels))
-    edges = [i / BINS for i in range(BINS + 1)]
-    axes = new_axes(title, "accuracy, or fraction of images")
-    axes.bar(
-        edges[:-1],
-        np.nan_to_num(accuracy),
-        1 / BINS,
-        align="edge",
-        color=COLOURS[5],
-        edgecolor="white",
-        label="accuracy",
-    )
-    axes.plot(confidence, accuracy, ".", color=COLOURS[0], label="at a bin's mean confidence")
-    axes.plot([0, 1], [0, 1], "--", color=COLOURS[6], label="perfect calibration")
-    axes.stairs(count / count.sum(), edges, color=COLOURS[1], label="fraction of images")
-    axes.set(xlabel="confidence", xlim=(0, 1), ylim=(0, 1), xticks=[i / 5 for i in range(6)])
-    return save_figure(axes, path)
-
-
-def plot_pictures(pixels: list, names: list[str], answers: dict, classes: tuple[str, ...], path: Path) -> Path:
-    """Draw pictures (B, 32, 32, 3) as the models see them beside each model's probabilities (B, C); the path."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 2.2 * len(names) + 0.4), layout="constrained")
-    grid = figure.subplots(len(names), 2, squeeze=False, width_ratios=(1, 2.4))
-    height = 0.8 / len(answers)
-    for i, (left, right) in enumerate(grid):
-        left.imshow(pixels[i])
-        left.set_title(textwrap.shorten(names[i], 30), fontsize=9)
-        left.axis("off")
-        for k, (model, probabilities) in enumerate(answers.items()):
-            places = [j + (k - (len(answers) - 1) / 2) * height for j in range(len(classes))]
-            right.barh(places, (100 * probabilities[i]).numpy(), height, color=COLOURS[k], label=model)
-        right.set(xlim=(0, 100), yticks=range(len(classes)), yticklabels=classes)
-        right.tick_params(labelsize=8)
-        right.invert_yaxis()
-        right.grid(axis="x", alpha=0.3)
-    figure.legend(*grid[0, 1].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=9)
-    grid[-1, 1].set_xlabel("probability (%)")
-    return save_figure(grid[0, 0], path)  # whose legend is the figure's
-
-
 def write_json(path: Path, content: dict) -> Path:
-    """Write plain values to `path` as JSON, atomically."""
-    with checkpoint.writing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
+    """Write plain values to `path` as JSON: atomically, or through it where it is a device or a pipe."""
+    text = json.dumps(content, indent=1) + "\n"
+    if path.exists() and not path.is_file():
+        path.write_text(text)
+        return path
+    with writing(path) as temporary:
+        temporary.write_text(text)
     return path
 
 
@@ -187,13 +122,14 @@ def write_json(path: Path, content: dict) -> Path:
 
 def place_in_table(content: dict) -> tuple:
     """A checkpoint's sort key: the teacher, the student without KD, then by temperature, then by seed."""
-    return content["role"] != "teacher", content["options"].get("temp", [0]), content["options"]["seed"]
+    run = content["identity"]
+    return run["role"] != "teacher", run["temp"] or 0.0, run["seed"]
 
 
 # What test.py --compare adds to the table: a column's title, and how its number is written.
 MEASURED = {
     "ece": ("ECE", lambda value: f"{100 * value:.2f}%"),
-    "nll": ("NLL", "{:.4f}".format),
+    "loss": ("NLL", "{:.4f}".format),
     "agreement": ("Agreement", lambda value: f"{100 * value:.2f}%"),
     "kl_to_teacher": ("KL", "{:.4f}".format),
     "macs": ("MACs", lambda value: f"{value / 1e6:,.1f} M"),
@@ -203,39 +139,77 @@ MEASURED = {
 }
 
 
+def rows_of(contents: list[dict]) -> dict[str, list[dict]]:
+    """Checkpoints by the label of their row: those that differ in the seed alone share one, copies of a run do not."""
+    rows: dict[tuple, dict[int, dict]] = {}
+    for content in contents:
+        run, copy = content["identity"], 0
+        while run["seed"] in rows.get((run.without("seed"), copy), {}):
+            copy += 1
+        rows.setdefault((run.without("seed"), copy), {})[run["seed"]] = content
+    runs = [list(row.values()) for row in rows.values()]
+    names = labels([row[0]["identity"] for row in runs])
+    for i, (_, copy) in enumerate(rows):
+        if copy:
+            names[i] += f", {runs[i][0]['path']}"
+    return dict(zip(names, runs, strict=True))
+
+
 def collect(contents: list[dict]) -> dict:
-    """Rows and gains from finished checkpoints, those that differ in the seed alone in one row; accuracies in percent.
+    """Rows, gains and notes from finished checkpoints; accuracies in percent.
 
     Several seeds give means, of top-1 and top-5 a sample standard deviation too, and the gain of KD over the same
     seed's student without it: an effect of KD alone, for the two share initial weights, order and views.
     """
-    groups: dict[str, dict[int, dict]] = {}
-    for content in contents:
-        groups.setdefault(same_but(content, "seed"), {})[content["options"]["seed"]] = content
-    rows, gains = [], []
-    for runs in groups.values():
-        first = next(iter(runs.values()))
+    results = {"rows": [], "gains": [], "notes": []}
+    for label, runs in rows_of(contents).items():
+        first = runs[0]["identity"]
         with torch.device("meta"):
             parameters = count_parameters(build_model(first["role"], first["num_classes"]))
-        row = {"model": run_title(first), "parameters": parameters, "seeds": list(runs)}
+        row = {"model": label, "parameters": parameters, "seeds": [run["identity"]["seed"] for run in runs]}
         for key in ("top1", "top5"):
-            values = [run["metrics"][key] for run in runs.values()]
+            values = [run["metrics"][key] for run in runs]
             row[key] = statistics.mean(values)
             if len(runs) > 1:
                 row |= {f"{key}_sd": statistics.stdev(values), f"{key}_of_seeds": values}
-        measured = [run.get("measured", {}) for run in runs.values()]
+        measured = [run.get("measured", {}) for run in runs]
         row |= {key: statistics.mean(m[key] for m in measured) for key in MEASURED if all(key in m for m in measured)}
-        rows.append(row)
-        control = groups.get(same_but(first, "seed", "temp", "alpha"), {})
-        pairs = [seed for seed in runs if seed in control]
-        if first.get("kd") and len(pairs) > 1:
-            tops = ([of[seed]["metrics"]["top1"] for seed in pairs] for of in (runs, control))
-            gains.append({"model": row["model"], **paired_gain(*tops)})
-    return {"rows": rows, "gains": gains}
+        results["rows"].append(row)
+        if first["kd"]:
+            pairs = [(run, control) for run in runs if (control := control_of(run, contents))]
+            if len(pairs) > 1:
+                tops = ([run["metrics"]["top1"] for run in side] for side in zip(*pairs, strict=True))
+                results["gains"].append({"model": label, **paired_gain(*tops)})
+            else:
+                results["notes"].append(f"{label}: no gain is shown, for {why_no_gain(runs, contents)}")
+    return results
+
+
+def control_of(run: dict, contents: list[dict]) -> dict | None:
+    """The student without KD that is paired with one with KD, or None."""
+    return next((other for other in contents if other["identity"].is_control_of(run["identity"])), None)
+
+
+def why_no_gain(runs: list[dict], contents: list[dict]) -> str:
+    """Why students with KD have fewer than the two pairs that a gain with its interval needs."""
+    run = runs[0]["identity"]
+    if control_of(runs[0], contents):
+        return "one pair has no spread: train further seeds (--seeds 3)"
+    others = [other["identity"] for other in contents if other["identity"]["role"] == "student"]
+    others = [other for other in others if not other["kd"]]
+    if not others:
+        return "there is no student without KD"
+
+    def apart(other: Identity) -> list[str]:
+        return [name for name in other.differing(run) if name not in DISTILLATION]
+
+    nearest = min(others, key=lambda other: len(apart(other)))
+    differences = ", ".join(f"{name} {nearest[name]}, not {run[name]}" for name in apart(nearest))
+    return f"no student without KD is its control: the nearest has {differences}"
 
 
 def results_text(results: dict) -> str:
-    """What `collect` returns as a Markdown table, with a sentence a gain."""
+    """What `collect` returns as a Markdown table, with a sentence a gain and a note."""
 
     def cell(row: dict, key: str) -> str:
         return f"{row[key]:.2f}%" + (f" ± {row[f'{key}_sd']:.2f}" if f"{key}_sd" in row else "")
@@ -254,25 +228,20 @@ def results_text(results: dict) -> str:
             f"\n\n{gain['model']} gains {gain['mean']:+.2f} points of top-1 over the same seeds without KD "
             f"(n = {gain['pairs']}, sd {gain['sd']:.2f}, 95% interval {low:+.2f} to {high:+.2f})"
         ) + (", within seed noise" if gain["within_seed_noise"] else "")
+    for note in results["notes"]:
+        text += f"\n\n{note}"
     return text + "\n"
 
 
 def publish(contents: list[dict], options: Options, name: str) -> None:
-    """Print the table of finished checkpoints, write it as Markdown and JSON, and draw the runs' comparison."""
+    """Write the table of finished checkpoints as Markdown and JSON, draw the runs' comparison, and print the table."""
     results = collect(contents)
     text = results_text(results)
-    print(text)
-    paths = [options.plots_path / f"{options.spec.prefix}{name}{suffix}" for suffix in (".md", ".json")]
-    with checkpoint.writing(paths[0]) as temporary:
-        temporary.write_text(text)
+    stem = f"{options.spec.prefix}{name}{options.trial_suffix}"
+    paths = [options.plots_path / f"{stem}{suffix}" for suffix in (".md", ".json")]
+    with writing(paths[0]) as temporary:
+        temporary.write_text(text, encoding="utf-8")
     write_json(paths[1], results)
-    if logs := find_logs(options.plots_path, options.dataset):
+    if logs := find_logs(options.plots_path, options.dataset, options.subset, options.holdout):
         paths.append(plot_comparison(logs, options.comparison_path))
-    print(f"saved {', '.join(map(str, paths))}")
-
-
-def write_table(options: TrainOptions) -> None:
-    """Publish the table of the runs of `train.py --all`; UserError where one of them is not finished."""
-    runs = options.runs()
-    contents = [checkpoint.load(run.checkpoint_path, role=run.role, dataset=run.dataset) for run in runs]
-    publish(contents, options, f"results{options.holdout_suffix}")
+    print(f"{text}\nsaved {', '.join(map(str, paths))}")

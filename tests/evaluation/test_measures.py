@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-import measures
-import report
-from recipes import DATASETS
+from datasets import DATASETS
+from evaluation import measures, report
 
 SPEC = DATASETS["cifar10"]
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-import checkpoint
 import train
 from config import parse_train
+from datasets import DATASETS
 from models import build_model
-from recipes import DATASETS
-from runtime import Runtime
+from runtime.device import Runtime
+from runtime.files import locked
 from utils import evaluate, load_images
 
 SPEC = DATASETS["digits"]
@@ -119,7 +119,7 @@ def test_an_error_is_one_line_for_all_processes(tmp_path, options, who):
         expected = "train one with `python train.py --tto True"
     else:  # the others are waiting for it and must not say that they lost it
         arguments = options(tmp_path)
-        with checkpoint.locked(parse_train(arguments).checkpoint_path):
+        with locked(parse_train(arguments).checkpoint_path):
             code, stdout, stderr = finish(launch(arguments))
         expected = "another run is writing"
     assert code != 0 and not stdout

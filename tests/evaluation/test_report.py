@@ -13,19 +13,18 @@ import torch
 from conftest import REPOSITORY
 from PIL import Image
 
-import checkpoint
 import config
-import inference
-import report
-import runtime as rt
 import test as test_script
 import utils
+from datasets import DATASETS
+from evaluation import inference, report
 from models import ARCHITECTURES, build_model
-from recipes import DATASETS
-from runtime import UserError
+from runtime import checkpoint
+from runtime.device import Runtime
+from runtime.errors import UserError
 from utils import Images, all_logits
 
-CPU = rt.Runtime(torch.device("cpu"), None)
+CPU = Runtime(torch.device("cpu"), None)
 SPEC = DATASETS["cifar10"]
 KEYS = [
     "checkpoint", "role", "images", "loss", "top1", "top5", "top1_ci", "per_class", "confusion", "ece", "nll",
@@ -81,7 +80,7 @@ def test_logits_come_in_the_order_of_images_however_many_processes():
     images = Images(pixels, torch.zeros(7, dtype=torch.int64))
     alone = all_logits(Mean(), images, SPEC, CPU)
 
-    class Share(rt.Runtime):  # a process of three, whose sum with the others is taken below
+    class Share(Runtime):  # a process of three, whose sum with the others is taken below
         def total(self, values):
             return values
 

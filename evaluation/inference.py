@@ -13,11 +13,13 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.flop_counter import FlopCounterMode
 
-import checkpoint
+from datasets import SIDE, DatasetSpec
 from models import ARCHITECTURES, build_model
-from recipes import DatasetSpec
-from runtime import Runtime, UserError
-from utils import SIDE, Normaliser
+from runtime import checkpoint
+from runtime.device import Runtime
+from runtime.errors import UserError, reason
+from runtime.files import writing
+from utils import Normaliser
 
 SMALLEST = 8  # pixels along a side, below which a picture shows nothing
 
@@ -123,7 +125,7 @@ def read_picture(path: Path) -> np.ndarray:
     except FileNotFoundError:
         raise UserError(f"no picture {path}: check its name") from None
     except Exception as error:  # noqa: BLE001 - a damaged picture fails in as many ways as there are formats
-        why = checkpoint.reason(error) if isinstance(error, OSError) and error.errno else "damaged, or no picture"
+        why = reason(error) if isinstance(error, OSError) and error.errno else "damaged, or no picture"
         raise UserError(f"can't read {path} ({why}): give a PNG, JPEG or WebP file") from error
 
 
@@ -160,6 +162,6 @@ def export_model(model: torch.nn.Module, path: Path, spec: DatasetSpec) -> float
         differences = [(reloaded(images[:n]) - model(images[:n])).abs().max().item() for n in (1, 2, 5)]
     if max(differences) > 1e-4:
         raise RuntimeError(f"the exported program's logits differ by {max(differences):g}")
-    with checkpoint.writing(path) as temporary:
+    with writing(path) as temporary:
         temporary.write_bytes(buffer.getvalue())
     return max(differences)

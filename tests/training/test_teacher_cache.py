@@ -12,14 +12,14 @@ from conftest import FORKS
 from torch import nn
 
 import models
-import teacher_cache
 import train
-from checkpoint import save
 from config import parse_train
-from recipes import DATASETS
-from runtime import Runtime
-from teacher_cache import TeacherCache, open_records
-from utils import SIDE, VIEWS, Images, Views
+from datasets import DATASETS, SIDE
+from runtime.checkpoint import save
+from runtime.device import Runtime
+from training import teacher_cache
+from training.teacher_cache import TeacherCache, open_records
+from utils import VIEWS, Images, Views
 
 SPEC = DATASETS["cifar10"]
 CLASSES = 10

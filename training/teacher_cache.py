@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoint import make_folder, reason
-from runtime import Runtime, UserError
+from runtime.device import Runtime
+from runtime.errors import UserError, reason
+from runtime.files import make_folder
 from utils import VIEWS, Views
 
 # A record's last word is the XOR of its logits' bits with this: zeros, or a record torn by a crash or by

@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 
+SIDE = 32  # of an image, in pixels
 PAD = 4  # pixels around an image that is cropped at random
 OFFSETS = 2 * PAD + 1  # crop positions along one axis
+CROPS = OFFSETS**2
 
 
 @dataclass(frozen=True)
@@ -12,9 +14,9 @@ class Recipe:
 
     num_epochs: int
     lr: float  # peak
-    weight_decay: float
-    batch_size: int = 128  # over all devices
     head_lr: float = 1.0  # the last layer's learning rate, as a fraction of lr
+    batch_size: int = 256  # over all devices
+    weight_decay: float = 5e-4
     views: int | None = None  # an image is seen in; None: all
 
 
@@ -25,7 +27,7 @@ class DatasetSpec:
     classes: tuple[str, ...]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    recipes: dict[str, Recipe]
+    recipes: dict[tuple[str, str], Recipe]  # by role and optimizer
     torchvision_class: str | None  # None: drawn by digits.py
     flip: bool = True  # whether a mirrored image is still one of its class
     prefix: str = ""  # put before the names of its files
@@ -33,7 +35,7 @@ class DatasetSpec:
     @property
     def views(self) -> int:
         """Random crops of an image (9 x 9), times 2 where it may be mirrored."""
-        return OFFSETS**2 * (2 if self.flip else 1)
+        return CROPS * (2 if self.flip else 1)
 
 
 DATASETS = {
@@ -41,14 +43,24 @@ DATASETS = {
         classes=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
         mean=(0.4914, 0.4822, 0.4465),
         std=(0.2470, 0.2435, 0.2616),
-        recipes={"teacher": Recipe(60, 0.05, 5e-4, head_lr=0.05), "student": Recipe(60, 0.1, 5e-4)},
+        recipes={
+            ("teacher", "muon"): Recipe(num_epochs=16, lr=0.1, head_lr=0.025),
+            ("student", "muon"): Recipe(num_epochs=30, lr=0.1, views=16),
+            ("teacher", "sgd"): Recipe(num_epochs=60, lr=0.05, head_lr=0.05, batch_size=128),
+            ("student", "sgd"): Recipe(num_epochs=60, lr=0.1, batch_size=128),
+        },
         torchvision_class="CIFAR10",
     ),
     "digits": DatasetSpec(
         classes=tuple("0123456789"),
         mean=(0.3102, 0.3113, 0.3128),
         std=(0.1987, 0.1973, 0.1982),
-        recipes={"teacher": Recipe(9, 0.05, 5e-4, 64, head_lr=0.05), "student": Recipe(4, 0.1, 5e-4, 64, views=4)},
+        recipes={
+            ("teacher", "muon"): Recipe(num_epochs=3, lr=0.1, head_lr=0.025, batch_size=64),
+            ("student", "muon"): Recipe(num_epochs=4, lr=0.1, batch_size=64, views=4),
+            ("teacher", "sgd"): Recipe(num_epochs=9, lr=0.05, head_lr=0.05, batch_size=64),
+            ("student", "sgd"): Recipe(num_epochs=4, lr=0.1, batch_size=64, views=4),
+        },
         torchvision_class=None,
         flip=False,
         prefix="digits_",

@@ -1,0 +1,116 @@
+"""Figures of trained models: confusion, reliability, pictures, and the comparison of runs."""
+
+import contextlib
+import itertools
+import statistics
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from evaluation.measures import BINS, reliability
+from runtime.errors import UserError
+from runtime.identity import Identity, labels
+from runtime.log import read_log
+from utils import COLOURS, new_axes, save_figure
+
+PICTURES_SHOWN = 12  # in one figure, lest it be too tall to look at
+
+
+def plot_confusion(numbers: dict, classes: tuple[str, ...], title: str, path: Path) -> Path:
+    """Draw the confusion matrix, each row as percent of its class; the figure's path."""
+    axes = new_axes(title, "class")
+    counts = torch.tensor(numbers["confusion"], dtype=torch.float64)
+    percent = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
+    picture = axes.imshow(percent.numpy(), cmap="Blues", vmin=0, vmax=100)
+    for i, row in enumerate(percent.tolist()):
+        for j, value in enumerate(row):
+            colour = "white" if value > 50 else "black"
+            axes.text(j, i, f"{value:.0f}" if value else "", ha="center", va="center", fontsize=8, color=colour)
+    axes.set(xlabel="predicted", xticks=range(len(classes)), yticks=range(len(classes)))
+    axes.set_xticklabels(classes, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticklabels(classes)
+    axes.grid(False)
+    axes.figure.set_size_inches(7, 6)
+    axes.figure.colorbar(picture, label="% of the class's images")
+    return save_figure(axes, path)
+
+
+def plot_reliability(logits: torch.Tensor, labels: torch.Tensor, title: str, path: Path) -> Path:
+    """Draw accuracy against confidence (Guo et al., 2017, figure 1) and the share of images; the figure's path."""
+    count, confidence, accuracy = (values.numpy() for values in reliability(logits, labels))
+    edges = [i / BINS for i in range(BINS + 1)]
+    axes = new_axes(title, "accuracy, or fraction of images")
+    axes.bar(
+        edges[:-1],
+        np.nan_to_num(accuracy),
+        1 / BINS,
+        align="edge",
+        color=COLOURS[5],
+        edgecolor="white",
+        label="accuracy",
+    )
+    axes.plot(confidence, accuracy, ".", color=COLOURS[0], label="at a bin's mean confidence")
+    axes.plot([0, 1], [0, 1], "--", color=COLOURS[6], label="perfect calibration")
+    axes.stairs(count / count.sum(), edges, color=COLOURS[1], label="fraction of images")
+    axes.set(xlabel="confidence", xlim=(0, 1), ylim=(0, 1), xticks=[i / 5 for i in range(6)])
+    return save_figure(axes, path)
+
+
+def plot_pictures(pixels: list, names: list[str], answers: dict, classes: tuple[str, ...], path: Path) -> Path:
+    """Draw pictures (B, 32, 32, 3) as the models see them beside each model's probabilities (B, C); the path."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 2.2 * len(names) + 0.4), layout="constrained")
+    grid = figure.subplots(len(names), 2, squeeze=False, width_ratios=(1, 2.4))
+    height = 0.8 / len(answers)
+    for i, (left, right) in enumerate(grid):
+        left.imshow(pixels[i])
+        left.set_title(textwrap.shorten(names[i], 30), fontsize=9, parse_math=False)
+        left.axis("off")
+        for k, (model, probabilities) in enumerate(answers.items()):
+            places = [j + (k - (len(answers) - 1) / 2) * height for j in range(len(classes))]
+            right.barh(places, (100 * probabilities[i]).numpy(), height, color=COLOURS[k], label=model)
+        right.set(xlim=(0, 100), yticks=range(len(classes)), yticklabels=classes)
+        right.tick_params(labelsize=8)
+        right.invert_yaxis()
+        right.grid(axis="x", alpha=0.3)
+    figure.legend(*grid[0, 1].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=9)
+    grid[-1, 1].set_xlabel("probability (%)")
+    return save_figure(grid[0, 0], path)  # whose legend is the figure's
+
+
+def find_logs(folder: Path, dataset: str, subset: int | None = None, holdout: int = 0) -> list[Path]:
+    """The logs in `folder` of runs on these images of a data set, with an epoch or more."""
+    logs = []
+    for path in sorted(Path(folder).glob("*.jsonl")):
+        # Another run may have been killed in mid-line, or just be writing one: that is no fault of this one.
+        with contextlib.suppress(UserError, ValueError, KeyError, TypeError):
+            header, lines = read_log(path)
+            run = Identity(header["identity"])
+            if lines and (run["dataset"], run["subset"], run["holdout"]) == (dataset, subset, holdout):
+                logs.append(path)
+    return logs
+
+
+def plot_comparison(log_paths: list[Path], figure_path: Path) -> Path:
+    """Draw the top-1 (%) of runs on one data set, those that differ in the seed alone in one colour; the path."""
+    kinds: dict[str, list[tuple[Identity, list[int], list[float]]]] = {}
+    for path in log_paths:
+        header, lines = read_log(path)
+        run, split = Identity(header["identity"]), header["evaluated_on"]
+        curve = [line["epoch"] for line in lines], [line[split]["top1"] for line in lines]
+        kinds.setdefault(run.without("seed"), []).append((run, *curve))
+    first = next(iter(kinds.values()))[0][0]
+    images = "images kept aside" if first["holdout"] else "test images"
+    axes = new_axes(f"Top-1 accuracy on the {images} of {first['dataset']}", "accuracy (%)")
+    titles = labels([runs[0][0] for runs in kinds.values()])
+    for colour, title, runs in zip(itertools.cycle(COLOURS), titles, kinds.values(), strict=False):
+        label = f"{title}: {statistics.mean(tops[-1] for *_, tops in runs):.2f}"
+        label += f" (mean of {len(runs)})" if len(runs) > 1 else ""
+        for _, epochs, tops in runs:
+            marker = "." if len(epochs) == 1 else None  # one epoch makes no line
+            axes.plot(epochs, tops, color=colour, marker=marker, label=label)
+            label = None
+    return save_figure(axes, figure_path)

@@ -1,0 +1,88 @@
+"""Checkpoints: plain tensors, numbers and strings that say themselves what they are."""
+
+import hashlib
+import zipfile
+from pathlib import Path
+
+import matplotlib
+import numpy
+import torch
+import torchvision
+
+from runtime.errors import UserError, reason
+from runtime.files import writing
+from runtime.identity import Identity
+
+FORMAT = 2
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    modules = (torch, torchvision, numpy, matplotlib)
+    return {module.__name__: str(module.__version__) for module in modules}
+
+
+def save(path: Path, content: dict) -> None:
+    """Write a dict of plain values and tensors to `path`, atomically and durably."""
+    with writing(path) as temporary:
+        torch.save({"format": FORMAT, **content}, temporary)
+
+
+def load(path: Path, **expected) -> dict:
+    """Read what `save` wrote, tensors on the CPU, its `identity` as an Identity; no code in the file is ever run.
+
+    UserError where the file is missing, damaged, of a newer format, or says of itself something else
+    than `expected` (`role="teacher"`, `dataset="cifar10"`, ...).
+    """
+    wanted = "expected a checkpoint of this project" + "".join(f", {k} {v}" for k, v in expected.items())
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():  # torch itself does not check the CRCs
+                raise zipfile.BadZipFile(f"{damaged} fails its check sum")
+            if any(entry.external_attr for entry in archive.infolist()):  # what is called a folder, torch does not read
+                raise zipfile.BadZipFile("an entry has attributes, which torch never writes")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        found = content["format"]
+        content["model"]  # noqa: B018
+        if found in (1, FORMAT):
+            content["identity"] = Identity(content["identity"] if found == FORMAT else facts_of_format_1(content))
+    except FileNotFoundError:
+        raise UserError(f"no checkpoint {path}") from None
+    except OSError as error:
+        raise UserError(f"can't read {path}: {reason(error)}") from error
+    except Exception as error:  # what a damaged file leads to is anybody's guess
+        raise UserError(f"{path} is damaged or no checkpoint; {wanted}") from error
+    if found not in (1, FORMAT):
+        raise UserError(f"{path} has format {found}, this version reads up to {FORMAT}: update the project")
+    for name, value in expected.items():
+        if content["identity"][name] != value:
+            raise UserError(f"{path} holds {name} {content['identity'][name]}; {wanted}")
+    return content
+
+
+def facts_of_format_1(content: dict) -> dict:
+    """The facts of a run before there was Muon, when its checkpoint did not say on what machine it ran."""
+    options = dict(content["options"])
+    options |= {"temp": options["temp"][0]} if content["kd"] else {}
+    described = {name: content[name] for name in ("role", "architecture", "num_classes", "dataset", "kd", "teacher")}
+    return {**described, "optimizer": "sgd", **options, "torch": content["versions"].get("torch")}
+
+
+def load_weights(model: torch.nn.Module, content: dict, path: Path) -> torch.nn.Module:
+    """Put a checkpoint's weights into `model`; UserError where they don't fit."""
+    try:
+        model.load_state_dict(content["model"])
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} does not fit the model {type(model).__name__}: damaged or of another version"
+        ) from error
+    return model
+
+
+def fingerprint(state: dict[str, torch.Tensor], *context) -> str:
+    """A hash of weights, and of whatever else logits depend on, as 16 hexadecimal digits."""
+    digest = hashlib.sha256(repr(context).encode())
+    for name, tensor in state.items():
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,45 @@
+"""What is shown while a run is under way."""
+
+import sys
+import time
+from datetime import timedelta
+
+from tqdm import tqdm
+
+LONGEST = 10**9  # seconds, some 30 years: what is longer is not worth a number
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    return str(timedelta(seconds=int(seconds))) if seconds < LONGEST else "for ever"
+
+
+class Progress:
+    """A tqdm bar an epoch on a terminal, plain lines elsewhere; silent where not `visible`."""
+
+    def __init__(self, title: str, total: int, visible: bool, initial: int = 0, seconds: float = 30.0) -> None:
+        self.visible = visible
+        self.terminal = visible and sys.stderr is not None and sys.stderr.isatty()
+        self.title, self.total, self.count = title, total, initial
+        self.every = 0.5 if self.terminal else seconds
+        self.shown_at = time.monotonic()
+        self.bar = tqdm(total=total, initial=initial, desc=title, disable=not self.terminal, leave=False, unit="step")
+
+    def step(self) -> bool:
+        """Count a step; True where it is time to show numbers."""
+        self.count += 1
+        self.bar.update()
+        return time.monotonic() - self.shown_at >= self.every
+
+    def show(self, text: str) -> None:
+        self.shown_at = time.monotonic()
+        if self.terminal:
+            self.bar.set_postfix_str(text)
+        elif self.visible:
+            print(f"{self.title} {self.count}/{self.total} {text}", flush=True)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.bar.close()
