@@ -64,9 +64,14 @@ def device_name(text: str) -> str:
 
 def file_name(text: str) -> Path:
     """The path of a file, which is no folder."""
-    if not Path(text).name or Path(text).is_dir():
+    path = Path(text)
+    try:
+        is_folder = path.is_dir()
+    except (OSError, ValueError) as error:  # too long a name, a NUL in it
+        raise argparse.ArgumentTypeError(f"{text!r} can't be a file's name: {error}") from None
+    if is_folder or not path.name:
         raise argparse.ArgumentTypeError(f"expected the name of a file, not {text!r}")
-    return Path(text)
+    return path
 
 
 def plain(value: float) -> str:
@@ -196,6 +201,8 @@ class Options:
         for f in fields(self):
             value = getattr(self, f.name)
             told = f.metadata["names_files"] or every
+            if f.name == "teacher" and script == "train.py" and not self.kd:
+                continue  # which only a student with KD learns from
             if told and f.name not in ("tto", "kd", "temp") and value != usual[f.name]:
                 words.append(f"--{f.name} {shlex.quote(plain(value) if isinstance(value, float) else str(value))}")
         return " ".join(words)

@@ -53,7 +53,7 @@ def with_checkpoint(options: config.TestOptions) -> tuple[config.TestOptions, Pa
     With --tto True, --teacher names it. UserError where it is missing, damaged or of an unknown kind.
     """
     if options.checkpoint is None:
-        return options, options.teacher_path if options.tto else options.checkpoint_path
+        return options, options.teacher if options.tto and options.teacher else options.checkpoint_path
     run = checkpoint.load(options.checkpoint)["identity"]
     if run["role"] not in ARCHITECTURES or run["dataset"] not in config.DATASETS:
         raise UserError(f"{options.checkpoint} holds a {run['role']} of {run['dataset']}, which this version knows not")
@@ -100,17 +100,10 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
     images, labels = load_held_out(options, runtime)
     logits = all_logits(model, images, spec, runtime)
     numbers = measure(logits, labels)
-    top1, top5 = (f"{name} {100 * numbers[name]:.2f}%" for name in ("top1", "top5"))
-    runtime.print(f"{options.split} loss {numbers['loss']:.4f} {top1} {top5}")
-    runtime.print(f"{path} on {options.dataset}, {device_title(runtime)}, {runtime.precision}\n")
-    runtime.print(report.accuracy_text(numbers, spec.classes))
-
     teacher, extra = None, {}
+    fidelity_text = f"fidelity to the teacher: left out, there is no {options.teacher_path}"
     if teacher_path:
-        teacher, extra, text = compare_with_teacher(options, runtime, run, images, logits)
-        runtime.print(f"\n{text}")
-    elif not options.tto:
-        runtime.print(f"\nfidelity to the teacher: left out, there is no {options.teacher_path}")
+        teacher, extra, fidelity_text = compare_with_teacher(options, runtime, run, images, logits)
     if not runtime.is_main:
         return
     cost = inference.measure_cost(model, path, runtime)
@@ -125,9 +118,13 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
         saved.append(report.write_json(options.json, values))
     if options.export:
         difference = inference.export_model(model, options.export, spec)
-        runtime.print(f"exported; reloaded, its logits differ by {difference:.1g} at most")
-        saved.append(options.export)
-    runtime.print(f"\n{report.cost_text(cost, teacher_cost)}\n\nsaved {', '.join(map(str, saved))}")
+        saved.append(f"{options.export}, whose logits differ by {difference:.1g} at most when it is loaded again")
+    top1, top5 = (f"{name} {100 * numbers[name]:.2f}%" for name in ("top1", "top5"))
+    print(f"{options.split} loss {numbers['loss']:.4f} {top1} {top5}")
+    print(f"{path} on {options.dataset}, {device_title(runtime)}, {runtime.precision}\n")
+    print(report.accuracy_text(numbers, spec.classes))
+    print("" if options.tto else f"\n{fidelity_text}\n")
+    print(f"{report.cost_text(cost, teacher_cost)}\n\nsaved {', '.join(map(str, saved))}")
 
 
 def compare_with_teacher(
@@ -180,40 +177,33 @@ def compare(options: config.TestOptions, runtime: Runtime) -> None:
 
 
 def find_checkpoints(options: config.TestOptions, runtime: Runtime) -> list[dict]:
-    """The finished checkpoints to compare, each with its path, teachers first and with their fingerprint.
+    """The finished checkpoints of these images, each with its path, teachers first.
 
     With --teacher, that one and, of the students with KD, its own. What is none of ours is named and left out.
     """
-    pattern = f"{options.spec.prefix}*.pt"
-    paths = [path for path in sorted(options.weights_path.glob(pattern)) if not path.name.endswith(".last.pt")]
-    found = []
+    contents = []
+    for path in sorted(options.weights_path.glob(f"{options.spec.prefix}*.pt")):
+        if not path.name.endswith(".last.pt"):
+            try:
+                contents.append(read(path))
+            except UserError as error:
+                runtime.print(f"left out: {error}")
+    images = options.dataset, options.holdout
+    contents = [c for c in contents if (c["identity"]["dataset"], c["identity"]["holdout"] or 0) == images]
+    contents = [content for content in contents if "metrics" in content]
     if options.teacher:
-        teacher = checkpoint.load(options.teacher, role="teacher", dataset=options.dataset)
-        found.append(teacher | {"path": options.teacher})
-    for path in paths:
-        try:
-            found.append(checkpoint.load(path) | {"path": path})
-        except UserError as error:
-            runtime.print(f"left out: {error}")
-    chosen = []
-    for content in sorted(found, key=report.place_in_table):
-        run = content["identity"]
-        if run["role"] == "teacher":
-            content["fingerprint"] = checkpoint.fingerprint(content["model"])
-        of_these_images = run["dataset"] == options.dataset and (run["holdout"] or 0) == options.holdout
-        if of_these_images and "metrics" in content and is_asked_for(options, content, chosen):
-            chosen.append(content)
-    return chosen
+        teacher = read(options.teacher, role="teacher", dataset=options.dataset)
+        students = [content for content in contents if content["identity"]["role"] == "student"]
+        contents = [teacher, *(s for s in students if s["identity"]["teacher"] in (None, teacher["fingerprint"]))]
+    return sorted(contents, key=report.place_in_table)
 
 
-def is_asked_for(options: config.TestOptions, content: dict, chosen: list[dict]) -> bool:
-    """With --teacher: whether a checkpoint is that teacher, its student or one without KD."""
-    run = content["identity"]
-    if options.teacher is None:
-        return True
-    if run["role"] == "teacher":
-        return content["path"] == options.teacher
-    return not run["kd"] or run["teacher"] == chosen[0]["fingerprint"]
+def read(path: Path, **expected) -> dict:
+    """A checkpoint's content with its path, a teacher's with its fingerprint; raises what `checkpoint.load` does."""
+    content = checkpoint.load(path, **expected) | {"path": path}
+    if content["identity"]["role"] == "teacher":
+        content["fingerprint"] = checkpoint.fingerprint(content["model"])
+    return content
 
 
 def classify(options: config.TestOptions, runtime: Runtime) -> None:

@@ -131,9 +131,8 @@ def load_teacher(options: config.TrainOptions, runtime: Runtime) -> tuple[torch.
     return teacher, checkpoint.fingerprint(content["model"])
 
 
-def train(options: config.TrainOptions, runtime: Runtime, stop: StopSignal) -> None:
+def train(options: config.TrainOptions, runtime: Runtime, stop: StopSignal, teacher=None, teacher_id: str = "") -> None:
     """One run from its options to its checkpoint, log and figures, going on with an unfinished one."""
-    teacher, teacher_id = load_teacher(options, runtime) if options.kd else (None, "")
     with main_first(runtime):
         images, held_out = load_images(
             options.spec, options.data_path, "train", options.split, subset=options.subset, holdout=options.holdout
@@ -215,18 +214,20 @@ def main(argv: list[str] | None = None) -> int:
 def train_all(options: config.TrainOptions) -> None:
     """The run asked for, or with --all every run that is not finished yet, and then the table."""
     with StopSignal() as stop, start(options.device, options.precision, options.deterministic) as runtime:
+        teacher, teacher_id = None, ""
         for run_options in options.runs():
             run_options = replace(run_options, precision=runtime.precision)
-            if options.all and is_finished(run_options, runtime):
+            if run_options.kd and teacher is None:  # one for all students
+                teacher, teacher_id = load_teacher(run_options, runtime)
+            if options.all and is_finished(run_options, runtime, teacher_id):
                 runtime.print(f"{run_options.run_name}: finished before, kept")
             else:
-                train(run_options, runtime, stop)
+                train(run_options, runtime, stop, teacher, teacher_id)
         if options.all and runtime.is_main:
-            finished = [checkpoint.load(run.checkpoint_path) for run in options.runs()]
-            publish(finished, options, "results")
+            publish([checkpoint.load(run.checkpoint_path) for run in options.runs()], options, "results")
 
 
-def is_finished(options: config.TrainOptions, runtime: Runtime) -> bool:
+def is_finished(options: config.TrainOptions, runtime: Runtime, teacher_id: str) -> bool:
     """Whether the very run of these options is finished; of the teacher, which --all does not shape, any one."""
     path = options.checkpoint_path
     if options.resume == "False" or options.resume_path.exists() or not path.exists():
@@ -234,7 +235,6 @@ def is_finished(options: config.TrainOptions, runtime: Runtime) -> bool:
     found = checkpoint.load(path, role=options.role, dataset=options.dataset)["identity"]
     if options.tto:
         return all(found[name] == getattr(options, name) for name in ("subset", "holdout"))
-    teacher_id = load_teacher(options, runtime)[1] if options.kd else ""
     return found == identity_of(options, runtime, teacher_id)
 
 

@@ -64,7 +64,7 @@ def load_images(
 def read_images(spec: DatasetSpec, folder: Path, halves: set[str]) -> dict[str, Images]:
     """The whole training set ("train") or test set ("test"), each if asked for."""
     if spec.torchvision_class is None:
-        read = {half: cached_digits(folder, half, {"train": 5000, "test": 2000}[half]) for half in halves}
+        read = {half: cached_digits(folder, half, {"train": spec.train_images, "test": 2000}[half]) for half in halves}
     else:
         read = read_torchvision(spec, folder, sorted(halves))
     return {half: Images(torch.from_numpy(pixels), torch.from_numpy(labels)) for half, (pixels, labels) in read.items()}
@@ -139,12 +139,11 @@ class Views:
             crops = torch.randint(CROPS, (count,), generator=generator)
             mirrored_first = torch.randint(2, (count,), generator=torch.Generator().manual_seed(seed))
             return order, 2 * crops + (mirrored_first + epoch) % 2 * self.flip
+        # Every other column is mirrored: the even ones are for one epoch, the odd ones for the next.
         limit = self.allowed.shape[1]
-        if not self.flip or limit == 1:
-            columns = torch.randint(limit, (count,), generator=generator)
-        else:  # the even ones in one epoch, the odd ones in the next
-            parity = epoch % 2
-            columns = 2 * torch.randint((limit - parity + 1) // 2, (count,), generator=generator) + parity
+        stride = 2 if self.flip and limit > 1 else 1
+        first = epoch % stride
+        columns = first + stride * torch.randint(len(range(first, limit, stride)), (count,), generator=generator)
         return order, self.allowed.gather(1, columns[:, None])[:, 0]
 
     def batch(self, rows: torch.Tensor, views: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

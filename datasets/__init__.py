@@ -29,6 +29,7 @@ class DatasetSpec:
     std: tuple[float, float, float]
     recipes: dict[tuple[str, str], Recipe]  # by role and optimizer
     torchvision_class: str | None  # None: drawn by digits.py
+    train_images: int
     flip: bool = True  # whether a mirrored image is still one of its class
     prefix: str = ""  # put before the names of its files
 
@@ -50,6 +51,7 @@ DATASETS = {
             ("student", "sgd"): Recipe(num_epochs=60, lr=0.1, batch_size=128),
         },
         torchvision_class="CIFAR10",
+        train_images=50_000,
     ),
     "digits": DatasetSpec(
         classes=tuple("0123456789"),
@@ -62,6 +64,7 @@ DATASETS = {
             ("student", "sgd"): Recipe(num_epochs=4, lr=0.1, batch_size=64, views=4),
         },
         torchvision_class=None,
+        train_images=5_000,
         flip=False,
         prefix="digits_",
     ),

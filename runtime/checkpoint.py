@@ -63,8 +63,8 @@ def load(path: Path, **expected) -> dict:
 def facts_of_format_1(content: dict) -> dict:
     """The facts of a run before there was Muon, when its checkpoint did not say on what machine it ran."""
     options = dict(content["options"])
-    options |= {"temp": options["temp"][0]} if content["kd"] else {}
-    described = {name: content[name] for name in ("role", "architecture", "num_classes", "dataset", "kd", "teacher")}
+    options |= {"temp": options["temp"][0], "teacher": content["teacher"]} if content["kd"] else {}
+    described = {name: content[name] for name in ("role", "architecture", "num_classes", "dataset", "kd")}
     return {**described, "optimizer": "sgd", **options, "torch": content["versions"].get("torch")}
 
 

@@ -1,15 +1,14 @@
 """What makes two runs the same, the same but for the seed, or a pair: decided here and nowhere else."""
 
 import json
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from config import plain
+from datasets import DATASETS
 
 MACHINE = {"torch", "device", "world_size"}  # what changes the last bits of a run and nothing else
 DISTILLATION = {"kd", "temp", "alpha", "cache_teacher", "teacher"}  # what a student with KD has and its control has not
-TITLED = {"role", "kd", "temp", "subset", "holdout"}  # what a run's title says by itself
+KINDS = {"temp": float, "subset": int, "holdout": int, "teacher": str}
 NEEDED = {"role": str, "architecture": str, "num_classes": int, "dataset": str, "kd": bool, "seed": int}
 WORDS = {
     "num_epochs": "{} epochs", "batch_size": "batch {}", "views": "{} views", "world_size": "{} processes",
@@ -27,12 +26,12 @@ class Identity:
     facts: dict
 
     def __post_init__(self) -> None:
-        """ValueError where a fact that all runs have is missing or of the wrong kind."""
-        for name, kind in NEEDED.items():
-            if not isinstance(self.facts.get(name), kind):
-                raise ValueError(f"{name} is {self.facts.get(name)!r}")
-        if self["kd"] and not isinstance(self["temp"], float):
-            raise ValueError(f"temp is {self['temp']!r}")
+        """ValueError where a fact is of the wrong kind, or one that all runs have is missing."""
+        needed = NEEDED | ({"temp": float} if self["kd"] else {})
+        for name, kind in {**KINDS, **needed}.items():
+            value = self[name]
+            if not (isinstance(value, kind) or (value is None and name not in needed)):
+                raise ValueError(f"{name} is {value!r}")
 
     def __getitem__(self, name: str):
         """A fact, or None."""
@@ -44,7 +43,8 @@ class Identity:
 
     def without(self, *names: str) -> str:
         """A key that runs share if they differ in these facts at most."""
-        return json.dumps({name: value for name, value in self.facts.items() if name not in names}, sort_keys=True)
+        facts = {name: value for name, value in self.facts.items() if name not in names and value is not None}
+        return json.dumps(facts, sort_keys=True)
 
     def can_go_on_as(self, other: "Identity") -> bool:
         """Whether an unfinished run may be finished as `other`: on another machine too, with other last bits."""
@@ -56,9 +56,9 @@ class Identity:
 
     def has_seen_holdout(self, subset: int | None, holdout: int) -> bool:
         """Whether this run was trained on images that one of these options keeps aside, the last `holdout` ones."""
-        whole = 10**9  # images, more than any training set has
-        seen = (self["subset"] or whole) - (self["holdout"] or 0)
-        return holdout > 0 and seen > (subset or whole) - holdout
+        whole = DATASETS[self["dataset"]].train_images
+        seen = min(self["subset"] or whole, whole) - (self["holdout"] or 0)
+        return holdout > 0 and seen > min(subset or whole, whole) - holdout
 
     def beside(self, other: "Identity") -> str:
         """In what this run differs from another, in words: `num_epochs 30, not 16`."""
@@ -87,16 +87,10 @@ class Identity:
 
 def labels(runs: list[Identity]) -> list[str]:
     """A title for each of these rows or curves, with what sets it apart from others of its title; the seed does not."""
-    titles = Counter(run.title for run in runs)
     found = []
     for run in runs:
         rivals = [other for other in runs if other.title == run.title]
-        apart = [name for name in all_names(rivals) if name not in TITLED and len({repr(r[name]) for r in rivals}) > 1]
-        words = [run.says(name) for name in apart if name != "seed"] if titles[run.title] > 1 else []
-        found.append(", ".join([run.title, *words]))
+        names = dict.fromkeys(name for rival in rivals for name in rival.facts if name != "seed")
+        apart = [name for name in names if len({repr(rival[name]) for rival in rivals}) > 1]
+        found.append(", ".join([run.title, *(run.says(name) for name in apart)]))
     return found
-
-
-def all_names(runs: Iterable[Identity]) -> list[str]:
-    """The names of all facts that any of these runs has."""
-    return list(dict.fromkeys(name for run in runs for name in run.facts))

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 
 import torch
 import torch.distributed as dist
@@ -19,11 +20,30 @@ def process_count() -> int:
         raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']!r}: start with torchrun, or unset it") from error
 
 
+def limit_memory() -> None:
+    """Let Linux refuse memory that the machine has not: an error, where it would kill the process without a word."""
+    if sys.platform != "linux":
+        return
+    import resource  # which Windows has not
+
+    there = kilobytes("/proc/meminfo", "MemAvailable") + kilobytes("/proc/self/status", "VmData")
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (1024 * there if hard < 0 else min(1024 * there, hard), hard))
+
+
+def kilobytes(path: str, name: str) -> int:
+    """A number of one of Linux's tables."""
+    with open(path) as table:
+        return next(int(line.split()[1]) for line in table if line.startswith(f"{name}:"))
+
+
 @contextlib.contextmanager
 def start(device_name: str, precision: str, deterministic: bool = False):
     """Yield the Runtime of this process; under torchrun it joins and leaves the process group."""
     device = pick_device(device_name)
     world_size = process_count()
+    if device.type == "cpu":
+        limit_memory()
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = not deterministic

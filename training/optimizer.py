@@ -42,7 +42,7 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
 
 
 class Muon(torch.optim.SGD):
-    """SGD with Nesterov momentum which in groups with `muon` set takes orthogonalised steps (Jordan et al., 2024).
+    """SGD with Nesterov momentum, and in groups with a `muon_momentum` orthogonalised steps (Jordan et al., 2024).
 
     The step of a convolution, seen as a matrix (out, in * 3 * 3), is replaced by the nearest orthogonal matrix, so
     that all its directions are learnt at one speed, the rare ones too. Before it the weights are brought to norm
@@ -58,7 +58,7 @@ class Muon(torch.optim.SGD):
     def step(self, closure=None):
         """One step of all groups."""
         for group in self.param_groups:
-            if group["muon"]:
+            if "muon_momentum" in group:
                 self.prepare(group["params"], group["muon_momentum"])
         return super().step(closure)
 
@@ -94,7 +94,6 @@ def make_optimizer(
     convolutions = [p for p in model.features.parameters() if p.ndim > 1]
     others = [p for p in model.features.parameters() if p.ndim <= 1]
     head = model.classifier
-    muon = optimizer == "muon"
     groups = [
         {"params": convolutions, "share": 1.0, "weight_decay": weight_decay},
         {"params": others, "share": 1.0},
@@ -102,11 +101,10 @@ def make_optimizer(
         {"params": [head.bias], "share": head_lr},
     ]
     fused = convolutions[0].device.type != "mps"
-    if not muon:
+    if optimizer == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=SGD_MOMENTUM, nesterov=True, fused=fused)
-    groups[0] |= {"muon": True, "weight_decay": 0.0, "momentum": 0.0, "nesterov": False, "muon_momentum": MUON_MOMENTUM}
-    for group in groups[1:]:
-        group["muon"] = False
+    # To SGD, whose momentum is then none, an orthogonalised step is just a gradient.
+    groups[0] |= {"weight_decay": 0.0, "momentum": 0.0, "nesterov": False, "muon_momentum": MUON_MOMENTUM}
     return Muon(groups, dtype, lr=lr, momentum=SGD_MOMENTUM, nesterov=True, fused=fused)
 
 
