@@ -1,9 +1,7 @@
-"""What throughput.py compares with: training as the usual tutorials write it, and what the machine itself can do."""
+"""What the benchmarks compare with: training as the usual tutorials write it, and what the machine itself can do."""
 
-import platform
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
-from datasets import SIDE, DatasetSpec
+from datasets import PAD, SIDE, DatasetSpec
 from models import build_model
 from runtime.device import Runtime
 from utils import Images
@@ -37,8 +35,8 @@ def plain_batches(images: Images, spec: DatasetSpec, batch_size: int, device: to
     """Batches without end from a DataLoader of 2 workers that crop, flip and normalise image by image."""
     transform = transforms.Compose(
         [
-            transforms.RandomCrop(32, padding=4),
-            transforms.RandomHorizontalFlip(),
+            transforms.RandomCrop(SIDE, padding=PAD),
+            *([transforms.RandomHorizontalFlip()] if spec.flip else []),
             transforms.ToTensor(),
             transforms.Normalize(spec.mean, spec.std),
         ]
@@ -51,8 +49,13 @@ def plain_batches(images: Images, spec: DatasetSpec, batch_size: int, device: to
         yield from loader
 
 
-def plain_steps(model, optimizer, batches: Iterator, device: torch.device, steps: int, teacher=None) -> float:
-    """Train for `steps` steps, distilling `teacher` (T = 5) where there is one; the running accuracy."""
+def plain_steps(
+    model, optimizer, batches: Iterator, device: torch.device, steps: int, teacher=None, schedule=None
+) -> float:
+    """Train for `steps` steps, distilling `teacher` (T = 5) where there is one; the running accuracy (0 to 1).
+
+    `schedule` is one of torch's, which sets the learning rate of each next step.
+    """
     model.train()
     running_loss, correct, total = 0.0, 0, 0
     for _ in range(steps):
@@ -68,6 +71,8 @@ def plain_steps(model, optimizer, batches: Iterator, device: torch.device, steps
             loss = 0.9 * 25 * soft + 0.1 * loss
         loss.backward()
         optimizer.step()
+        if schedule is not None:
+            schedule.step()
         running_loss += loss.item()
         correct += (outputs.argmax(1) == labels).sum().item()
         total += len(labels)
@@ -125,11 +130,3 @@ def cost(role: str, bytes_an_element: int) -> tuple[float, float]:
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         model(torch.zeros(1, 3, SIDE, SIDE))
     return 3.0 * counter.get_total_flops(), 3.0 * elements * bytes_an_element
-
-
-def processor() -> str:
-    """The processor's name, as the system knows it."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.split(":")[1].strip()
-    return platform.processor() or platform.machine()

@@ -1,7 +1,7 @@
 """How fast this project trains, beside what it is compared with, measured in the same run.
 
     python benchmarks/throughput.py                       the table, in about half an hour on two cores
-    python benchmarks/throughput.py --quick               a rough one in about a minute
+    python benchmarks/throughput.py --quick               a rough one in a few minutes
     python benchmarks/throughput.py --json rows.json      the rows, hardware and versions as JSON too
     python benchmarks/throughput.py --device cuda         further options are train.py's
 
@@ -20,14 +20,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from plain import copy, cost, matrix_product, plain_batches, plain_steps
+from plain import copy, cost, matrix_product, plain_batches, plain_steps, repeated
 
 import config
 import train
@@ -38,6 +39,7 @@ from runtime import checkpoint
 from runtime.device import Runtime, device_title, processor
 from runtime.processes import start
 from runtime.signals import StopSignal
+from training.optimizer import set_learning_rate
 from training.run import Run
 from utils import Images, Views, load_images
 
@@ -48,28 +50,33 @@ Job = Callable[[], float]  # runs once and returns a rate: images, operations or
 class Bench:
     """Images, options and sizes of this benchmark, and the jobs it times."""
 
-    def __init__(self, arguments: argparse.Namespace, options: config.TrainOptions, runtime: Runtime) -> None:
+    def __init__(
+        self, arguments: argparse.Namespace, options: dict[str, config.TrainOptions], runtime: Runtime
+    ) -> None:
+        """`options` are those of each role, resolved by its own recipe."""
         self.options, self.runtime, self.quick = options, runtime, arguments.quick
+        self.spec = options["student"].spec
         fast = runtime.device.type == "cuda"
         self.repeats = 3 if self.quick else 7
-        self.teacher_steps = (20 if fast else 2) if self.quick else (90 if fast else 6)
-        self.student_steps = (20 if fast else 5) if self.quick else (90 if fast else 24)
+        self.teacher_steps = (10 if fast else 1) if self.quick else (45 if fast else 3)
+        self.student_steps = (10 if fast else 3) if self.quick else (45 if fast else 12)
+        self.loaders: dict[str, Iterator] = {}  # the usual ones, by role; their workers live as long as they do
         if arguments.data_path:
-            self.images = load_images(options.spec, arguments.data_path, "train")[0]
+            self.images = load_images(self.spec, arguments.data_path, "train")[0]
         else:
             shape = (IMAGES, SIDE, SIDE, 3)
             self.images = Images(torch.randint(256, shape, dtype=torch.uint8), torch.randint(10, (IMAGES,)))
 
-    def run_options(self, **changes) -> config.TrainOptions:
+    def run_options(self, role: str, **changes) -> config.TrainOptions:
         """Options of one run, so many epochs long that its learning rate stays low: random labels can't diverge it."""
-        return self.options.resolved(num_epochs=100_000, precision=self.runtime.precision, **changes)
+        return replace(self.options[role], num_epochs=100_000, precision=self.runtime.precision, **changes)
 
-    def ours(self, steps: int, cache: str = "", **changes) -> Job:
+    def ours(self, role: str, steps: int, cache: str = "", **changes) -> Job:
         """Our epoch of `steps` steps, images a second; with KD its `cache` is "cold" or "warm" each time."""
-        place = self.options.weights_path / cache  # a cold cache is removed, a warm one is not
-        options = self.run_options(kd=bool(cache), weights_path=place, **changes)
+        place = self.options[role].weights_path / cache  # a cold cache is removed, a warm one is not
+        options = self.run_options(role, kd=bool(cache), weights_path=place, **changes)
         count = min(steps * options.batch_size, len(self.images))
-        views = Views(self.images[:count].to(self.runtime.device), options.spec)
+        views = Views(self.images[:count].to(self.runtime.device), options.spec, options.views)
         run, stop = Run(options, self.runtime, views, teacher_id=cache), StopSignal()
         if cache:
             teacher = build_model("teacher").to(self.runtime.device, memory_format=torch.channels_last)
@@ -91,10 +98,27 @@ class Bench:
 
         return job
 
-    def plain(self, role: str, steps: int, batches, kd: bool = False) -> Job:
+    def optimizer(self, role: str) -> Job:
+        """The optimizer alone, steps a second; what gradients it is given makes no difference to its time."""
+        options = self.run_options(role)
+        views = Views(self.images[: options.batch_size].to(self.runtime.device), options.spec)
+        run = Run(options, self.runtime, views)
+        set_learning_rate(run.optimizer, run.lr)
+        for parameter in run.model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        return repeated(run.optimizer.step, 1, self.runtime)
+
+    def usual_batches(self, role: str) -> Iterator:
+        """The DataLoader's batches without end, of the size that a role's recipe has."""
+        if role not in self.loaders:
+            size = self.options[role].batch_size
+            self.loaders[role] = plain_batches(self.images, self.spec, size, self.runtime.device)
+        return self.loaders[role]
+
+    def plain(self, role: str, steps: int, kd: bool = False) -> Job:
         """The usual loop for `steps` steps, images a second."""
-        device, batch_size = self.runtime.device, self.run_options(tto=role == "teacher").batch_size
-        model = build_model(role).to(device)
+        device, batch_size = self.runtime.device, self.options[role].batch_size
+        model, batches = build_model(role).to(device), self.usual_batches(role)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, weight_decay=5e-4)
         teacher = build_model("teacher").to(device).eval() if kd else None
 
@@ -107,23 +131,25 @@ class Bench:
         return job
 
     def our_loader(self, count: int = IMAGES) -> Job:
-        """An epoch's plan and all its batches of 128, images a second."""
-        views = Views(self.images[:count].to(self.runtime.device), self.options.spec)
+        """An epoch's plan and all its batches, images a second."""
+        batch_size = self.options["student"].batch_size
+        views = Views(self.images[:count].to(self.runtime.device), self.spec)
         epochs = itertools.count()
 
         def job() -> float:
             start = time.perf_counter()
             order, view_of = views.plan(0, next(epochs))
-            for rows in order.split(128):
+            for rows in order.split(batch_size):
                 views.batch(rows, view_of[rows])
             self.runtime.synchronize()
             return len(views) / (time.perf_counter() - start)
 
         return job
 
-    def plain_loader(self, batches, batch_size: int) -> Job:
+    def plain_loader(self) -> Job:
         """Batches of the DataLoader, images a second; what its workers had in store is taken first, untimed."""
-        steps = 30 if self.quick else 150
+        steps, batch_size = 15 if self.quick else 75, self.options["student"].batch_size
+        batches = self.usual_batches("student")
 
         def job() -> float:
             for _ in range(8):
@@ -148,46 +174,68 @@ class Bench:
 
 def measure(bench: Bench, command: list[str]) -> list[dict]:
     """All rows; `command` runs this script anew, for what needs a process of its own."""
-    student, teacher, batch = bench.student_steps, bench.teacher_steps, bench.run_options().batch_size
-    batches = plain_batches(bench.images, bench.options.spec, batch, bench.runtime.device)
+    rate = measure_rates(bench)
+    bench.loaders.clear()  # ends their workers
+    rate |= {f"peak memory {side}": in_process(command, f"memory {side}") for side in ("ours", "plain")}
+    if bench.runtime.device.type != "cuda" or torch.cuda.device_count() > 1:
+        rate |= {f"{processes} processes": in_process(command, "speed", processes) for processes in (1, 2)}
+    rate |= derived(bench, rate)
+    return [
+        {"name": name, "ours": rate[ours], "theirs": rate[theirs], "unit": unit, "ratio": rate[ours] / rate[theirs]}
+        for name, ours, theirs, unit in row_names(bench.options["student"].batch_size)
+        if ours in rate
+    ]
+
+
+def measure_rates(bench: Bench) -> dict[str, float]:
+    """The median rate of every job of this process, in groups that take turns."""
+    student, teacher, batch = bench.student_steps, bench.teacher_steps, bench.options["student"].batch_size
     rate = bench.medians(
         {
             "our loader": bench.our_loader(),
             "our loader, 5,000 images": bench.our_loader(5_000),
-            "DataLoader": bench.plain_loader(batches, batch),
+            "DataLoader": bench.plain_loader(),
         }
     )
     rate |= bench.medians(
         {
-            "teacher": bench.ours(teacher, tto=True),
-            "plain teacher": bench.plain("teacher", teacher, batches),
+            "teacher": bench.ours("teacher", teacher),
+            "teacher's optimizer": bench.optimizer("teacher"),
+            "plain teacher": bench.plain("teacher", teacher),
             "matrix product": matrix_product(bench.runtime),
             "copy": copy(bench.runtime),
         }
     )
     rate |= bench.medians(
         {
-            "student": bench.ours(student),
-            "plain student": bench.plain("student", student, batches),
-            "KD cold": bench.ours(student, "cold"),
-            "KD warm": bench.ours(student, "warm"),
-            "plain KD": bench.plain("student", teacher, batches, kd=True),
-            "small batch": bench.ours(4 * student, batch_size=batch // 4),
-            "large batch": bench.ours(max(student // 4, 1), batch_size=batch * 4),
-            "many images": bench.ours(4 * student),
+            "student": bench.ours("student", student),
+            "student's optimizer": bench.optimizer("student"),
+            "plain student": bench.plain("student", student),
+            "KD cold": bench.ours("student", student, "cold"),
+            "KD warm": bench.ours("student", student, "warm"),
+            "plain KD": bench.plain("student", teacher, kd=True),
+            "small batch": bench.ours("student", 4 * student, batch_size=batch // 4),
+            "large batch": bench.ours("student", max(student // 4, 1), batch_size=batch * 4),
+            "many images": bench.ours("student", 4 * student),
         }
     )
-    del batches  # ends its workers
-    rate |= {f"peak memory {side}": in_process(command, f"memory {side}") for side in ("ours", "plain")}
-    if bench.runtime.device.type != "cuda" or torch.cuda.device_count() > 1:
-        rate |= {f"{processes} processes": in_process(command, "speed", processes) for processes in (1, 2)}
+    return rate
 
+
+def derived(bench: Bench, rate: dict[str, float]) -> dict[str, float]:
+    """What follows from the rates measured: the layers' operations and bytes a second, times of steps and epochs."""
+    found = {"peak GFLOP/s": rate["matrix product"] / 1e9, "peak GB/s": rate["copy"] / 1e9}
     for role in ("teacher", "student"):
         operations, traffic = cost(role, bytes_an_element=2 if bench.runtime.precision == "bf16" else 4)
-        rate |= {f"{role} GFLOP/s": operations * rate[role] / 1e9, f"{role} GB/s": traffic * rate[role] / 1e9}
-    rate |= {"peak GFLOP/s": rate["matrix product"] / 1e9, "peak GB/s": rate["copy"] / 1e9}
-    rate |= {f"epoch of {job}": IMAGES / rate[job] for job in ("our loader", "student", "KD warm")}
-    rows = (
+        found |= {f"{role} GFLOP/s": operations * rate[role] / 1e9, f"{role} GB/s": traffic * rate[role] / 1e9}
+        found[f"step of {role}"] = 1000 * bench.options[role].batch_size / rate[role]
+        found[f"step of {role}'s optimizer"] = 1000 / rate[f"{role}'s optimizer"]
+    return found | {f"epoch of {job}": IMAGES / rate[job] for job in ("our loader", "student", "KD warm")}
+
+
+def row_names(batch: int) -> tuple[tuple[str, str, str, str], ...]:
+    """Each row's title, the names of its two rates and their unit; `batch` is the student's."""
+    return (
         ("loader / DataLoader, 2 workers", "our loader", "DataLoader", "img/s"),
         ("teacher training / plain loop", "teacher", "plain teacher", "img/s"),
         ("student training / plain loop", "student", "plain student", "img/s"),
@@ -195,6 +243,8 @@ def measure(bench: Bench, command: list[str]) -> list[dict]:
         ("KD, warm cache / plain KD loop", "KD warm", "plain KD", "img/s"),
         ("KD epoch, warm cache / student epoch, both ours", "epoch of KD warm", "epoch of student", "s"),
         ("loader / student epoch, both ours", "epoch of our loader", "epoch of student", "s"),
+        ("optimizer / training step, teacher, both ours", "step of teacher's optimizer", "step of teacher", "ms"),
+        ("optimizer / training step, student, both ours", "step of student's optimizer", "step of student", "ms"),
         ("teacher training / matrix product", "teacher GFLOP/s", "peak GFLOP/s", "GFLOP/s"),
         ("teacher's layers in memory / copy", "teacher GB/s", "peak GB/s", "GB/s"),
         ("student training / matrix product", "student GFLOP/s", "peak GFLOP/s", "GFLOP/s"),
@@ -206,11 +256,6 @@ def measure(bench: Bench, command: list[str]) -> list[dict]:
         ("student, 2 processes / 1", "2 processes", "1 processes", "img/s"),
         ("teacher training / plain loop, peak memory", "peak memory ours", "peak memory plain", "MiB"),
     )
-    return [
-        {"name": name, "ours": rate[ours], "theirs": rate[theirs], "unit": unit, "ratio": rate[ours] / rate[theirs]}
-        for name, ours, theirs, unit in rows
-        if ours in rate
-    ]
 
 
 def in_process(command: list[str], work: str, processes: int = 1) -> float:
@@ -227,15 +272,15 @@ def in_process(command: list[str], work: str, processes: int = 1) -> float:
 def do_work(bench: Bench, work: str) -> None:
     """Print the images a second of the student's training, or the peak memory of the teacher's in MiB."""
     if work == "speed":
-        result = bench.medians({"student": bench.ours(bench.student_steps)})["student"]
+        result = bench.medians({"student": bench.ours("student", bench.student_steps)})["student"]
     else:
-        options, device = bench.run_options(tto=True), bench.runtime.device
+        device = bench.runtime.device
         if work == "memory ours":
-            resident = Views(bench.images.to(device), options.spec)  # a real run has all images there
-            bench.ours(3, tto=True)()
+            resident = Views(bench.images.to(device), bench.spec)  # a real run has all images there
+            bench.ours("teacher", 3)()
             del resident
         else:
-            bench.plain("teacher", 3, plain_batches(bench.images, options.spec, options.batch_size, device))()
+            bench.plain("teacher", 3)()
         if device.type == "cuda":
             result = torch.cuda.max_memory_allocated(device) / 2**20
         else:
@@ -244,15 +289,17 @@ def do_work(bench: Bench, work: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="about a minute: few steps and repeats")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser.add_argument("--quick", action="store_true", help="a few minutes: few steps and repeats")
     parser.add_argument("--json", type=Path, help="file for the rows, the hardware and the versions")
     parser.add_argument("--data_path", type=Path, help="folder of the real CIFAR-10 (default: random images)")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     arguments, further = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
-        options = config.parse_train([*further, f"--weights_path={folder}", f"--plots_path={folder}"])
-        with start(options.device, options.precision) as runtime:
+        words = [*further, f"--weights_path={folder}", f"--plots_path={folder}"]
+        options = {"student": config.parse_train(words), "teacher": config.parse_train(["--tto", "True", *words])}
+        with start(options["student"].device, options["student"].precision) as runtime:
             bench = Bench(arguments, options, runtime)
             if arguments.work:
                 return do_work(bench, arguments.work)
