@@ -32,7 +32,7 @@ from runtime import checkpoint
 from runtime.device import Runtime, device_title
 from runtime.errors import UserError, exit_code
 from runtime.files import make_folder
-from runtime.identity import Identity
+from runtime.identity import DISTILLATION, Identity
 from runtime.processes import main_first, start
 from utils import Images, all_logits, load_images
 
@@ -132,7 +132,7 @@ def compare_with_teacher(
 ) -> tuple[torch.nn.Module, dict, str]:
     """The teacher, the student's fidelity to it, and the table; beside KD, the student without it as a control."""
     labels = images.labels.cpu()
-    teacher, teacher_content = load(options, options.teacher_path, "teacher", runtime)
+    teacher, _ = load(options, options.teacher_path, "teacher", runtime)
     teacher_logits = all_logits(teacher, images, options.spec, runtime)
     extra = fidelity(logits, teacher_logits, labels)
     columns, notes = {"this student": extra}, []
@@ -143,8 +143,8 @@ def compare_with_teacher(
         if content["identity"].is_control_of(run):
             columns["without KD"] = fidelity(all_logits(model, images, options.spec, runtime), teacher_logits, labels)
         else:
-            notes.append(f"{control} is not its control: it has {content['identity'].beside(run)}")
-    if options.kd and run["teacher"] != checkpoint.fingerprint(teacher_content["model"]):
+            notes.append(f"{control} is not its control: it has {content['identity'].beside(run, DISTILLATION)}")
+    if options.kd and run["teacher"] != checkpoint.fingerprint(teacher.state_dict()):
         notes.append(f"{options.teacher_path} is not the teacher that this student learned from")
     return teacher, extra, "\n".join([report.fidelity_text(columns), *notes])
 
@@ -152,28 +152,36 @@ def compare_with_teacher(
 def compare(options: config.TestOptions, runtime: Runtime) -> None:
     """Evaluate every finished checkpoint of these images and publish their table; UserError where there is none."""
     contents = find_checkpoints(options, runtime)
+    nothing = UserError(
+        f"no finished checkpoint of {options.dataset} in {options.weights_path.resolve()}: "
+        f"make them with `python train.py --all True --dataset {options.dataset}`, or give --weights_path"
+    )
     if not contents:
-        raise UserError(
-            f"no finished checkpoint of {options.dataset} in {options.weights_path.resolve()}: "
-            f"make them with `python train.py --all True --dataset {options.dataset}`, or give --weights_path"
-        )
+        raise nothing
     images, labels = load_held_out(options, runtime)
-    teachers: dict[str, torch.Tensor] = {}  # the logits of each, by its fingerprint
+    shown, teachers = [], {}  # the logits of each teacher, by its fingerprint
     for content in contents:
         run, path = content["identity"], content["path"]
-        model, _ = load(options, path, run["role"], runtime)
+        try:
+            model, _ = load(options, path, run["role"], runtime)
+        except UserError as error:  # of another version, or of weights that are no such model's
+            runtime.print(f"left out: {error}")
+            continue
+        shown.append(content)
         its_runtime = as_trained(options, runtime, run)
         logits = all_logits(model, images, options.spec, its_runtime)
         numbers = measure(logits, labels)
         if run["role"] == "teacher":
-            teachers[content["fingerprint"]] = logits
+            teachers[checkpoint.fingerprint(model.state_dict())] = logits
         elif teacher := run["teacher"] if run["kd"] else next(iter(teachers), None):
             numbers |= fidelity(logits, teachers[teacher], labels) if teacher in teachers else {}
         content["metrics"] = {key: 100 * numbers[key] for key in ("top1", "top5")}
         if runtime.is_main:
             content["measured"] = numbers | inference.measure_cost(model, path, its_runtime).medians()
+    if not shown:
+        raise nothing
     if runtime.is_main:
-        report.publish(contents, options, "comparison")
+        report.publish(shown, options, "comparison")
 
 
 def find_checkpoints(options: config.TestOptions, runtime: Runtime) -> list[dict]:
@@ -185,25 +193,19 @@ def find_checkpoints(options: config.TestOptions, runtime: Runtime) -> list[dict
     for path in sorted(options.weights_path.glob(f"{options.spec.prefix}*.pt")):
         if not path.name.endswith(".last.pt"):
             try:
-                contents.append(read(path))
+                contents.append(checkpoint.load(path) | {"path": path})
             except UserError as error:
                 runtime.print(f"left out: {error}")
     images = options.dataset, options.holdout
     contents = [c for c in contents if (c["identity"]["dataset"], c["identity"]["holdout"] or 0) == images]
     contents = [content for content in contents if "metrics" in content]
     if options.teacher:
-        teacher = read(options.teacher, role="teacher", dataset=options.dataset)
+        teacher, named = inference.load_model(options.teacher, "teacher", options.dataset, options.spec, runtime.device)
+        its_own = None, checkpoint.fingerprint(teacher.state_dict())
         students = [content for content in contents if content["identity"]["role"] == "student"]
-        contents = [teacher, *(s for s in students if s["identity"]["teacher"] in (None, teacher["fingerprint"]))]
+        contents = [content for content in students if content["identity"]["teacher"] in its_own]
+        contents.append(named | {"path": options.teacher})
     return sorted(contents, key=report.place_in_table)
-
-
-def read(path: Path, **expected) -> dict:
-    """A checkpoint's content with its path, a teacher's with its fingerprint; raises what `checkpoint.load` does."""
-    content = checkpoint.load(path, **expected) | {"path": path}
-    if content["identity"]["role"] == "teacher":
-        content["fingerprint"] = checkpoint.fingerprint(content["model"])
-    return content
 
 
 def classify(options: config.TestOptions, runtime: Runtime) -> None:

@@ -128,7 +128,7 @@ def load_teacher(options: config.TrainOptions, runtime: Runtime) -> tuple[torch.
             f"--holdout {options.holdout}: the teacher {path} was trained on images that this run keeps aside; "
             "train one with `python train.py --tto True` and the same --holdout"
         )
-    return teacher, checkpoint.fingerprint(content["model"])
+    return teacher, checkpoint.fingerprint(teacher.state_dict())
 
 
 def train(options: config.TrainOptions, runtime: Runtime, stop: StopSignal, teacher=None, teacher_id: str = "") -> None:

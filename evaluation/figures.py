@@ -3,11 +3,11 @@
 import contextlib
 import itertools
 import statistics
-import textwrap
 from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.font_manager import FontProperties, findfont, get_font
 
 from evaluation.measures import BINS, reliability
 from runtime.errors import UserError
@@ -58,6 +58,13 @@ def plot_reliability(logits: torch.Tensor, labels: torch.Tensor, title: str, pat
     return save_figure(axes, path)
 
 
+def drawable(name: str) -> str:
+    """A file's name as a figure shows it: what its font has not as question marks, 24 characters at most."""
+    font = get_font(findfont(FontProperties()))
+    known = "".join(c if font.get_char_index(ord(c)) else "?" for c in name)
+    return known if len(known) <= 24 else f"{known[:23]}…"
+
+
 def plot_pictures(pixels: list, names: list[str], answers: dict, classes: tuple[str, ...], path: Path) -> Path:
     """Draw pictures (B, 32, 32, 3) as the models see them beside each model's probabilities (B, C); the path."""
     from matplotlib.figure import Figure
@@ -67,7 +74,7 @@ def plot_pictures(pixels: list, names: list[str], answers: dict, classes: tuple[
     height = 0.8 / len(answers)
     for i, (left, right) in enumerate(grid):
         left.imshow(pixels[i])
-        left.set_title(textwrap.shorten(names[i], 30), fontsize=9, parse_math=False)
+        left.set_title(drawable(names[i]), fontsize=9, parse_math=False)
         left.axis("off")
         for k, (model, probabilities) in enumerate(answers.items()):
             places = [j + (k - (len(answers) - 1) / 2) * height for j in range(len(classes))]

@@ -28,8 +28,8 @@ def load_model(
     path: Path, role: str, dataset: str, spec: DatasetSpec, device: torch.device
 ) -> tuple[torch.nn.Module, dict]:
     """The model of a checkpoint, ready to evaluate, and what the checkpoint says; UserError where it is no such one."""
-    classes = len(spec.classes)
-    content = checkpoint.load(path, role=role, architecture=ARCHITECTURES[role], dataset=dataset, num_classes=classes)
+    classes, architecture = len(spec.classes), ARCHITECTURES.get(role)
+    content = checkpoint.load(path, role=role, architecture=architecture, dataset=dataset, num_classes=classes)
     model = checkpoint.load_weights(build_model(role, classes), content, path)
     return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), content
 

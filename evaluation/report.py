@@ -1,7 +1,10 @@
 """What test.py says beyond loss, top-1 and top-5, and the table of models: words and files."""
 
+import contextlib
 import json
+import os
 import statistics
+import sys
 import textwrap
 from pathlib import Path
 
@@ -12,8 +15,9 @@ from evaluation.figures import find_logs, plot_comparison
 from evaluation.inference import Cost, count_parameters
 from evaluation.measures import BINS, paired_gain, wilson
 from models import build_model
+from runtime.errors import UserError, reason
 from runtime.files import writing
-from runtime.identity import DISTILLATION, Identity, labels
+from runtime.identity import DISTILLATION, labels
 
 # ---------------------------------------------------------------------------------------------- words
 
@@ -106,11 +110,24 @@ def pictures_text(paths: tuple[Path, ...], answers: dict[str, torch.Tensor], cla
     return "\n".join(lines)
 
 
+def is_stdout(path: Path) -> bool:
+    """Whether what is written to `path` goes where this process prints."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # there is no such file, or no standard output
+        return os.path.samestat(os.stat(path), os.fstat(sys.stdout.fileno()))
+    return False
+
+
 def write_json(path: Path, content: dict) -> Path:
     """Write plain values to `path` as JSON: atomically, or through it where it is a device or a pipe."""
     text = json.dumps(content, indent=1) + "\n"
+    if is_stdout(path):  # a file, perhaps, that the rest of the report goes into, too
+        print(text, end="")
+        return path
     if path.exists() and not path.is_file():
-        path.write_text(text)
+        try:
+            path.write_text(text)
+        except OSError as error:
+            raise UserError(f"can't write {path}: {reason(error)}") from error
         return path
     with writing(path) as temporary:
         temporary.write_text(text)
@@ -200,12 +217,8 @@ def why_no_gain(runs: list[dict], contents: list[dict]) -> str:
     if not others:
         return "there is no student without KD"
 
-    def apart(other: Identity) -> list[str]:
-        return [name for name in other.differing(run) if name not in DISTILLATION]
-
-    nearest = min(others, key=lambda other: len(apart(other)))
-    differences = ", ".join(f"{name} {nearest[name]}, not {run[name]}" for name in apart(nearest))
-    return f"no student without KD is its control: the nearest has {differences}"
+    nearest = min(others, key=lambda other: len(set(other.differing(run)) - DISTILLATION))
+    return f"no student without KD is its control: the nearest has {nearest.beside(run, DISTILLATION)}"
 
 
 def results_text(results: dict) -> str:

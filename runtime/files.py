@@ -17,7 +17,7 @@ def writing(path: Path) -> Iterator[Path]:
     whole; where `path` is a link, the file it leads to. A full disk or a read-only folder is a UserError and
     leaves the old file.
     """
-    path = Path(os.path.realpath(path))
+    given, path = path, Path(os.path.realpath(path))
     make_folder(path.parent)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -34,7 +34,7 @@ def writing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         # torch's zip writer reports a failed write as a RuntimeError
         if isinstance(error, OSError) or "file write failed" in str(error) or "unexpected pos" in str(error):
-            raise UserError(f"can't write {path}: {reason(error)}; what was there is unchanged") from error
+            raise UserError(f"can't write {given}: {reason(error)}; what was there is unchanged") from error
         raise
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -26,12 +26,16 @@ class Identity:
     facts: dict
 
     def __post_init__(self) -> None:
-        """ValueError where a fact is of the wrong kind, or one that all runs have is missing."""
+        """ValueError where a fact is of the wrong kind or out of bounds, or one that all runs have is missing."""
         needed = NEEDED | ({"temp": float} if self["kd"] else {})
         for name, kind in {**KINDS, **needed}.items():
             value = self[name]
             if not (isinstance(value, kind) or (value is None and name not in needed)):
                 raise ValueError(f"{name} is {value!r}")
+        for name, value in self.facts.items():
+            is_number = isinstance(value, (int, float)) and value >= 0
+            if not isinstance(name, str) or not (is_number or value is None or isinstance(value, str)):
+                raise ValueError(f"{name!r} is {value!r}")
 
     def __getitem__(self, name: str):
         """A fact, or None."""
@@ -60,9 +64,10 @@ class Identity:
         seen = min(self["subset"] or whole, whole) - (self["holdout"] or 0)
         return holdout > 0 and seen > min(subset or whole, whole) - holdout
 
-    def beside(self, other: "Identity") -> str:
+    def beside(self, other: "Identity", ignoring: set[str] = frozenset()) -> str:
         """In what this run differs from another, in words: `num_epochs 30, not 16`."""
-        return "; ".join(f"{name} {self[name]}, not {other[name]}" for name in self.differing(other))
+        names = [name for name in self.differing(other) if name not in ignoring]
+        return "; ".join(f"{name} {self[name]}, not {other[name]}" for name in names)
 
     @property
     def title(self) -> str:

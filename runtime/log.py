@@ -18,6 +18,11 @@ class RunLog:
         self.path, self.text = path, ""
 
     @property
+    def header(self) -> dict:
+        """The first line."""
+        return json.loads(self.text.splitlines()[0])
+
+    @property
     def lines(self) -> list[dict]:
         """The epochs' lines."""
         return [json.loads(line) for line in self.text.splitlines()[1:]]

@@ -1,5 +1,6 @@
 """The real data, and the scripts as a user runs them: in processes of their own."""
 
+import ctypes
 import hashlib
 import multiprocessing
 import os
@@ -59,7 +60,7 @@ def run_script(name: str, *arguments: str, timeout: float = 300, **keywords) -> 
 def digits(tmp_path_factory) -> Path:
     """A folder with the drawn data set, so that a run which gets as far as the data does so at once."""
     folder = tmp_path_factory.mktemp("digits")
-    load_images(DATASETS["digits"], folder)
+    load_images(DATASETS["digits"], folder, "train", "test")
     return folder
 
 
@@ -89,7 +90,9 @@ def assert_one_line(done: subprocess.CompletedProcess, tells: str) -> None:
 # Importing torch takes seconds, a run here less: `start_script` forks from a process that did it once, and
 # runs the script in the fork as `__main__`, with an argv, outputs, signals and an exit code of its own.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["conftest", "train", "test", "torchvision", "matplotlib.backends.backend_agg"])
+FORKS.set_forkserver_preload(
+    ["conftest", "made_up", "train", "test", "matplotlib.backends.backend_agg", "matplotlib.figure"]
+)
 
 
 @dataclass
@@ -123,11 +126,10 @@ def start_script(tmp_path_factory):
     """A function that starts `python NAME ARGUMENTS` in a folder, in the background; see `run_as_main`."""
     started = []
 
-    def start(name: str, *arguments: str, folder: Path, file_size: int | None = None, url: str | None = None) -> Script:
+    def start(name: str, *arguments: str, folder: Path, **changes) -> Script:
         outputs = tmp_path_factory.mktemp("outputs")
-        process = FORKS.Process(
-            target=run_as_main, args=(name, [str(argument) for argument in arguments], folder, outputs, file_size, url)
-        )
+        words = [str(argument) for argument in arguments]
+        process = FORKS.Process(target=run_as_main, args=(name, words, folder, outputs), kwargs=changes)
         process.start()
         started.append(process)
         return Script(process, outputs)
@@ -138,18 +140,56 @@ def start_script(tmp_path_factory):
         process.join()
 
 
+def without_override() -> None:
+    """Give up root's power over the modes of files, which no other user has (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH)."""
+    library = ctypes.CDLL(None)
+    header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()  # effective, permitted, inherited
+    library.capget(header, sets)
+    for i in (0, 1):
+        sets[i] &= ~(1 << 1 | 1 << 2)
+    library.capset(header, sets)
+
+
 def run_as_main(
-    name: str, arguments: list[str], folder: Path, outputs: Path, file_size: int | None, url: str | None
+    name: str,
+    arguments: list[str],
+    folder: Path,
+    outputs: Path,
+    file_size: int | None = None,
+    url: str | None = None,
+    tiny: bool = False,
+    stdout: str = "kept",
+    environment: dict[str, str] | None = None,
 ) -> None:
-    """In the fork: run the script in `folder`, perhaps with a limit on its files or another address of the data."""
+    """In the fork: run the script in `folder`, perhaps with a limit on its files, another address of the data,
+    models of a few thousand weights under the names of the real ones, or a standard output that is "full" or
+    "closed", whose reader has "gone", or that knows "ascii" alone."""
     import torch
     import torchvision
 
     for descriptor, file_name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(outputs / file_name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-    os.environ |= NO_NETWORK | ONE_THREAD
+    os.environ |= NO_NETWORK | ONE_THREAD | (environment or {})
     torch.set_num_threads(1)
     os.chdir(folder)
+    without_override()
+    if stdout == "full":
+        os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+    elif stdout == "gone":
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, 1)
+    encoding = "ascii" if stdout == "ascii" else "utf-8"
+    sys.stdout = open(1, "w", encoding=encoding, closefd=False)  # noqa: SIM115 - the one before knew another file
+    if stdout == "closed":
+        os.close(1)
+        sys.stdout = None  # as the interpreter has it then
+    if tiny:
+        import made_up
+
+        import models
+
+        models.BUILDERS |= {"teacher": made_up.TinyTeacher, "student": made_up.tiny_student}
     if url is not None:
         torchvision.datasets.CIFAR10.url = url
     if file_size is not None:  # Python ignores SIGXFSZ, so that a write beyond it is an OSError, as on a full disk

@@ -6,25 +6,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from made_up import facts_of
 
-from config import parse_train
-from models import ARCHITECTURES, build_model
+from models import build_model
 from runtime import checkpoint
 from training.optimizer import make_optimizer
 
 QUICK = "--dataset digits --subset 40 --batch_size 8 --num_epochs 1 --device cpu --precision fp32 --data_path {digits}"
-DIGITS_OPTIONS = parse_train(QUICK.split()).result_options()
 
 # ------------------------------------------------------------------------------ damaged files
 
 
-def write_checkpoint(path: Path, role: str = "teacher", **changes) -> None:
-    """A checkpoint whose description fits the role, with `changes`; its weights are small and fit nothing."""
-    content = {
-        "role": role, "architecture": ARCHITECTURES[role], "num_classes": 10, "dataset": "cifar10", "kd": False,
-        "options": {}, "teacher": "", "epoch": 1, "versions": {}, "model": {"weight": torch.zeros(1000)},
-    }  # fmt: skip
-    checkpoint.save(path, content | changes)
+def write_checkpoint(path: Path, command: str = "--tto", facts: dict | None = None, **changes) -> None:
+    """A checkpoint of `train.py COMMAND` with other `facts` and `changes`; its weights are small and fit nothing."""
+    identity = facts_of(command) | (facts or {})
+    content = {"identity": identity, "epoch": 1, "versions": {}, "model": {"weight": torch.zeros(1000)}} | changes
+    checkpoint.save(path, {name: value for name, value in content.items() if value is not None})
 
 
 def flip_bit(content: bytes) -> bytes:
@@ -44,7 +41,7 @@ class Hostile:
 
 
 def hostile(path: Path) -> None:
-    torch.save({"format": 1, "role": "teacher", "options": {}, "model": Hostile()}, path)
+    torch.save({"format": checkpoint.FORMAT, "identity": facts_of("--tto"), "model": Hostile()}, path)
 
 
 def hostile_old_style(path: Path) -> None:
@@ -87,8 +84,8 @@ def bare_weights(path: Path) -> None:
     torch.save({"weight": torch.zeros(3)}, path)
 
 
-def described(**changes) -> Callable[[Path], None]:
-    return lambda path: write_checkpoint(path, **changes)
+def described(facts: dict | None = None, command: str = "--tto", **changes) -> Callable[[Path], None]:
+    return lambda path: write_checkpoint(path, command, facts, **changes)
 
 
 DAMAGES = {
@@ -103,51 +100,62 @@ DAMAGES = {
     "another zip": (other_zip, "damaged or no checkpoint"),
     "a list": (bare_list, "damaged or no checkpoint"),
     "bare weights": (bare_weights, "damaged or no checkpoint"),
-    "newer format": (described(format=checkpoint.FORMAT + 1), "format 2, this version reads up to 1"),
+    "newer format": (described(format=checkpoint.FORMAT + 1), "format 3, this version reads up to 2"),
     "format of no sense": (described(format="x"), "format x"),
-    "other role": (described(role="student"), "holds role student"),
-    "other data set": (described(dataset="digits"), "holds dataset digits"),
-    "other classes": (described(num_classes=100), "holds num_classes 100"),
-    "other architecture": (described(architecture="vgg19_bn/0"), "holds architecture vgg19_bn/0"),
+    "facts of no kind": (described(identity=3), "damaged or no checkpoint"),
+    "facts that are missing": (described(identity={"role": "teacher"}), "damaged or no checkpoint"),
+    "other role": (described({"role": "student"}), "holds role student"),
+    "other data set": (described({"dataset": "digits"}), "holds dataset digits"),
+    "other classes": (described({"num_classes": 100}), "holds num_classes 100"),
+    "other architecture": (described({"architecture": "vgg19_bn/0"}), "holds architecture vgg19_bn/0"),
     "other weights": (described(), "does not fit the model VGG"),
     "weights that are none": (described(model={"features.0.weight": "x"}), "does not fit the model VGG"),
     "weights of no kind": (described(model=3), "does not fit the model VGG|damaged or no checkpoint"),
 }
 
 
-def resume_state(**changes) -> Callable[[Path], None]:
-    """A resume state of the command QUICK, with `changes`."""
+def resume_state(facts: dict | None = None, **changes) -> Callable[[Path], None]:
+    """A resume state of the command QUICK, of a run with other `facts`, and with `changes`."""
 
     def prepare(path: Path) -> None:
         model = build_model("student", 10)
-        optimizer = make_optimizer(model, parse_train(["--dataset=digits"]), torch.device("cpu"))
+        optimizer = make_optimizer(model, "muon", 0.1, 1.0, 5e-4, torch.float32)
         state = {
-            "dataset": "digits", "options": DIGITS_OPTIONS, "model": model.state_dict(), "epoch": 0, "step": 0,
-            "seconds": 0.0, "totals": torch.zeros(5), "log": "{}\n", "optimizer": optimizer.state_dict(),
-            "scheduler": {"lr_lambdas": [None]},
+            "model": model.state_dict(), "epoch": 0, "step": 0, "seconds": 0.0, "totals": torch.zeros(5),
+            "log": "{}\n", "optimizer": optimizer.state_dict(),
         }  # fmt: skip
-        state |= changes
-        write_checkpoint(path, "student", **{k: v for k, v in state.items() if v is not None})
+        write_checkpoint(path, QUICK, facts, **state | changes)
 
     return prepare
 
 
+def older_version(path: Path) -> None:
+    """A resume state of the format before this one, which only said the options of its run."""
+    names = ("role", "architecture", "num_classes", "dataset", "kd")
+    facts = facts_of(QUICK)
+    content = {"options": {"seed": 42, "lr": 0.1}, "teacher": "", "versions": {"torch": "2.9"}, "model": {}}
+    torch.save({"format": 1, **{name: facts[name] for name in names}, **content}, path)
+
+
 RESUME_DAMAGES = {name: DAMAGES[name] for name in ("text", "hostile", "truncated", "bit flipped", "empty", "directory")}
 RESUME_DAMAGES |= {
-    "of a teacher": (described(role="teacher"), "holds role teacher"),
-    "finished checkpoint": (described(role="student", options=DIGITS_OPTIONS), "damaged|no unfinished run"),
-    "other learning rate": (resume_state(options=DIGITS_OPTIONS | {"lr": 9.0}), "--lr 9.0, not 0.*--resume False"),
+    "of a teacher": (described(), "holds role teacher"),
+    "finished checkpoint": (described(command=QUICK), "damaged|no unfinished run"),
+    "other learning rate": (resume_state({"lr": 9.0}), "has lr 9.0, not 0.1.*: .*--resume False"),
     "other options": (
-        resume_state(options=DIGITS_OPTIONS | {"num_epochs": 9, "subset": 50}),
-        "--subset 50, not 40; --num_epochs 9, not 1.*--resume False",
+        resume_state({"num_epochs": 9, "subset": 50}), "subset 50, not 40; num_epochs 9, not 1.*--resume False",
     ),
-    "another teacher's": (resume_state(teacher="0123456789abcdef"), "another teacher.*--resume False"),
+    "another optimizer": (resume_state({"optimizer": "sgd"}), "optimizer sgd, not muon.*--resume False"),
+    "another teacher's": (
+        resume_state({"teacher": "0123456789abcdef"}), "teacher 0123456789abcdef, not None.*--resume False",
+    ),
     "optimizer of another model": (resume_state(optimizer={"state": {}, "param_groups": []}), "damaged"),
     "weights of another model": (resume_state(model={}), "does not fit the model StudentCNN"),
     "no optimizer": (resume_state(optimizer=None), "damaged"),
     "no log": (resume_state(log=None), "damaged"),
-    "options of no kind": (resume_state(options=3), "damaged"),
-}
+    "facts of no kind": (resume_state(identity=3), "damaged"),
+    "an older version's": (older_version, "older version of this project.*--resume False"),
+}  # fmt: skip
 
 # ------------------------------------------------------------------------------ data
 

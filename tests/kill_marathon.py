@@ -1,8 +1,9 @@
 """Kill runs of every kind at many moments; each, started again, must end as the run that nobody touched.
 
-    python tests/kill_marathon.py [DATA_PATH [KILLS]]     20 kills, with the CIFAR-10 in ./data where not told otherwise
+    python tests/kill_marathon.py [DATA_PATH [KILLS]]     20 kills, with the digits in ./data where not told otherwise
 
-It prints a line a kill, and exits with code 1 where one differs. tests/test_resume.py does a few of the same kills.
+It prints a line a kill, and exits with code 1 where one differs. tests/training/test_resume.py does a few of the same
+kills, of smaller models.
 """
 
 import json
@@ -20,12 +21,12 @@ from typing import Protocol
 import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-COMMON = ["--batch_size=8", "--save_seconds=0", "--device=cpu", "--precision=fp32"]
+COMMON = ["--dataset=digits", "--batch_size=8", "--save_seconds=0", "--device=cpu", "--precision=fp32"]
+STUDENT, DISTILLED, TEACHER = "digits_student_subset40", "digits_student_kd_t5_subset16", "digits_teacher_subset16"
 RUNS = {
-    "student": ["--subset=40", "--num_epochs=3"],
-    "student_kd_t5": ["--kd=True", "--temp=5", "--subset=16", "--num_epochs=3", "--views=2"],
-    # At the recipe's rate four steps give a teacher whose logits are beyond half precision.
-    "teacher": ["--tto=True", "--subset=16", "--num_epochs=2", "--lr=0.001"],
+    STUDENT: ["--subset=40", "--num_epochs=3"],
+    DISTILLED: ["--kd=True", "--temp=5", "--subset=16", "--num_epochs=3", "--views=2"],
+    TEACHER: ["--tto=True", "--subset=16", "--num_epochs=2"],
 }
 # What a log says of the effort, which a killed run spends twice, and not of the result.
 EFFORT = ("seconds", "images_per_second", "teacher_cache_hits")
@@ -108,7 +109,7 @@ def kill_and_go_on(start: Callable[[], Started], folder: Path, name: str, moment
     assert done.returncode == expected, f"exit code {done.returncode}, not {expected}: {done.stderr}"
     if number != signal.SIGKILL:
         assert len(done.stderr.splitlines()) == 1, done.stderr
-        assert "the same command goes on from here" in done.stderr
+        assert "stopped; go on with `python train.py --" in done.stderr
     assert finished.read_bytes() == FINISHED_BEFORE or reach is finished_checkpoint, "the earlier result is gone"
     done = start().end()
     assert done.returncode == 0, done.stderr
@@ -129,12 +130,14 @@ def assert_same_result(folder: Path, name: str, expected: tuple[dict, list[dict]
     assert not differing, f"weights differ: {differing}"
     assert {**content, "model": None} == {**expected[0], "model": None}, "the checkpoint's description differs"
     epochs = [line["epoch"] for line in log[1:]]
-    assert epochs == list(range(1, log[0]["options"]["num_epochs"] + 1)), f"epochs in the log: {epochs}"
+    assert epochs == list(range(1, log[0]["identity"]["num_epochs"] + 1)), f"epochs in the log: {epochs}"
     assert log == expected[1], "the log differs"
     left = {path.name for path in (folder / "weights").iterdir() if path.suffix != ".cache"}
-    assert left <= {f"{name}.pt", f"{name}.pt.previous", "teacher.pt"}, f"left behind: {left}"
-    figures = {path.name for path in (folder / "plots").glob("*.png*")} - {"comparison.png"}
-    assert figures == {f"{name}_accuracy.png", f"{name}_loss.png"}, f"figures: {figures}"
+    assert left <= {f"{name}.pt", f"{name}.pt.previous"}, f"left behind: {left}"
+    figures = {path.name for path in (folder / "plots").glob("*.png*")}
+    assert figures == {f"{name}_accuracy.png", f"{name}_loss.png", f"digits_comparison_{name.split('_')[-1]}.png"}, (
+        f"figures: {figures}"
+    )
 
 
 # ------------------------------------------------------------------------------ many
@@ -162,11 +165,11 @@ def main(data_path: str = str(REPOSITORY / "data"), kills: str = "20") -> int:
     random.seed(0)
     identical = 0
     with tempfile.TemporaryDirectory() as scratch:
-        expected, teacher = {}, Path(scratch, "teacher", "weights", "teacher.pt")
-        for name in sorted(RUNS, key=lambda name: name != "teacher"):
+        expected, teacher = {}, Path(scratch, TEACHER, "weights", f"{TEACHER}.pt")
+        for name in sorted(RUNS, key=lambda name: name != TEACHER):
             folder = Path(scratch, name)
             arguments = [*RUNS[name], *COMMON, f"--data_path={Path(data_path).resolve()}"]
-            arguments += [f"--teacher={teacher}"] * ("--kd" in arguments)
+            arguments += [f"--teacher={teacher}"] * (name == DISTILLED)
             folder.mkdir()
             began = time.monotonic()
             done = Command(folder, arguments).end()
@@ -183,7 +186,7 @@ def main(data_path: str = str(REPOSITORY / "data"), kills: str = "20") -> int:
                     identical, verdict = identical + 1, "identical"
                 except (AssertionError, RuntimeError, OSError) as error:
                     verdict = f"DIFFERENT: {error}"
-            print(f"{number + 1:2d}  {name:14s} {moment:25s} {verdict}", flush=True)
+            print(f"{number + 1:2d}  {name:29s} {moment:25s} {verdict}", flush=True)
     print(f"{identical} of {kills} identical")
     return int(identical < int(kills))
 

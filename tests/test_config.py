@@ -3,6 +3,7 @@
 import shlex
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 from conftest import REPOSITORY, run_script
@@ -42,10 +43,11 @@ def test_defaults():
         assert str(getattr(options, f"{name}_path")) == name
     assert options.resume == "auto"
     assert options.save_seconds == 300
-    recipe = DATASETS["cifar10"].recipes["student"]
+    recipe = DATASETS["cifar10"].recipes["student", "muon"]
     assert (options.num_epochs, options.batch_size) == (recipe.num_epochs, recipe.batch_size)
     assert (options.lr, options.weight_decay) == (recipe.lr, recipe.weight_decay)
-    assert parse_train(["--tto"]).lr == DATASETS["cifar10"].recipes["teacher"].lr
+    assert parse_train(["--tto"]).lr == DATASETS["cifar10"].recipes["teacher", "muon"].lr
+    assert parse_train(["--optimizer=sgd"]).num_epochs == DATASETS["cifar10"].recipes["student", "sgd"].num_epochs
     assert parse_train(["--lr", "0.5"]).lr == 0.5
 
 
@@ -54,11 +56,17 @@ def test_defaults():
     [
         ([], "student"),
         (["--tto", "True"], "teacher"),
-        (["--tto", "True", "--temp", "20"], "teacher"),
+        (["--tto", "True", "--seed", "7"], "teacher_seed7"),
         (["--kd", "True"], "student_kd_t5"),
         (["--kd", "True", "--temp", "5"], "student_kd_t5"),
         (["--kd", "True", "--temp", "20"], "student_kd_t20"),
         (["--kd", "True", "--temp", "2.5"], "student_kd_t2.5"),
+        (["--kd", "True", "--temp", "5.0000001"], "student_kd_t5.0000001"),
+        (["--kd", "True", "--temp", "1e3"], "student_kd_t1000"),
+        (["--kd", "True", "--temp", "1e-2"], "student_kd_t0.01"),
+        (["--subset", "40"], "student_subset40"),
+        (["--tto", "True", "--subset", "40"], "teacher_subset40"),
+        (["--kd", "True", "--subset", "40", "--holdout", "8", "--seed", "7"], "student_kd_t5_seed7_subset40_holdout8"),
         (["--seed", "7"], "student_seed7"),
         (["--seed", "42"], "student"),
         (["--kd", "True", "--seed", "0"], "student_kd_t5_seed0"),
@@ -74,11 +82,14 @@ def test_each_run_has_its_own_files(arguments, name):
     assert test_options.checkpoint_path == train_options.checkpoint_path
 
 
-def test_with_a_holdout_files_and_teacher_are_others():
-    options = parse_train(["--kd", "--holdout", "5000"])
-    assert str(options.checkpoint_path) == "weights/student_kd_t5_holdout5000.pt"
-    assert str(options.teacher_path) == "weights/teacher_holdout5000.pt"
-    assert str(parse_train(["--kd", "--holdout", "5000", "--teacher", "my.pt"]).teacher_path) == "my.pt"
+@pytest.mark.parametrize("parse", [parse_train, parse_test])
+def test_a_trial_has_a_teacher_and_a_comparison_of_its_own(parse):
+    for words, suffix in (([], ""), (["--holdout=5000"], "_holdout5000"), (["--subset=40"], "_subset40")):
+        options = parse(["--kd", "--seed=7", *words])
+        assert str(options.teacher_path) == f"weights/teacher{suffix}.pt"
+        assert str(options.comparison_path) == f"plots/comparison{suffix}.png"
+        assert str(parse(["--kd", *words, "--teacher", "my.pt"]).teacher_path) == "my.pt"
+    assert parse(["--holdout=5000"]).split == "holdout" and parse(["--subset=40"]).split == "test"
 
 
 @pytest.mark.parametrize(
@@ -88,6 +99,9 @@ def test_with_a_holdout_files_and_teacher_are_others():
         "",
         "--kd --temp 20",
         "--dataset digits --kd --seed 7",
+        "--tto --seed 7 --holdout 5000",
+        "--subset 40 --seed 7",
+        "--kd --temp 5.0000001 --subset 4000 --holdout 80",
         "--weights_path 'my weights' --plots_path p --data_path d --kd --teacher t.pt",
     ],
 )
@@ -97,16 +111,70 @@ def test_the_commands_that_train_tells_find_what_it_wrote(arguments):
         words = shlex.split(options.command(script))
         assert words[:2] == ["python", script]
         again = parse(words[2:])
-        for name in ("checkpoint_path", "teacher_path", "log_path", "data_path"):
+        for name in ("checkpoint_path", "teacher_path", "log_path", "data_path", "split", "comparison_path"):
             assert getattr(again, name) == getattr(options, name)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "",
+        "--tto --seed 7 --device cpu --deterministic --compile",
+        "--kd --temp 0.1 --alpha 0.30000000000000004 --cache_teacher False --views 162 --lr 1e-05",
+        "--optimizer sgd --num_epochs 60 --weight_decay 0 --sync_bn True --save_seconds 0.5",
+        "--num_epochs 30 --data_path 'my data' --precision bf16 --subset 40 --holdout 8",
+        "--all --seeds 3 --temp 2 7.5 --num_epochs 5",
+        "--all --seed 43 --dataset digits",
+    ],
+)
+def test_the_command_that_goes_on_is_the_same_run(arguments):
+    options = parse_train(shlex.split(arguments))
+    words = shlex.split(options.command("train.py", every=True))
+    assert words[:2] == ["python", "train.py"]
+    assert parse_train(words[2:]) == options
+    assert "--help" not in words and len(words) <= 2 + 2 * len(shlex.split(arguments)), "what is usual is left out"
 
 
 def test_all_plans_every_run_once():
     plan = parse_train(["--all", "--temp", "5", "20", "--seeds", "2", "--num_epochs", "1"]).runs()
     names = ["student", "student_kd_t5", "student_kd_t20"]
     assert [run.run_name for run in plan] == ["teacher", *names, *(f"{name}_seed43" for name in names)]
-    assert {run.num_epochs for run in plan} == {1}
     assert len({run.checkpoint_path for run in plan}) == len(plan)
+    assert [run.kd for run in plan] == [False, False, True, True, False, True, True]
+    assert not any(run.all or run.seeds > 1 for run in plan)
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+@pytest.mark.parametrize("optimizer", config.OPTIMIZERS)
+def test_all_gives_the_teacher_its_own_recipe_and_the_students_the_users(dataset, optimizer):
+    words = ["--num_epochs=1", "--lr=9", "--head_lr=0.7", "--batch_size=3", "--views=2", "--weight_decay=0.1"]
+    same = [
+        "--all",
+        f"--dataset={dataset}",
+        f"--optimizer={optimizer}",
+        "--subset=40",
+        "--holdout=8",
+        "--precision=fp32",
+    ]
+    teacher, *students = parse_train([*same, *words, "--seed=43", "--alpha=0.5", "--temp", "20"]).runs()
+    recipe = DATASETS[dataset].recipes["teacher", optimizer]
+    assert {name: getattr(teacher, name) for name in config.RECIPE_OPTIONS} == asdict(recipe)
+    alone = parse_train(["--tto", *same[1:]])
+    assert teacher.result_options() == alone.result_options() and teacher.checkpoint_path == alone.checkpoint_path
+    assert [student.seed for student in students] == [43, 43] and [s.temp for s in students] == [(5.0,), (20.0,)]
+    for student in students:
+        assert (student.num_epochs, student.lr, student.head_lr, student.batch_size) == (1, 9, 0.7, 3)
+        assert (student.views, student.weight_decay, student.holdout, student.subset) == (2, 0.1, 8, 40)
+        assert student.teacher_path == teacher.checkpoint_path
+
+
+def test_only_what_shapes_a_result_is_told_of_it():
+    student, distilled = parse_train([]).result_options(), parse_train(["--kd"]).result_options()
+    assert distilled.items() - student.items() == {("temp", 5.0), ("alpha", 0.9), ("cache_teacher", True)}
+    assert student.keys() < distilled.keys()
+    for name in ("device", "weights_path", "resume", "save_seconds", "teacher", "all", "seeds", "tto", "kd"):
+        assert name not in distilled
+    assert {"seed", "subset", "holdout", "precision", "optimizer", *config.RECIPE_OPTIONS} < student.keys()
 
 
 @pytest.mark.parametrize("script", ["train.py", "test.py"])
@@ -143,5 +211,13 @@ def test_option_table_is_what_is_declared():
         assert names == [f"`--{name}`" for name in options.__dataclass_fields__]
 
 
-def test_readme_holds_the_option_table():
-    assert config.option_table() in (REPOSITORY / "README.md").read_text()
+def test_the_documentation_holds_the_option_table():
+    assert config.option_table() in (REPOSITORY / "docs" / "options.md").read_text()
+
+
+def test_every_option_that_a_command_may_ignore_is_declared():
+    for script, options in (("train.py", config.TrainOptions), ("test.py", config.TestOptions)):
+        for rules in (config.NEEDS[script], config.EXCLUDES[script]):
+            assert {*rules, *(other for others in rules.values() for other in others)} <= {
+                *options.__dataclass_fields__
+            }

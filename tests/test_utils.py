@@ -1,27 +1,21 @@
-"""Loaders, loss, metrics, models and schedule, each against a formula or a library written by others."""
+"""Loaders, loss, metrics and curves, each against a formula or a library written by others."""
+
+import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torchvision
 import torchvision.transforms.v2.functional as vision
-from torch.utils.flop_counter import FlopCounterMode
+from made_up import random_images, run_of, write_log
 
-from config import parse_train
+import utils
 from datasets import DATASETS, OFFSETS, PAD, SIDE
-from models import ARCHITECTURES, StudentCNN, build_model, vgg19_bn
-from runtime.device import pick_device
 from runtime.errors import UserError
-from training.optimizer import make_optimizer
-from utils import VIEWS, Images, Normaliser, Views, kd_loss, loss_terms, topk_correct
+from utils import VIEWS, Normaliser, Views, kd_loss, load_images, loss_terms, plot_curves, topk_correct
 
 SPEC = DATASETS["cifar10"]
-
-
-def random_images(count: int, seed: int = 0) -> Images:
-    generator = torch.Generator().manual_seed(seed)
-    pixels = torch.randint(0, 256, (count, SIDE, SIDE, 3), generator=generator, dtype=torch.uint8)
-    return Images(pixels, torch.randint(0, 10, (count,), generator=generator))
 
 
 def random_logits(batch: int = 6, classes: int = 10, scale: float = 4.0, seed: int = 0):
@@ -181,32 +175,119 @@ def test_a_batch_holds_each_image_in_its_own_view():
         assert torch.equal(together[place], alone[0]) and labels[place] == label[0]
 
 
-def test_an_epoch_is_a_function_of_seed_and_epoch():
-    views, again = Views(random_images(2000), SPEC), Views(random_images(2000), SPEC)
+@pytest.mark.parametrize("limit", [None, 16, 5])
+def test_an_epoch_is_a_function_of_seed_and_epoch(limit):
+    views, again = (Views(random_images(2000), SPEC, limit) for _ in range(2))
+    again.plan(seed=1, epoch=1)  # whatever was asked before
     order, view_of = views.plan(seed=3, epoch=7)
     assert torch.equal(order.sort().values, torch.arange(2000))
     assert all(torch.equal(a, b) for a, b in zip((order, view_of), again.plan(seed=3, epoch=7), strict=True))
+    by_chance = 1 / 162 if limit is None else 2 / limit
     for seed, epoch in ((3, 8), (4, 7), (7, 3)):
         other_order, other_views = views.plan(seed, epoch)
         assert not torch.equal(order, other_order)
-        assert (view_of == other_views).float().mean() < 0.05  # by chance: 1 / 162
+        assert (view_of == other_views).float().mean() < 1.5 * by_chance + 0.05
     assert set(view_of.tolist()) == set(range(VIEWS))
     assert 0.45 < (view_of % 2).float().mean() < 0.55
 
 
-def test_a_limit_leaves_each_image_few_views_the_same_for_every_seed():
-    views = Views(random_images(50), SPEC, limit=3)
-    seen = torch.stack([views.plan(seed, epoch)[1] for seed in range(3) for epoch in range(20)])
-    kinds = [set(column.tolist()) for column in seen.T]
-    assert all(len(kind) == 3 for kind in kinds) and len({frozenset(kind) for kind in kinds}) > 40
-    assert Views(random_images(50), SPEC, limit=VIEWS).allowed is None
+@pytest.mark.parametrize("limit", [None, 162, 161, 16, 5, 3, 2])
+def test_an_image_is_mirrored_in_every_other_epoch(limit):
+    views = Views(random_images(300), SPEC, limit)
+    for seed in (0, 42):
+        mirrored = torch.stack([views.plan(seed, epoch)[1] % 2 for epoch in range(5)])
+        assert (mirrored[1:] != mirrored[:-1]).all()
+        assert 0.4 < mirrored[0].float().mean() < 0.6, "half of the images begin with it"
 
 
-def test_digits_are_never_mirrored():
+def test_an_only_view_stays_as_it_is():
+    views = Views(random_images(300), SPEC, limit=1)
+    seen = torch.stack([views.plan(seed, epoch)[1] for seed in (0, 1) for epoch in range(3)])
+    assert (seen == seen[0]).all()
+    assert 0.4 < (seen[0] % 2).float().mean() < 0.6 and set((seen[0] // 2).tolist()) > set(range(0, 81, 8))
+
+
+@pytest.mark.parametrize("name", DATASETS)
+@pytest.mark.parametrize("limit", [1, 2, 3, 16, 80, 161])
+def test_a_limit_leaves_each_image_as_many_views_the_same_for_every_seed(limit, name):
+    spec = DATASETS[name]
+    views = Views(random_images(50), spec, limit)
+    if limit >= spec.views:
+        assert views.allowed is None
+        return
+    kinds = [set(row) for row in views.allowed.tolist()]
+    assert all(len(kind) == limit and kind <= set(range(VIEWS)) for kind in kinds), "no view comes twice"
+    assert len({frozenset(kind) for kind in kinds}) > 20, "images have views of their own"
+    assert torch.equal(views.allowed, Views(random_images(50), spec, limit).allowed)
+    seen = torch.stack([views.plan(seed, epoch)[1] for seed in range(2) for epoch in range(20 * min(limit, 16))])
+    found = [set(column.tolist()) for column in seen.T]
+    assert all(some <= kind for some, kind in zip(found, kinds, strict=True))
+    if limit <= 3:
+        assert found == kinds, "each of them is seen"
+
+
+@pytest.mark.parametrize("limit", [None, 1, 2, 5, 80])
+def test_digits_are_never_mirrored(limit):
+    views = Views(random_images(300), DATASETS["digits"], limit)
+    for epoch in range(4):
+        assert (views.plan(0, epoch)[1] % 2 == 0).all()
+
+
+def test_splits_come_as_asked_for_and_a_subset_is_a_prefix(digits):
     spec = DATASETS["digits"]
-    for limit in (None, 5):
-        view_of = Views(random_images(300), spec, limit).plan(0, 0)[1]
-        assert (view_of % 2 == 0).all()
+    train, test = load_images(spec, digits, "train", "test")
+    assert (len(train), len(test)) == (5000, 2000)
+    few_test, few = load_images(spec, digits, "test", "train", subset=43)
+    assert torch.equal(few.pixels, train.pixels[:43]) and torch.equal(few.labels, train.labels[:43])
+    assert torch.equal(few_test.pixels, test.pixels[:8]) and len(few_test) == 8
+    kept, rest = load_images(spec, digits, "holdout", "train", subset=43, holdout=10)
+    assert torch.equal(kept.pixels, train.pixels[33:43]) and torch.equal(rest.pixels, train.pixels[:33])
+    assert len(load_images(spec, digits, "test", subset=3)[0]) == 1
+    with pytest.raises(UserError, match="--holdout 43 leaves none of the 43"):
+        load_images(spec, digits, "train", subset=43, holdout=43)
+
+
+@pytest.mark.parametrize(
+    "splits, halves", [("train test", "train test"), ("test", "test"), ("train holdout", "train"), ("holdout", "train")]
+)
+def test_only_what_is_asked_for_is_read(splits, halves, monkeypatch):
+    read = []
+
+    def cached(folder, half, count):
+        read.append(half)
+        return np.zeros((count, 32, 32, 3), np.uint8), np.zeros(count, np.int64)
+
+    monkeypatch.setattr(utils, "cached_digits", cached)
+    load_images(DATASETS["digits"], Path("nowhere"), *splits.split(), holdout=8)
+    assert sorted(read, reverse=True) == halves.split()
+
+
+def test_each_file_of_the_data_is_read_once_for_its_sum_and_once_if_it_is_used(cifar10, monkeypatch):
+    summed, unpickled = [], []
+
+    def check_integrity(path, md5, real=torchvision.datasets.cifar.check_integrity):
+        assert md5
+        summed.append(Path(path).name)  # that of the classes' names, 158 bytes, is read more often
+        return real(path, md5)
+
+    def load(file, real=pickle.load, **keywords):
+        unpickled.append(Path(file.name).name)
+        return real(file, **keywords)
+
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", check_integrity)
+    monkeypatch.setattr(torchvision.datasets.cifar.pickle, "load", load)
+    train, test = load_images(SPEC, cifar10, "train", "test", subset=100)
+    assert (len(train), len(test)) == (100, 20)
+    batches = [f"data_batch_{i}" for i in range(1, 6)]
+    whole = [*batches, "test_batch"]
+    assert sorted(name for name in summed if name != "batches.meta") == whole
+    assert sorted(name for name in unpickled if name != "batches.meta") == whole
+    summed.clear()
+    unpickled.clear()
+    (again,) = load_images(SPEC, cifar10, "test", subset=100)
+    assert torch.equal(again.pixels, test.pixels)
+    assert sorted(name for name in summed if name != "batches.meta") == whole, "in each run anew"
+    assert not set(unpickled) & set(batches)
 
 
 def test_normalised_training_set_has_mean_zero_and_deviation_one(cifar10):
@@ -221,116 +302,30 @@ def test_normalised_training_set_has_mean_zero_and_deviation_one(cifar10):
     assert ((square - mean.square()).sqrt() - 1).abs().max() < 1e-3
 
 
-# ---------------------------------------------------------------------------------------------- models and schedule
-
-
-def test_vgg_features_are_torchvisions():
-    torch.manual_seed(0)
-    with torch.device("meta"):  # its classifier of 124 M weights is never filled in
-        theirs = torchvision.models.vgg19_bn(weights=None).features
-    theirs, ours = theirs.to_empty(device="cpu").eval(), vgg19_bn().eval()
-    for module in theirs.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            module.reset_parameters()
-        if isinstance(module, torch.nn.BatchNorm2d):  # none the identity, so that each must be in its place
-            module.reset_parameters()
-            module.running_mean.normal_(std=0.1)
-            module.running_var.uniform_(0.5, 1.5)
-            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
-    ours.features.load_state_dict(theirs.state_dict())
-    images = torch.randn(2, 3, SIDE, SIDE)
-    with torch.inference_mode():
-        expected = theirs(images)
-        torch.testing.assert_close(ours.features(images), expected)
-        torch.testing.assert_close(ours(images), ours.classifier(expected.flatten(1)))
-    assert expected.shape == (2, 512, 1, 1) and expected.std() > 0
-
-
-def cost(model: torch.nn.Module) -> tuple[int, int]:
-    """Parameters and multiply-accumulates an image."""
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        model.eval()(torch.zeros(1, 3, SIDE, SIDE))
-    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
-
-
-def test_costs_are_what_the_docstrings_say():
-    student_parameters, student_macs = cost(StudentCNN())
-    teacher_parameters, teacher_macs = cost(vgg19_bn())
-    assert student_parameters <= 300_000
-    text = " ".join(StudentCNN.__doc__.split())
-    assert f"{student_parameters:,} parameters" in text
-    assert f"{student_macs / 1e6:.1f} M multiply-accumulates" in text
-    assert f"1/{round(teacher_parameters / student_parameters)} of the teacher's" in text
-    assert f"1/{round(teacher_macs / student_macs)} of the teacher's" in text
-    text = " ".join(vgg19_bn.__doc__.split())
-    assert f"{teacher_parameters / 1e6:.1f} M parameters" in text
-    assert f"{teacher_macs / 1e6:.0f} M multiply-accumulates" in text
-
-
-@pytest.mark.parametrize("role", ["teacher", "student"])
-def test_logits_are_float32_whatever_the_precision(role):
-    model = build_model(role).eval()
-    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        features = model.features(images).flatten(1)
-        logits = model(images)
-    assert features.dtype == torch.bfloat16 and logits.dtype == torch.float32
-    assert torch.equal(logits, torch.nn.functional.linear(features.float(), *model.classifier.parameters()))
-    assert not torch.equal(logits, logits.bfloat16().float())
+# ---------------------------------------------------------------------------------------------- curves
 
 
 @pytest.mark.parametrize(
-    ("name", "environment", "expected"),
-    [
-        ("auto", {}, "cuda:0"),
-        ("cuda", {}, "cuda:0"),
-        ("cuda:1", {}, "cuda:1"),
-        ("cpu", {}, "cpu"),
-        ("auto", {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, "cuda:1"),
-        ("cpu", {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "9"}, "cpu"),
-        ("cuda", {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "3"}, "3 processes need a CUDA device each.* gives 2"),
-        ("cuda:1", {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, "2 processes need a CUDA device each.* gives 1"),
-        ("cuda:2", {}, "has 2 CUDA devices"),
-    ],
+    "command, split, more",
+    [("", "test", []), ("--kd", "test", ["train cross-entropy", "train T² KL"]), ("--tto --holdout 8", "holdout", [])],
 )
-def test_each_process_has_a_device_of_its_own_with_its_number(name, environment, expected, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    for key, value in environment.items():
-        monkeypatch.setenv(key, value)
-    if " " in expected:
-        with pytest.raises(UserError, match=expected):
-            pick_device(name)
-    else:
-        assert str(pick_device(name)) == expected  # torch.cuda.set_device refuses one without its number
+def test_curves_show_what_the_log_says(command, split, more, tmp_path, monkeypatch):
+    path = tmp_path / "run.jsonl"
+    write_log(path, command, tops=(40.0, 60.0))
+    drawn = {}
 
+    def save_figure(axes, path, real=utils.save_figure):
+        drawn[path.name] = axes
+        return real(axes, path)
 
-def test_build_model_knows_the_roles_and_nothing_else():
-    assert isinstance(build_model("student"), StudentCNN)
-    assert build_model("teacher", 7)(torch.zeros(2, 3, SIDE, SIDE)).shape == (2, 7)
-    assert build_model("student", 7)(torch.zeros(2, 3, SIDE, SIDE)).shape == (2, 7)
-    assert set(ARCHITECTURES) == {"teacher", "student"} == set(DATASETS["cifar10"].recipes)
-    with pytest.raises(ValueError, match="pupil"):
-        build_model("pupil")
-
-
-@pytest.mark.parametrize("total", [1, 2, 3, 10, 1000])
-def test_learning_rate_warms_up_and_decays_to_nearly_zero(total):
-    factors = [learning_rate_factor(step, total) for step in range(total)]
-    peak = factors.index(max(factors))
-    assert all(0 < factor <= 1 for factor in factors)
-    assert factors[: peak + 1] == sorted(factors[: peak + 1])
-    assert factors[peak:] == sorted(factors[peak:], reverse=True)
-    assert max(factors) == 1 if total != 2 else max(factors) <= 1
-    if total >= 1000:
-        assert peak == 0.1 * total - 1 and factors[0] < 0.02 and factors[-1] < 0.002
-
-
-def test_weight_decay_spares_biases_and_the_last_layer_has_its_own_rate():
-    options = parse_train(["--tto", "--lr=0.2", "--head_lr=0.1", "--weight_decay=0.3"])
-    model = build_model("teacher")
-    groups = make_optimizer(model, options, torch.device("cpu")).param_groups
-    found = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
-    for name, p in model.named_parameters():
-        rate = 0.2 * 0.1 if name.startswith("classifier") else 0.2
-        assert found[id(p)] == (rate, 0.3 if name.endswith("weight") and p.ndim > 1 else 0.0), name
+    monkeypatch.setattr(utils, "save_figure", save_figure)
+    paths = plot_curves(path, tmp_path)
+    assert [path.name for path in paths] == list(drawn) == ["run_accuracy.png", "run_loss.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+    axes = drawn["run_accuracy.png"]
+    curves = {line.get_label(): line.get_ydata().tolist() for line in axes.lines}
+    assert curves[f"{split} top-1"] == [40.0, 60.0] and curves[f"{split} top-5"] == [95.0, 95.0]
+    assert curves["train top-1"] == [0.0, 0.0] and len(curves) == 4
+    assert [line.get_label() for line in drawn["run_loss.png"].lines] == ["train loss", f"{split} loss", *more]
+    assert axes.get_title() == f"{run_of(command).title} on cifar10: accuracy"
+    assert axes.get_ylabel() == "accuracy (%)" and drawn["run_loss.png"].get_ylabel() == "loss (nats)"

@@ -1,5 +1,6 @@
 """A training under way: what a checkpoint holds, what a resume brings back, how far the run is."""
 
+import math
 import time
 
 import torch
@@ -156,11 +157,25 @@ class Run:
         self.runtime.print(where)
 
     def take_over(self, state: dict) -> None:
-        """Make a loaded resume state this run's own."""
+        """Make a loaded resume state this run's own; an exception of any kind where it is none, and nothing written."""
         checkpoint.load_weights(self.model, state, self.options.resume_path)
+        groups = self.optimizer.state_dict()["param_groups"]  # as the options say, whatever the file does
         self.optimizer.load_state_dict(state["optimizer"])
-        self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"param_groups": groups})
+        self.epoch, self.step, self.seconds = int(state["epoch"]), int(state["step"]), float(state["seconds"])
         # Sums over all processes then: each takes its share, so that they add up to the same.
         self.totals += (state["totals"] / self.runtime.world_size).to(self.totals)
+        self.log.text = state["log"]
+        whole = [
+            self.epoch in range(self.options.num_epochs + 1),
+            self.step in range(self.steps + 1),
+            0 <= self.seconds < math.inf,
+            self.totals.isfinite().all(),
+            isinstance(self.log.header, dict),
+            len([line[self.options.split]["top1"] for line in self.log.lines]) == self.epoch,
+            *(value.shape == p.shape for p, values in self.optimizer.state.items() for value in values.values()),
+        ]
+        if not all(whole):
+            raise ValueError
         if self.runtime.is_main:
             self.log.write(state["log"])

@@ -34,11 +34,11 @@ def test_the_bytes_of_a_seed_are_pinned(drawn, split):
 
 def test_another_process_draws_the_same_bytes(drawn):
     script = (
-        "import hashlib, digits\n"
+        "import hashlib\nfrom datasets import digits\n"
         "images, labels = digits.make_digits('train', 200)\n"
         "print(hashlib.sha256(images.tobytes() + labels.astype('<i8').tobytes()).hexdigest())"
     )
-    root = Path(digits.__file__).parent
+    root = Path(digits.__file__).parent.parent
     output = subprocess.check_output([sys.executable, "-c", script], cwd=root, text=True)
     assert output.strip() == digest(*drawn["train"])
 

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 from conftest import assert_one_line, snapshot
-from damages import QUICK, link_data, write_checkpoint
+from damages import QUICK, link_data
 from kill_marathon import wait
-
-from models import build_model
+from made_up import TinyTeacher, save_run
 
 # ------------------------------------------------------------------------------ a download cut in the middle
 
@@ -45,7 +44,7 @@ def test_a_cut_download_is_no_data_and_a_later_run_recovers(tmp_path, cifar10, f
     link_data(tmp_path, cifar10)
     done = forked(*command, folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "weights" / "student.pt").exists()
+    assert (tmp_path / "weights" / "student_subset16.pt").exists()
 
 
 # ------------------------------------------------------------------------------ a disk that is full
@@ -68,10 +67,10 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint(small_disk, tmp_path, digits, forked):
-    (small_disk / "digits_student.pt").write_bytes(b"finished before" * 100_000)
+    (small_disk / "digits_student_subset40.pt").write_bytes(b"finished before" * 100_000)
     before = snapshot(small_disk)
     done = forked(*quick(digits), "--weights_path", small_disk, "--save_seconds=0", folder=tmp_path)
-    assert_one_line(done, rf"can't write {small_disk}/digits_student.last.pt: .*unchanged")
+    assert_one_line(done, rf"can't write {small_disk}/digits_student_subset40.last.pt: .*unchanged")
     after = snapshot(small_disk)
     assert before.items() <= after.items()
     assert not [path for path in after if path.endswith(".tmp")]
@@ -79,7 +78,10 @@ def test_a_full_disk_leaves_the_previous_checkpoint(small_disk, tmp_path, digits
 
 @pytest.mark.parametrize(
     ("file_size", "tells"),
-    [(500_000, r"can't write weights/digits_student.last.pt: .*unchanged"), (400, "can't write plots/.*unchanged")],
+    [
+        (500_000, r"can't write weights/digits_student_subset40.last.pt: .*unchanged"),
+        (400, "can't write plots/.*unchanged"),
+    ],
     ids=["checkpoint", "log"],
 )
 def test_a_refused_write_leaves_what_was_there(file_size, tells, tmp_path, digits, forked):
@@ -89,20 +91,22 @@ def test_a_refused_write_leaves_what_was_there(file_size, tells, tmp_path, digit
     done = forked(*quick(digits, "--lr=0.2"), folder=tmp_path, file_size=file_size)
     assert_one_line(done, tells)
     after = snapshot(tmp_path)
-    assert before[f"{tmp_path}/weights/digits_student.pt"] == after[f"{tmp_path}/weights/digits_student.pt"]
-    log = before[f"{tmp_path}/plots/digits_student.jsonl"]  # begun anew where the log is not what was refused
-    assert after[f"{tmp_path}/plots/digits_student.jsonl{'.previous' if file_size > 1000 else ''}"] == log
+    assert (
+        before[f"{tmp_path}/weights/digits_student_subset40.pt"]
+        == after[f"{tmp_path}/weights/digits_student_subset40.pt"]
+    )
+    log = before[f"{tmp_path}/plots/digits_student_subset40.jsonl"]  # begun anew where the log is not what was refused
+    assert after[f"{tmp_path}/plots/digits_student_subset40.jsonl{'.previous' if file_size > 1000 else ''}"] == log
     assert not [path for path in after if path.endswith(".tmp")]
     done = forked(*quick(digits, "--lr=0.2"), folder=tmp_path)
     assert done.returncode == 0, "there is room again: " + done.stderr
 
 
 def test_no_room_for_the_teacher_cache_costs_the_cache_alone(tmp_path, digits, start_script):
-    teacher = build_model("teacher", 10)
-    content = {"dataset": "digits", "model": teacher.state_dict()}
-    write_checkpoint(tmp_path / "weights" / "digits_teacher.pt", **content)
+    save_run(tmp_path / "weights", "--tto --dataset=digits --subset=2000", model=TinyTeacher())
     # 2,000 x 162 x 11 numbers of 2 bytes are 7.1 MB: more than any other file that the run writes.
-    script = start_script(*quick(digits, "--kd", "--subset=2000"), folder=tmp_path, file_size=6_000_000)
+    words = quick(digits, "--kd", "--subset=2000", "--num_epochs=1000")
+    script = start_script(*words, folder=tmp_path, file_size=6_000_000, tiny=True)
     wait(lambda: "going on without it" in script.read("stdout"), script)
     os.kill(script.pid, signal.SIGTERM)
     done = script.end()
@@ -111,4 +115,4 @@ def test_no_room_for_the_teacher_cache_costs_the_cache_alone(tmp_path, digits, s
         r"teacher cache: can't write weights/digits_teacher_\w+\.cache: .*going on without it", done.stdout
     )
     assert not list((tmp_path / "weights").glob("*.cache*"))
-    assert (tmp_path / "weights" / "digits_student_kd_t5.last.pt").exists()
+    assert (tmp_path / "weights" / "digits_student_kd_t5_subset2000.last.pt").exists()

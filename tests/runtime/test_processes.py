@@ -1,4 +1,4 @@
-"""Two processes through torchrun's own launcher: the same result as one, one voice, one writer."""
+"""Two processes, once through torchrun's own launcher: the same result as one, one voice, one writer."""
 
 import contextlib
 import json
@@ -11,14 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY
+import torch.distributed as dist
+from conftest import FORKS, REPOSITORY
+from torch import nn
 
 import train
 from config import parse_train
 from datasets import DATASETS
 from models import build_model
 from runtime.device import Runtime
+from runtime.errors import UserError
 from runtime.files import locked
+from runtime.processes import start, sync_batch_norm
 from utils import evaluate, load_images
 
 SPEC = DATASETS["digits"]
@@ -62,6 +66,27 @@ def finish(process: subprocess.Popen) -> tuple[int, str, str]:
     return process.returncode, stdout, stderr
 
 
+@pytest.fixture
+def pair(start_script, tmp_path):
+    """A function that runs train.py in two processes, as torchrun does: exit codes, stdout and stderr of both."""
+
+    def run(arguments: list[str]) -> tuple[list[int], str, str]:
+        # As with torchrun, the store where they meet outlives them.
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+        scripts = [
+            start_script(
+                "train.py", *arguments, folder=tmp_path, environment={**shared, "RANK": rank, "LOCAL_RANK": rank}
+            )
+            for rank in ("0", "1")
+        ]
+        done = [script.end(240) for script in scripts]
+        return [d.returncode for d in done], "".join(d.stdout for d in done), "".join(d.stderr for d in done)
+
+    return run
+
+
 def checkpoint_of(arguments: list[str]) -> dict:
     return torch.load(parse_train(arguments).checkpoint_path, weights_only=True)
 
@@ -80,12 +105,11 @@ def flat_metrics(line: dict) -> list[float]:
     return [*line["train"].values(), *line["test"].values(), line["lr"]]
 
 
-def test_two_processes_train_what_one_does_if_batch_norm_is_synchronised(tmp_path, options):
+def test_two_processes_train_what_one_does_if_batch_norm_is_synchronised(tmp_path, options, pair):
     alone, synced, unsynced = (options(tmp_path / name) for name in ("alone", "synced", "unsynced"))
-    running = [launch([*synced, "--sync_bn", "True"])]
     assert train.main(alone) == 0
-    code, stdout, stderr = finish(running[0])
-    assert code == 0, stderr
+    codes, stdout, stderr = pair([*synced, "--sync_bn", "True"])
+    assert codes == [0, 0], stderr
     apart = distance(checkpoint_of(synced), checkpoint_of(alone))
     assert apart < TOLERANCE
 
@@ -98,14 +122,14 @@ def test_two_processes_train_what_one_does_if_batch_norm_is_synchronised(tmp_pat
     assert names == {path.name for path in (tmp_path / "alone").iterdir()}
 
     # The tolerance has teeth: without --sync_bn the same commands end far apart.
-    code, _, stderr = finish(launch(unsynced))
-    assert code == 0, stderr
+    codes, _, stderr = pair(unsynced)
+    assert codes == [0, 0], stderr
     for word in ("weight", "running"):
         assert distance(checkpoint_of(unsynced), checkpoint_of(alone), word) > 4 * TOLERANCE
     # Each process has batch norm statistics of its own then, but what was evaluated is what was saved.
     student = build_model("student")
     student.load_state_dict(checkpoint_of(unsynced)["model"])
-    test_images = load_images(SPEC, parse_train(alone).data_path, SUBSET)[1]
+    test_images = load_images(SPEC, parse_train(alone).data_path, "test", subset=SUBSET)[0]
     found = evaluate(student, test_images, SPEC, Runtime(torch.device("cpu"), None))
     logged = epochs_of(unsynced)[-1]["test"]
     expected = [found["loss"], 100 * found["top1"], 100 * found["top5"]]
@@ -113,18 +137,17 @@ def test_two_processes_train_what_one_does_if_batch_norm_is_synchronised(tmp_pat
 
 
 @pytest.mark.parametrize("who", ["each process", "the first process"])
-def test_an_error_is_one_line_for_all_processes(tmp_path, options, who):
+def test_an_error_is_one_line_for_all_processes(tmp_path, options, pair, who):
     if who == "each process":
-        code, stdout, stderr = finish(launch(options(tmp_path, "--kd", "True")))
+        codes, stdout, stderr = pair(options(tmp_path, "--kd", "True"))
         expected = "train one with `python train.py --tto True"
     else:  # the others are waiting for it and must not say that they lost it
         arguments = options(tmp_path)
         with locked(parse_train(arguments).checkpoint_path):
-            code, stdout, stderr = finish(launch(arguments))
+            codes, stdout, stderr = pair(arguments)
         expected = "another run is writing"
-    assert code != 0 and not stdout
-    assert stderr.count("train.py: error: ") == 1 and expected in stderr
-    assert 'train.py", line' not in stderr, stderr  # torchrun shows a traceback of its own
+    assert codes == [2, 2] and not stdout
+    assert stderr.count("\n") == 1 and stderr.startswith("train.py: error: ") and expected in stderr, stderr
     assert not [path for path in tmp_path.iterdir() if path.suffix in (".pt", ".jsonl")]
 
 
@@ -140,7 +163,7 @@ def test_a_stopped_run_of_two_goes_on_as_one(tmp_path, options):
         process.send_signal(signal.SIGTERM)
     code, stdout, stderr = finish(process)
     assert code != 0 and stdout.count("saved ") == 1, stdout + stderr
-    assert stderr.count("the same command goes on from here") == 1
+    assert stderr.count("stopped; go on with `python train.py") == 1
     assert not parse_train(stopped).checkpoint_path.exists() and len(epochs_of(stopped)) < 8
 
     assert train.main(stopped) == train.main(whole) == 0
@@ -148,3 +171,84 @@ def test_a_stopped_run_of_two_goes_on_as_one(tmp_path, options):
     lines = zip(epochs_of(stopped), epochs_of(whole), strict=True)
     for one, other in lines:
         assert flat_metrics(one)[:2] == pytest.approx(flat_metrics(other)[:2], abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "environment, tells",
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but .*RANK.*: start with torchrun, or unset WORLD_SIZE"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE is 2, but .*MASTER_ADDR"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two': start with torchrun, or unset it"),
+    ],
+)
+def test_half_of_what_torchrun_sets_is_said_to_be_missing(environment, tells, monkeypatch):
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=tells), start("cpu", "fp32"):
+        raise AssertionError("it has begun")
+
+
+# ---------------------------------------------------------------------------------------------- batch norm
+
+
+CHANNELS = 3
+
+
+def make_norm() -> nn.BatchNorm2d:
+    """Batch norm whose weights and statistics are none of the usual."""
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(CHANNELS, momentum=0.3)
+    for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+        nn.init.uniform_(tensor, 0.5, 1.5)
+    return norm
+
+
+def normalise(norm: nn.Module, images: torch.Tensor, slopes: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What two steps in training give: outputs, statistics and the gradients of a loss of these slopes."""
+    images = images.clone(memory_format=torch.channels_last).requires_grad_()
+    norm(images.detach() / 2)
+    output = norm(images)
+    (output * slopes).sum().backward()
+    found = {"output": output, "images": images.grad, "weight": norm.weight.grad, "bias": norm.bias.grad}
+    found |= {"mean": norm.running_mean, "variance": norm.running_var, "in use": norm.eval()(images)}
+    return {name: tensor.detach().double() for name, tensor in found.items()}
+
+
+def normalise_half(rank: int, store: Path, images: torch.Tensor, slopes: torch.Tensor, results) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    model = sync_batch_norm(nn.Sequential(make_norm()))
+    half = slice(rank * len(images) // 2, (rank + 1) * len(images) // 2)
+    found = normalise(model[0], images[half], slopes[half])
+    results.put((rank, type(model[0]).__name__, {name: tensor.numpy() for name, tensor in found.items()}))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("mean, tolerance", [(0.0, 1e-5), (1e4, 1e-2)])
+def test_batch_norm_over_two_processes_is_that_of_the_whole_batch(mean, tolerance, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    images = mean + torch.randn(6, CHANNELS, 4, 4, generator=generator)
+    slopes = torch.randn(images.shape, generator=generator)
+    results = FORKS.Queue()
+    arguments = tmp_path / "store", images, slopes, results
+    processes = [FORKS.Process(target=normalise_half, args=(rank, *arguments)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    (_, kind, first), (_, _, second) = sorted((results.get(timeout=120) for _ in processes), key=lambda one: one[0])
+    for process in processes:
+        process.join(60)
+    assert kind == "SyncedBatchNorm"
+    expected = normalise(make_norm().double(), images.double(), slopes.double())
+    for name, value in expected.items():
+        parts = [torch.from_numpy(part[name]) for part in (first, second)]
+        if name in ("output", "images", "in use"):
+            found = torch.cat(parts)
+        elif name in ("weight", "bias"):
+            found = sum(parts)  # DistributedDataParallel brings them together
+        else:
+            assert torch.equal(*parts), "both processes have the same statistics"
+            found = parts[0]
+        scale = mean if name == "mean" and mean else value.abs().max()
+        assert (found - value).abs().max() < tolerance * scale, name

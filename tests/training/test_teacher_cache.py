@@ -2,55 +2,26 @@
 
 import copy
 import resource
-from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import FORKS
+from made_up import CLASSES, CPU, TinyTeacher, random_images, tiny_student
 from torch import nn
 
 import models
 import train
 from config import parse_train
-from datasets import DATASETS, SIDE
+from datasets import DATASETS
 from runtime.checkpoint import save
-from runtime.device import Runtime
 from training import teacher_cache
 from training.teacher_cache import TeacherCache, open_records
-from utils import VIEWS, Images, Views
+from utils import VIEWS, Views
 
 SPEC = DATASETS["cifar10"]
-CLASSES = 10
 COUNT = 24
-RUNTIME = Runtime(torch.device("cpu"), None)
-
-
-def random_images(count: int = COUNT, seed: int = 0) -> Images:
-    generator = torch.Generator().manual_seed(seed)
-    pixels = torch.randint(0, 256, (count, SIDE, SIDE, 3), generator=generator, dtype=torch.uint8)
-    return Images(pixels, torch.randint(0, CLASSES, (count,), generator=generator))
-
-
-class TinyTeacher(nn.Module):
-    """A stand-in with all that could be changed by mistake, batch norm and dropout, and a count of images seen."""
-
-    def __init__(self, num_classes: int = CLASSES) -> None:
-        super().__init__()
-        self.features = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5))
-        self.classifier = nn.Linear(4 * 15 * 15, num_classes)
-        self.seen: list[torch.Tensor] = []
-
-    def forward(self, images):
-        self.seen.append(images)
-        return self.classifier(self.features(images).flatten(1))
-
-
-def tiny_student(num_classes: int) -> nn.Module:
-    features = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
-    parts = {"features": features, "flatten": nn.Flatten(), "classifier": nn.Linear(8, num_classes)}
-    return nn.Sequential(OrderedDict(parts))
 
 
 def make_teacher(seed: int = 0) -> TinyTeacher:
@@ -59,7 +30,7 @@ def make_teacher(seed: int = 0) -> TinyTeacher:
 
 
 def make_cache(path: Path | None, teacher: nn.Module | None = None, count: int = COUNT) -> TeacherCache:
-    return TeacherCache(path, teacher or make_teacher(), Views(random_images(count), SPEC), CLASSES, RUNTIME)
+    return TeacherCache(path, teacher or make_teacher(), Views(random_images(count), SPEC), CLASSES, CPU)
 
 
 def ask(cache: TeacherCache, rows: list[int], views: list[int]) -> torch.Tensor:
@@ -245,8 +216,8 @@ def distil(tmp_path, monkeypatch):
 
     monkeypatch.setitem(models.BUILDERS, "teacher", TinyTeacher)
     monkeypatch.setitem(models.BUILDERS, "student", tiny_student)
-    monkeypatch.setattr(train, "finish", lambda run, _: save(run.options.checkpoint_path, run.state()))  # no figures
-    monkeypatch.setattr(train, "load_images", lambda *_: (random_images(40), random_images(8, seed=1)))
+    monkeypatch.setattr(train, "finish", lambda run: save(run.options.checkpoint_path, run.state()))  # no figures
+    monkeypatch.setattr(train, "load_images", lambda *_, **which: [random_images(40), random_images(8, seed=1)])
     monkeypatch.setattr(train, "load_teacher", keep_teacher)
 
     def run(*arguments: str) -> Path:

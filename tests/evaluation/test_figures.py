@@ -1,0 +1,86 @@
+"""The figures of trained models: what they show, and what they call it."""
+
+import numpy as np
+import pytest
+import torch
+from made_up import write_log
+from PIL import Image
+
+from evaluation import figures
+
+CLASSES = tuple("abc")
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list:
+    """The axes of what is drawn, in order; nothing is written."""
+    axes = []
+    monkeypatch.setattr(figures, "save_figure", lambda of, path: axes.append(of) or path)
+    return axes
+
+
+def test_the_comparison_has_one_mean_for_runs_that_differ_in_the_seed_alone(tmp_path, drawn):
+    write_log(tmp_path / "a.jsonl", tops=(50.0,))
+    write_log(tmp_path / "b.jsonl", "--seed=43", tops=(52.0,))
+    write_log(tmp_path / "c.jsonl", "--kd", tops=(40.0, 60.0))
+    write_log(tmp_path / "d.jsonl", "--kd --seed=43 --alpha=0.5", tops=(70.0,))
+    logs = figures.find_logs(tmp_path, "cifar10")
+    figures.plot_comparison(logs, tmp_path / "comparison.png")
+    lines, labels = drawn[0].get_legend_handles_labels()
+    assert labels == [
+        "Student (w/o KD): 51.00 (mean of 2)",
+        "Student (with KD, Temp = 5), alpha 0.9: 60.00",
+        "Student (with KD, Temp = 5), alpha 0.5: 70.00",
+    ]
+    assert len({line.get_color() for line in lines}) == 3 and len(drawn[0].lines) == 4
+    assert drawn[0].get_title() == "Top-1 accuracy on the test images of cifar10"
+
+
+def test_only_logs_of_these_images_with_an_epoch_are_compared(tmp_path, drawn):
+    commands = {
+        "a": "", "b": "--subset=40", "c": "--holdout=8", "d": "--subset=40 --holdout=8", "e": "--dataset=digits",
+        "f": "--kd --subset=40",
+    }  # fmt: skip
+    for name, command in commands.items():
+        write_log(tmp_path / f"{name}.jsonl", command)
+    write_log(tmp_path / "begun.jsonl", tops=())
+    (tmp_path / "torn.jsonl").write_text('{"role": "stud')
+    (tmp_path / "old.jsonl").write_text('{"role": "student", "options": {}}\n{"epoch": 1}\n')
+    (tmp_path / "notes.jsonl").write_text("[1]\n[2]\n")
+
+    def found(*images) -> str:
+        return "".join(path.stem for path in figures.find_logs(tmp_path, *images))
+
+    assert found("cifar10") == found("cifar10", None, 0) == "a"
+    assert (found("cifar10", 40), found("cifar10", None, 8), found("cifar10", 40, 8)) == ("bf", "c", "d")
+    assert found("digits") == "e" and found("digits", 40) == "" and found("cifar10", 41) == ""
+    figures.plot_comparison(figures.find_logs(tmp_path, "cifar10", None, 8), tmp_path / "comparison.png")
+    assert drawn[0].get_title() == "Top-1 accuracy on the images kept aside of cifar10"
+
+
+def test_confusion_and_reliability_show_the_numbers(drawn, tmp_path):
+    numbers = {"confusion": [[3, 1, 0], [0, 0, 0], [0, 0, 5]]}
+    figures.plot_confusion(numbers, CLASSES, "title", tmp_path / "confusion.png")
+    texts = [text.get_text() for text in drawn[0].texts]
+    assert texts == ["75", "25", "", "", "", "", "", "", "100"]
+    assert drawn[0].get_xlabel() == "predicted" and drawn[0].get_ylabel() == "class"
+    logits = torch.tensor([[9.0, 0.0, 0.0], [9.0, 0.0, 0.0]]).double()
+    figures.plot_reliability(logits, torch.tensor([0, 1]), "title", tmp_path / "reliability.png")
+    (bars,) = drawn[1].containers
+    assert [bar.get_height() for bar in bars] == [0] * 14 + [0.5]
+
+
+@pytest.mark.parametrize("name", ["a$b$.png", "$.png", "_x.png", "$\\frac$.png", "a_{b}^c.png", "ä 1%.png"])
+def test_pictures_have_any_name(name, tmp_path, monkeypatch):
+    titles = []
+
+    def save_figure(axes, path, real=figures.save_figure):
+        titles.append(axes.get_title())
+        return real(axes, path)
+
+    monkeypatch.setattr(figures, "save_figure", save_figure)
+    answers = {"Student": torch.full((1, 3), 1 / 3), "_Teacher $x$": torch.tensor([[0.5, 0.5, 0.0]])}
+    path = figures.plot_pictures([np.zeros((32, 32, 3), np.uint8)], [name], answers, CLASSES, tmp_path / "p.png")
+    with Image.open(path) as picture:
+        assert picture.width == 840
+    assert titles == [name]

@@ -1,0 +1,100 @@
+"""The models: what they compute, cost and start from."""
+
+import pytest
+import torch
+import torchvision
+from torch.utils.flop_counter import FlopCounterMode
+
+from datasets import DATASETS, SIDE
+from models import ARCHITECTURES, StudentCNN, build_model, vgg19_bn
+
+
+def test_vgg_features_are_torchvisions():
+    torch.manual_seed(0)
+    with torch.device("meta"):  # its classifier of 124 M weights is never filled in
+        theirs = torchvision.models.vgg19_bn(weights=None).features
+    theirs, ours = theirs.to_empty(device="cpu").eval(), vgg19_bn().eval()
+    for module in theirs.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.reset_parameters()
+        if isinstance(module, torch.nn.BatchNorm2d):  # none the identity, so that each must be in its place
+            module.reset_parameters()
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 1.5)
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+    ours.features.load_state_dict(theirs.state_dict())
+    images = torch.randn(2, 3, SIDE, SIDE)
+    with torch.inference_mode():
+        expected = theirs(images)
+        torch.testing.assert_close(ours.features(images), expected)
+        torch.testing.assert_close(ours(images), ours.classifier(expected.flatten(1)))
+    assert expected.shape == (2, 512, 1, 1) and expected.std() > 0
+
+
+def cost(model: torch.nn.Module) -> tuple[int, int]:
+    """Parameters and multiply-accumulates an image."""
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model.eval()(torch.zeros(1, 3, SIDE, SIDE))
+    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
+
+
+def test_costs_are_what_the_docstrings_say():
+    student_parameters, student_macs = cost(StudentCNN())
+    teacher_parameters, teacher_macs = cost(vgg19_bn())
+    assert student_parameters <= 300_000
+    text = " ".join(StudentCNN.__doc__.split())
+    assert f"{student_parameters:,} parameters" in text
+    assert f"{student_macs / 1e6:.1f} M multiply-accumulates" in text
+    assert f"1/{round(teacher_parameters / student_parameters)} of the teacher's" in text
+    assert f"1/{round(teacher_macs / student_macs)} of the teacher's" in text
+    text = " ".join(vgg19_bn.__doc__.split())
+    assert f"{teacher_parameters / 1e6:.1f} M parameters" in text
+    assert f"{teacher_macs / 1e6:.0f} M multiply-accumulates" in text
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_logits_are_float32_whatever_the_precision(role):
+    model = build_model(role).eval()
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        features = model.features(images).flatten(1)
+        logits = model(images)
+    assert features.dtype == torch.bfloat16 and logits.dtype == torch.float32
+    assert torch.equal(logits, torch.nn.functional.linear(features.float(), *model.classifier.parameters()))
+    assert not torch.equal(logits, logits.bfloat16().float())
+
+
+def test_build_model_knows_the_roles_and_nothing_else():
+    assert isinstance(build_model("student"), StudentCNN)
+    assert build_model("teacher", 7)(torch.zeros(2, 3, SIDE, SIDE)).shape == (2, 7)
+    assert build_model("student", 7)(torch.zeros(2, 3, SIDE, SIDE)).shape == (2, 7)
+    assert set(ARCHITECTURES) == {"teacher", "student"} == {role for role, _ in DATASETS["cifar10"].recipes}
+    with pytest.raises(ValueError, match="pupil"):
+        build_model("pupil")
+
+
+def test_the_teachers_first_filters_pass_its_channels_on():
+    torch.manual_seed(0)
+    convolutions = [module for module in vgg19_bn().features if isinstance(module, torch.nn.Conv2d)]
+    images = torch.randn(1, 512, 8, 8)
+    for convolution in convolutions:
+        inputs, outputs = convolution.in_channels, convolution.out_channels
+        with torch.inference_mode():
+            found = convolution(images[:, :inputs])
+        torch.testing.assert_close(found[:, :inputs], images[:, :inputs])
+        others = convolution.weight[inputs:]
+        assert len(others) == outputs - inputs and len(convolution.bias) == outputs and not convolution.bias.any()
+        if len(others):  # Kaiming's, by the outputs of the whole layer
+            assert others.std().item() == pytest.approx((2 / (9 * outputs)) ** 0.5, rel=0.05)
+    assert len(convolutions) == 16 and [c.out_channels - c.in_channels for c in convolutions].count(0) == 12
+
+
+def test_the_student_starts_at_random():
+    torch.manual_seed(0)
+    for module in StudentCNN().modules():
+        if isinstance(module, torch.nn.Conv2d):
+            expected = (2 / (9 * module.out_channels)) ** 0.5
+            assert module.weight.std().item() == pytest.approx(expected, rel=0.05)
+            assert (module.weight == 0).sum() == 0, "no filter of its starts as the identity"
+        if isinstance(module, torch.nn.Linear):
+            assert module.weight.std().item() == pytest.approx(0.01, rel=0.1) and not module.bias.any()

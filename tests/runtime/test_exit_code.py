@@ -1,0 +1,97 @@
+"""How a script ends: what the user can mend in one line, a stop in one line, a bug with its traceback."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import REPOSITORY
+
+from runtime.errors import SaidElsewhere, Stopped, UserError, exit_code, known_failure
+from runtime.signals import StopSignal
+
+
+def raising(error: Exception):
+    def work():
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize(
+    "error, code, tells",
+    [
+        (UserError("one\n  line"), 2, "error: one line\n"),
+        (Stopped(signal.SIGTERM), 143, "stopped; go on with `python train.py --kd True`\n"),
+        (KeyboardInterrupt(), 130, "stopped at once; a training goes on from its last save\n"),
+        (SaidElsewhere(143), 143, ""),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."), 2, "a smaller --batch_size"),
+        (MemoryError(), 2, "not enough memory"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate"), 2, "--batch_size"),
+        (RuntimeError("InvalidCxxCompiler: No working C++ compiler found in config.cpp.cxx"), 2, "leave --compile out"),
+    ],
+)
+def test_each_end_has_its_code_and_at_most_one_line(error, code, tells, capsys):
+    assert exit_code(raising(error), "python train.py --kd True") == code
+    told = capsys.readouterr().err
+    assert tells in told and told.count("\n") == bool(tells)
+
+
+def test_no_end_is_zero_and_a_bug_is_a_bug():
+    assert exit_code(lambda: None) == 0
+    for bug in (ValueError("x"), RuntimeError("x"), KeyError("x"), OSError(errno.ENOENT, "none", "file")):
+        assert known_failure(bug) is None
+        with pytest.raises(type(bug)):
+            exit_code(raising(bug))
+
+
+def test_memory_that_the_processor_really_has_not_is_known():
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert "not enough memory" in known_failure(error.value)
+
+
+def test_a_compiler_that_is_really_missing_is_known(monkeypatch):
+    from torch._inductor import cpp_builder, exc
+
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+    cpp_builder.get_cpp_compiler.cache_clear() if hasattr(cpp_builder.get_cpp_compiler, "cache_clear") else None
+    with pytest.raises(exc.InvalidCxxCompiler) as error:
+        cpp_builder._get_cpp_compiler() if hasattr(cpp_builder, "_get_cpp_compiler") else cpp_builder.get_cpp_compiler()
+    assert "--compile True needs a C++ compiler" in known_failure(error.value)
+
+
+def test_a_second_signal_does_not_wait_for_the_next_step(capsys):
+    def work():
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.number == signal.SIGINT
+            os.kill(os.getpid(), signal.SIGINT)
+            raise AssertionError("the second signal had no effect")
+
+    assert exit_code(work) == 130
+    assert capsys.readouterr().err == "stopped at once; a training goes on from its last save\n"
+
+
+def test_under_torchrun_a_signal_comes_twice_and_counts_once(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignal() as stop:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.number == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("script", ["train.py", "test.py"])
+def test_an_interrupt_of_the_imports_is_one_line(script, tmp_path):
+    # A stand-in for torch, which stands before it on the path, interrupts whoever imports it.
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise SystemExit(9)\n")
+    done = subprocess.run(
+        [sys.executable, REPOSITORY / script],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped at once\n")
