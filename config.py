@@ -369,6 +369,18 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
+    def exit(self, status: int = 0, message: str | None = None):
+        """End the script; help that can't be written is an error, unless its reader, perhaps `head`, has gone."""
+        try:
+            if sys.stdout:
+                sys.stdout.flush()
+        except BrokenPipeError:
+            os._exit(128 + 13)
+        except OSError as error:
+            self._print_message(f"{self.prog}: error: can't write to standard output: {error.strerror}\n", sys.stderr)
+            os._exit(2)
+        super().exit(status, message)
+
 
 def build_parser(script: str, options_class: type[Options]) -> Parser:
     """The parser of one script, from the fields of its options; what is not given is not in its result."""

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from typing import TextIO
 
 import torch
 
@@ -20,9 +21,18 @@ class SaidElsewhere(Exception):
     """Another process has already shown the error that this one ends with; its exit code is the argument."""
 
 
+def say(text: str) -> None:
+    """Print a line on stderr, where there is one that takes it: how a script ends does not hang on that."""
+    if sys.stderr:
+        try:
+            print(text, file=sys.stderr, flush=True)
+        except OSError:
+            drop(sys.stderr)
+
+
 def complain(text: str) -> int:
     """Print a user's error as one line on stderr; its exit code."""
-    print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    say(f"{os.path.basename(sys.argv[0])}: error: {' '.join(text.split())}")
     return 2
 
 
@@ -50,13 +60,13 @@ def exit_code(main: Callable[[], None], goes_on: str = "") -> int:
     except UserError as error:
         return complain(str(error))
     except KeyboardInterrupt:
-        print("stopped at once; a training goes on from its last save", file=sys.stderr, flush=True)
+        say("stopped at once; a training goes on from its last save")
         return 128 + signal.SIGINT
     except Stopped as stop:
-        print(f"stopped; go on with `{goes_on}`", file=sys.stderr, flush=True)
+        say(f"stopped; go on with `{goes_on}`")
         return 128 + stop.args[0]
     except BrokenPipeError:  # the reader of stdout, perhaps `head`, wants no more
-        drop_stdout()
+        drop(sys.stdout)
         return 128 + 13  # SIGPIPE, a name that Windows lacks
     except Exception as error:
         known = known_failure(error)
@@ -73,12 +83,22 @@ def known_failure(error: Exception) -> str | None:
         return "not enough memory: give train.py a smaller --batch_size, or --device cpu where another one is full"
     if "C++ compiler" in text or "InvalidCxxCompiler" in text:
         return "--compile True needs a C++ compiler, and none was found: install one (g++), or leave --compile out"
-    if isinstance(error, OSError) and error.filename is None and sys.stdout:  # no file's: a print's
-        drop_stdout()
+    if isinstance(error, OSError) and refuses(sys.stdout):
+        drop(sys.stdout)
         return f"can't write to standard output: {reason(error)}; what was saved before is whole"
     return None
 
 
-def drop_stdout() -> None:
+def refuses(stream: TextIO | None) -> bool:
+    """Whether what was printed to a stream can't be written."""
+    try:
+        if stream:
+            stream.flush()
+    except OSError:
+        return True
+    return False
+
+
+def drop(stream: TextIO) -> None:
     """Let the interpreter's last flush of what could not be printed go nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
