@@ -26,13 +26,18 @@ def limit_memory() -> None:
         return
     import resource  # which Windows has not
 
-    there = kilobytes("/proc/meminfo", "MemAvailable") + kilobytes("/proc/self/status", "VmData")
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (1024 * there if hard < 0 else min(1024 * there, hard), hard))
+    try:
+        free = kilobytes("/proc/meminfo", "MemAvailable") + kilobytes("/proc/meminfo", "SwapFree")
+        there = 1024 * (free + kilobytes("/proc/self/status", "VmData"))
+    except (OSError, StopIteration):  # a sandbox without these tables
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    if soft == resource.RLIM_INFINITY or there < soft:
+        resource.setrlimit(resource.RLIMIT_DATA, (there, hard))
 
 
 def kilobytes(path: str, name: str) -> int:
-    """A number of one of Linux's tables."""
+    """A number of one of Linux's tables; StopIteration where it has none of that name."""
     with open(path) as table:
         return next(int(line.split()[1]) for line in table if line.startswith(f"{name}:"))
 
@@ -58,9 +63,12 @@ def start(device_name: str, precision: str, deterministic: bool = False):
         yield Runtime(device, dtype)
         return
     try:
+        if not 0 <= int(os.environ.get("RANK", 0)) < world_size:
+            raise ValueError(f"RANK is {os.environ.get('RANK')}")
         store, rank, _ = next(dist.rendezvous("env://"))
-    except ValueError as error:  # of the variables that torchrun sets, one is missing or no number
-        raise UserError(f"WORLD_SIZE is {world_size}, but {error}: start with torchrun, or unset WORLD_SIZE") from error
+    except (ValueError, dist.DistError) as error:  # a variable that torchrun sets is missing or wrong, or nobody comes
+        why = str(error).splitlines()[0]
+        raise UserError(f"WORLD_SIZE is {world_size}, but {why}: start with torchrun, or unset WORLD_SIZE") from error
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
