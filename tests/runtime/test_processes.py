@@ -27,10 +27,11 @@ from utils import evaluate, load_images
 
 SPEC = DATASETS["digits"]
 SUBSET = 85  # 17 test images, which two processes can't share evenly
-# Two halves of a batch sum up to a rounding error beside the whole, which training then amplifies: few steps and a low
-# learning rate keep it small. Measured with --sync_bn: 8e-6 for any weight or running statistic; without: 4e-2 for a
-# statistic, 4e-4 for a weight.
-TOLERANCE = 5e-5
+# Two halves of a batch sum up to a rounding error beside the whole, which training then amplifies, Muon more than SGD, as
+# its steps are of one size however small a gradient is: few steps and a low learning rate keep it small. Measured with
+# --sync_bn: 6e-5 to 1.1e-4 for any weight or running statistic, by the number of threads; without: 7e-2 for a statistic,
+# 1.3e-3 for a weight.
+TOLERANCE = 2e-4
 
 
 @pytest.fixture
