@@ -27,10 +27,10 @@ from utils import evaluate, load_images
 
 SPEC = DATASETS["digits"]
 SUBSET = 85  # 17 test images, which two processes can't share evenly
-# Two halves of a batch sum up to a rounding error beside the whole, which training then amplifies, Muon more than SGD, as
-# its steps are of one size however small a gradient is: few steps and a low learning rate keep it small. Measured with
-# --sync_bn: 6e-5 to 1.1e-4 for any weight or running statistic, by the number of threads; without: 7e-2 for a statistic,
-# 1.3e-3 for a weight.
+# Two halves of a batch sum up to a rounding error beside the whole, which training then amplifies, Muon more than SGD:
+# its steps are of one size however small a gradient is. Few steps and a low learning rate keep it small. Measured with
+# --sync_bn: 6e-5 to 1.1e-4 for any weight or running statistic, by the number of threads; without: 7e-2 for a
+# statistic, 1.3e-3 for a weight.
 TOLERANCE = 2e-4
 
 
