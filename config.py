@@ -62,6 +62,13 @@ def device_name(text: str) -> str:
     return text
 
 
+def folder_name(text: str) -> Path:
+    """The path of a folder, which an empty word, perhaps an unset variable's, is not."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected the name of a folder, not ''")
+    return Path(text)
+
+
 def file_name(text: str) -> Path:
     """The path of a file, which is no folder."""
     path = Path(text)
@@ -113,12 +120,13 @@ class Options:
         "cifar10", "data set: cifar10, or digits, which are drawn here without a download",
         names_files=True, choices=tuple(DATASETS),
     )  # fmt: skip
-    data_path: Path = option(Path("data"), "folder of the data sets", Path, names_files=True)
-    weights_path: Path = option(Path("weights"), "folder of the checkpoints", Path, names_files=True)
-    plots_path: Path = option(Path("plots"), "folder of the logs and figures", Path, names_files=True)
+    data_path: Path = option(Path("data"), "folder of the data sets", folder_name, names_files=True)
+    weights_path: Path = option(Path("weights"), "folder of the checkpoints", folder_name, names_files=True)
+    plots_path: Path = option(Path("plots"), "folder of the logs and figures", folder_name, names_files=True)
     teacher: Path | None = option(
-        None, "the teacher's checkpoint (default: what --tto True leaves in --weights_path)", Path, names_files=True
-    )
+        None, "the teacher's checkpoint (default: what --tto True leaves in --weights_path)", file_name,
+        names_files=True,
+    )  # fmt: skip
     seed: int = option(
         DEFAULT_SEED, "seed of initial weights, order and views; another one is part of the files' names",
         number(int, at_least=0, at_most=2**31 - 1), shapes_result=True, names_files=True,
@@ -316,7 +324,7 @@ class TestOptions(Options):
     )  # fmt: skip
     compare: bool = option(False, "one table of all checkpoints found, and the comparison figures", boolean)
     image: tuple[Path, ...] | None = option(
-        None, "pictures to classify instead of the test set (default: none)", Path, nargs="+"
+        None, "pictures to classify instead of the test set (default: none)", file_name, nargs="+"
     )
     json: Path | None = option(None, "file for the report's numbers (default: none)", file_name)
     export: Path | None = option(
