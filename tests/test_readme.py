@@ -112,6 +112,15 @@ def test_what_is_quoted_of_the_first_version_is_in_its_logs():
     assert f"{gain['mean']:+.2f} points (95 % interval {gain['ci'][0]:+.2f} to {gain['ci'][1]:+.2f})" in text
 
 
+def test_every_trial_of_the_recipe_is_what_its_log_says():
+    trials = list((REPOSITORY / "plots" / "trials").glob("*.jsonl"))
+    assert len(trials) >= 7
+    for path in trials:
+        header, lines = read_log(path)
+        assert len(lines) == header["identity"]["num_epochs"]
+        assert f"| {lines[-1]['holdout']['top1']:.2f} |" in PAGES["recipe.md"], path.name
+
+
 def test_every_figure_and_every_link_is_there():
     figures = 0
     for name, text in PAGES.items():
