@@ -36,6 +36,14 @@ def test_the_comparison_has_one_mean_for_runs_that_differ_in_the_seed_alone(tmp_
     assert drawn[0].get_title() == "Top-1 accuracy on the test images of cifar10"
 
 
+def test_a_run_of_one_epoch_is_seen(tmp_path, drawn):
+    logs = [tmp_path / "one.jsonl", tmp_path / "two.jsonl"]
+    write_log(logs[0], tops=(50.0,))
+    write_log(logs[1], "--kd", tops=(40.0, 60.0))
+    figures.plot_comparison(logs, tmp_path / "comparison.png")
+    assert [line.get_marker() for line in drawn[0].lines] == [".", "None"]
+
+
 def test_only_logs_of_these_images_with_an_epoch_are_compared(tmp_path, drawn):
     commands = {
         "a": "", "b": "--subset=40", "c": "--holdout=8", "d": "--subset=40 --holdout=8", "e": "--dataset=digits",
