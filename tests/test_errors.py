@@ -130,7 +130,8 @@ CASES = [
     ),
     case("teacher: hostile, really", REAL, "train.py --kd True", "damaged", in_weights("teacher.pt", hostile)),
     # What test.py evaluates.
-    case("never trained", FORKED, "test.py", r"weights/student.pt in /.*/weights: .*`python train.py`, or .*--weights_path"),
+    case("never trained", FORKED, "test.py",
+         r"weights/student.pt in /.*/weights: .*`python train.py`, or .*--weights_path"),
     case("teacher never trained", FORKED, "test.py --tto True", r"weights/teacher.pt.*`python train.py --tto True`"),
     case("no such teacher", FORKED, "test.py --tto True --teacher my.pt",
          "no checkpoint my.pt in .*`python train.py --tto True`, or"),
