@@ -19,6 +19,32 @@ DEFAULT_SEED = 42
 OPTIMIZERS = ("muon", "sgd")
 RECIPE_OPTIONS = tuple(f.name for f in fields(Recipe))
 
+
+@dataclass(frozen=True)
+class LossRow:
+    """A loss of distillation and what its paper's code weighs it with, for CIFAR-100 and students such as VGG8."""
+
+    function: str  # in training/losses.py
+    temps: tuple[float, ...]  # --all trains a student at each
+    kd_weights: tuple[float, ...]  # of each of its terms
+    ce_weight: float
+
+
+LOSSES = {
+    "kd": LossRow("kd", (5.0, 20.0), (0.9,), 0.1),
+    "ls": LossRow("ls", (2.0,), (9.0,), 0.1),
+    "dkd": LossRow("dkd", (4.0,), (1.0, 8.0), 1.0),
+    "ttm": LossRow("ttm", (10.0,), (45.0,), 1.0),
+    "wttm": LossRow("wttm", (5.0,), (4.0,), 1.0),
+}
+# Plain KD at another loss's temperature and total weight: is it the loss that helps, or its weight?
+MATCHED = {
+    f"kd_as_{name}": LossRow("kd", row.temps, (sum(row.kd_weights),), row.ce_weight)
+    for name, row in LOSSES.items()
+    if name != "kd"
+}
+LOSSES |= MATCHED
+
 # ---------------------------------------------------------------------------------------------- how a value is read
 
 
@@ -86,6 +112,13 @@ def plain(value: float) -> str:
     return repr(value).removesuffix(".0")
 
 
+def typed(value) -> str:
+    """A value as one would type it."""
+    if isinstance(value, tuple):
+        return " ".join(map(typed, value))
+    return plain(value) if isinstance(value, float) else shlex.quote(str(value))
+
+
 def by_recipe(name: str) -> str:
     """The defaults of an option that hangs on data set and role, as `--help` shows them."""
     rows = []
@@ -94,6 +127,12 @@ def by_recipe(name: str) -> str:
         teacher, student = (spec.views if value is None else plain(value) for value in values)
         rows.append(f"{dataset} {teacher}" + (f" and {student}" if teacher != student else ""))
     return f"(default for teacher and student: {', '.join(rows)})"
+
+
+def by_loss(name: str, kd: str) -> str:
+    """The defaults of an option that hangs on the loss, as `--help` shows them; `kd` are plain KD's."""
+    rows = [f"{loss} {typed(getattr(row, name))}" for loss, row in LOSSES.items() if row.function != "kd"]
+    return f"(default: kd {kd}, {', '.join(rows)})"
 
 
 def option(default, text: str, parse=str, **more):
@@ -113,8 +152,14 @@ class Options:
     tto: bool = option(False, "train (test) the teacher only", boolean)
     kd: bool = option(False, "distil the teacher's knowledge into the student", boolean)
     temp: tuple[float, ...] | None = option(
-        None, "temperature T of the softened probabilities, 0.01 to 1000 (default: 5; with --all: 5 20)",
+        None, f"temperature T of the softened probabilities, 0.01 to 1000 {by_loss('temps', '5, with --all 5 20')}",
         number(float, at_least=0.01, at_most=1000), shapes_result=True, nargs="+",
+    )  # fmt: skip
+    loss: tuple[str, ...] = option(
+        ("kd",), "loss of the distillation, with --all one or more: Hinton's kd, logit standardisation (ls), decoupled "
+        "KD (dkd), transformed teacher matching (ttm) and weighted (wttm); kd_as_ls and so on are kd at the weight and "
+        "temperature of that one (default: kd)",
+        shapes_result=True, names_files=True, nargs="+", choices=tuple(LOSSES),
     )  # fmt: skip
     dataset: str = option(
         "cifar10", "data set: cifar10, or digits, which are drawn here without a download",
@@ -169,7 +214,7 @@ class Options:
     @property
     def run_name(self) -> str:
         """teacher, student or student_kd_t5, with the data set before it, an unusual seed and a trial's size after."""
-        name = f"student_kd_t{plain(self.temperature)}" if self.kd else self.role
+        name = f"student_{self.loss[0]}_t{plain(self.temperature)}" if self.kd else self.role
         seed = "" if self.seed == DEFAULT_SEED else f"_seed{self.seed}"
         return f"{self.spec.prefix}{name}{seed}{self.trial_suffix}"
 
@@ -205,19 +250,23 @@ class Options:
         words += ["--kd True"] if self.kd else []
         usual = self.defaults()
         if self.kd or (every and self.temp != usual["temp"]):
-            words.append(f"--temp {' '.join(map(plain, self.temp))}")
+            words.append(f"--temp {typed(self.temp)}")
         for f in fields(self):
             value = getattr(self, f.name)
             told = f.metadata["names_files"] or every
             if f.name == "teacher" and script == "train.py" and not self.kd:
                 continue  # which only a student with KD learns from
             if told and f.name not in ("tto", "kd", "temp") and value != usual[f.name]:
-                words.append(f"--{f.name} {shlex.quote(plain(value) if isinstance(value, float) else str(value))}")
+                words.append(f"--{f.name} {typed(value)}")
         return " ".join(words)
 
     def defaults(self) -> dict:
         """What each option is where the user does not give it."""
-        temps = (5.0, 20.0) if getattr(self, "all", False) else (5.0,)
+        temps = LOSSES[self.loss[0]].temps
+        if not getattr(self, "all", False):
+            temps = temps[:1]
+        elif len(self.loss) > 1:
+            temps = None  # each loss has its own
         return {f.name: f.default for f in fields(self)} | {"temp": temps}
 
 
@@ -232,9 +281,21 @@ class TrainOptions(Options):
     )  # fmt: skip
     seeds: int = option(1, "with --all: number of seeds of the students, paired", number(int, at_least=1))
     alpha: float = option(
-        0.9, "weight of the KL term, 0 to 1; 1 - alpha is the cross-entropy's",
-        number(float, at_least=0, at_most=1), shapes_result=True,
+        0.9, "with --loss kd, in short: weight of the KL term, 0 to 1; 1 - alpha is the cross-entropy's",
+        number(float, at_least=0, at_most=1),
     )  # fmt: skip
+    kd_weight: tuple[float, ...] | None = option(
+        None, "weight of the loss of distillation, of dkd two: of the target, and among the other classes "
+        f"{by_loss('kd_weights', 'alpha')}",
+        number(float, at_least=0), shapes_result=True, nargs="+",
+    )  # fmt: skip
+    ce_weight: float | None = option(
+        None, f"weight of the cross-entropy beside it {by_loss('ce_weight', '1 - alpha')}",
+        number(float, at_least=0), shapes_result=True,
+    )  # fmt: skip
+    matched: bool = option(
+        False, "with --all: each other loss than kd beside plain kd at its weights and temperature", boolean
+    )
     optimizer: str = option(
         OPTIMIZERS[0], "muon for the convolutions and SGD for the rest, or sgd for all, each with its own recipe",
         choices=OPTIMIZERS, shapes_result=True,
@@ -245,9 +306,7 @@ class TrainOptions(Options):
     batch_size: int | None = option(
         None, f"images a step, over all devices {by_recipe('batch_size')}", number(int, at_least=1), shapes_result=True
     )
-    lr: float | None = option(
-        None, f"peak learning rate {by_recipe('lr')}", number(float, above=0), shapes_result=True
-    )
+    lr: float | None = option(None, f"peak learning rate {by_recipe('lr')}", number(float, above=0), shapes_result=True)
     head_lr: float | None = option(
         None, f"the last layer's learning rate, as a fraction of --lr {by_recipe('head_lr')}",
         number(float, above=0), shapes_result=True,
@@ -264,9 +323,7 @@ class TrainOptions(Options):
     cache_teacher: bool = option(True, "with KD: keep the teacher's logits on disk", boolean, shapes_result=True)
     sync_bn: bool = option(False, "batch norm over the global batch on several devices", boolean, shapes_result=True)
     compile: bool = option(False, "torch.compile the model; pays on long runs", boolean, shapes_result=True)
-    deterministic: bool = option(
-        False, "bit-identical repeats on CUDA too, at some speed", boolean, shapes_result=True
-    )
+    deterministic: bool = option(False, "bit-identical repeats on CUDA too, at some speed", boolean, shapes_result=True)
     resume: str = option(
         "auto", "auto: go on with an unfinished run; True: it must exist; False: start anew", resume_mode
     )
@@ -282,36 +339,54 @@ class TrainOptions(Options):
     def recipe(self) -> Recipe:
         return self.spec.recipes[self.role, self.optimizer]
 
+    @property
+    def usual_weights(self) -> dict:
+        """The weights of a run with KD where the user does not say."""
+        if not self.kd:
+            return {}
+        if self.loss == ("kd",):
+            return {"kd_weight": (self.alpha,), "ce_weight": round(1 - self.alpha, 12)}  # 0.1, not 0.09999999999999998
+        row = LOSSES[self.loss[0]]
+        return {"kd_weight": row.kd_weights, "ce_weight": row.ce_weight}
+
+    @property
+    def loss_function(self) -> str:
+        """The name of this run's function in training/losses.py; only `--all` holds several."""
+        return LOSSES[self.loss[0]].function
+
     def defaults(self) -> dict:
         """What each option is where the user does not give it: before `resolved` and after."""
         usual = super().defaults()
-        return usual if self.num_epochs is None or self.all else usual | asdict(self.recipe)
+        return usual if self.num_epochs is None or self.all else usual | asdict(self.recipe) | self.usual_weights
 
     def resolved(self, **changes) -> "TrainOptions":
         """These options for one run, the recipe's values in place of None."""
         run = replace(self, all=False, seeds=1, **changes)
-        return replace(
-            run, **{name: value for name, value in asdict(run.recipe).items() if getattr(run, name) is None}
-        )
+        usual = asdict(run.recipe) | run.usual_weights
+        return replace(run, **{name: value for name, value in usual.items() if getattr(run, name) is None})
 
     def runs(self) -> list["TrainOptions"]:
         """The runs to do, in order: one, or with `all` the teacher, then each seed's students."""
         if not self.all:
             return [self]
+        without_kd = {"temp": (5.0,), "loss": ("kd",)}
         recipe = dict.fromkeys(RECIPE_OPTIONS)  # the user's are the students'
-        plan = [self.resolved(tto=True, seed=DEFAULT_SEED, temp=(5.0,), **recipe)]
+        plan = [self.resolved(tto=True, seed=DEFAULT_SEED, **without_kd, **recipe)]
         for seed in range(self.seed, self.seed + self.seeds):
-            plan.append(self.resolved(seed=seed, temp=(5.0,)))
-            plan += [self.resolved(seed=seed, kd=True, temp=(temp,)) for temp in self.temp]
+            plan.append(self.resolved(seed=seed, **without_kd))
+            for loss in self.loss:
+                temps = self.temp or LOSSES[loss].temps
+                plan += [self.resolved(seed=seed, kd=True, loss=(loss,), temp=(temp,)) for temp in temps]
         return plan
 
     def result_options(self) -> dict:
         """The options that shape the result, as plain values."""
-        names = [f.name for f in fields(self) if f.metadata["shapes_result"]]
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["shapes_result"]}
         if not self.kd:
-            names = [name for name in names if name not in ("temp", "alpha", "cache_teacher")]
-        values = {name: getattr(self, name) for name in names}
-        return values | ({"temp": self.temperature} if self.kd else {})
+            distilling = ("temp", "loss", "kd_weight", "ce_weight", "cache_teacher")
+            return {name: value for name, value in values.items() if name not in distilling}
+        weights = dict(zip(("kd_weight", "nckd_weight"), self.kd_weight, strict=False))
+        return values | {"temp": self.temperature, "loss": self.loss_function, **weights}
 
 
 @dataclass(frozen=True)
@@ -327,9 +402,7 @@ class TestOptions(Options):
         None, "pictures to classify instead of the test set (default: none)", file_name, nargs="+"
     )
     json: Path | None = option(None, "file for the report's numbers (default: none)", file_name)
-    export: Path | None = option(
-        None, "file for the model as a torch.export program, .pt2 (default: none)", file_name
-    )
+    export: Path | None = option(None, "file for the model as a torch.export program, .pt2 (default: none)", file_name)
 
 
 # ---------------------------------------------------------------------------------------------- help and parsing
@@ -338,15 +411,19 @@ class TestOptions(Options):
 NEEDS = {
     "train.py": {
         "temp": ("kd", "all"),
+        "loss": ("kd", "all"),
         "alpha": ("kd", "all"),
+        "kd_weight": ("kd", "all"),
+        "ce_weight": ("kd", "all"),
+        "matched": ("all",),
         "cache_teacher": ("kd", "all"),
         "teacher": ("kd",),
         "seeds": ("all",),
     },
-    "test.py": {"temp": ("kd",)},
+    "test.py": {"temp": ("kd",), "loss": ("kd",)},
 }
 EXCLUDES = {
-    "train.py": {"tto": ("kd", "all"), "kd": ("all",)},
+    "train.py": {"tto": ("kd", "all"), "kd": ("all",), "alpha": ("kd_weight", "ce_weight")},
     "test.py": {
         "tto": ("kd",),
         "checkpoint": ("tto", "kd", "seed", "dataset", "subset", "holdout", "compare"),
@@ -415,12 +492,14 @@ def parse(script: str, options_class: type[Options], argv: list[str] | None) -> 
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(parser.parse_args(words)).items()}
     options = options_class(**given)
     check_company(parser, given)
+    for name in ("temp", "loss"):
+        values = given.get(name, ())
+        if len(values) > 1 and not getattr(options, "all", False):
+            parser.error(f"--{name} takes several values only with --all True: give one")
+        if len(set(values)) < len(values):
+            parser.error(f"--{name} names one twice")
     if "temp" not in given:
         options = replace(options, temp=options.defaults()["temp"])
-    if len(options.temp) > 1 and not getattr(options, "all", False):
-        parser.error("--temp takes several temperatures only with --all True: give one")
-    if len(set(options.temp)) < len(options.temp):
-        parser.error("--temp names a temperature twice")
     return parser, options
 
 
@@ -438,9 +517,25 @@ def check_company(parser: Parser, given: dict) -> None:
                 parser.error(f"--{name} and --{other} do not go together: leave one of them out")
 
 
+def check_weights(parser: Parser, options: TrainOptions) -> None:
+    """Exit with code 2 where the weights are none of the losses'."""
+    if options.alpha != TrainOptions.alpha and options.loss != ("kd",):
+        parser.error("--alpha weighs --loss kd alone: give --kd_weight and --ce_weight instead")
+    given = options.kd_weight is not None or options.ce_weight is not None
+    if given and len(options.loss) > 1:
+        parser.error("--kd_weight and --ce_weight are those of one loss: give one --loss, or leave them out")
+    count = len(LOSSES[options.loss[0]].kd_weights)
+    if options.kd_weight is not None and len(options.kd_weight) != count:
+        parser.error(f"--kd_weight: --loss {options.loss[0]} has {count}, not {len(options.kd_weight)}")
+
+
 def parse_train(argv: list[str] | None = None) -> TrainOptions:
     """The options of train.py from `argv` (None: the command line); a wrong one exits with code 2."""
     parser, options = parse("train.py", TrainOptions, argv)
+    if options.matched:
+        added = tuple(f"kd_as_{loss}" for loss in options.loss if f"kd_as_{loss}" in MATCHED)
+        options = replace(options, loss=tuple(dict.fromkeys(options.loss + added)), matched=False)
+    check_weights(parser, options)
     if options.all and options.resume == "True":
         parser.error("--all goes on with what is unfinished by itself: leave --resume out, or False to start anew")
     if options.views is not None and options.views > options.spec.views:

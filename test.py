@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from evaluation import figures, inference, report
+from evaluation.comparison import as_trained, load_held_out, measure_all
 from evaluation.measures import fidelity, measure
 from models import ARCHITECTURES
 from runtime import checkpoint
@@ -33,8 +34,8 @@ from runtime.device import Runtime, device_title
 from runtime.errors import UserError, exit_code
 from runtime.files import make_folder
 from runtime.identity import DISTILLATION, Identity
-from runtime.processes import main_first, start
-from utils import Images, all_logits, load_images
+from runtime.processes import start
+from utils import Images, all_logits
 
 
 def load(options: config.TestOptions, path: Path, role: str, runtime: Runtime) -> tuple[torch.nn.Module, dict]:
@@ -69,22 +70,6 @@ def find_teacher(options: config.TestOptions) -> Path | None:
     if options.teacher:
         raise UserError(f"no teacher {options.teacher}: check its name, or leave --teacher out")
     return None
-
-
-def as_trained(options: config.TestOptions, runtime: Runtime, run: Identity) -> Runtime:
-    """The runtime in which a checkpoint's log comes out again: float32, with --precision auto, if it was trained so."""
-    if options.precision == "auto" and run["precision"] == "fp32":
-        return replace(runtime, autocast_dtype=None)
-    return runtime
-
-
-def load_held_out(options: config.TestOptions, runtime: Runtime) -> tuple[Images, torch.Tensor]:
-    """The test images, or those that a holdout kept aside, on the device, and their labels on the CPU."""
-    with main_first(runtime):
-        (images,) = load_images(
-            options.spec, options.data_path, options.split, subset=options.subset, holdout=options.holdout
-        )
-    return images.to(runtime.device), images.labels
 
 
 def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
@@ -158,26 +143,7 @@ def compare(options: config.TestOptions, runtime: Runtime) -> None:
     )
     if not contents:
         raise nothing
-    images, labels = load_held_out(options, runtime)
-    shown, teachers = [], {}  # the logits of each teacher, by its fingerprint
-    for content in contents:
-        run, path = content["identity"], content["path"]
-        try:
-            model, _ = load(options, path, run["role"], runtime)
-        except UserError as error:  # of another version, or of weights that are no such model's
-            runtime.print(f"left out: {error}")
-            continue
-        shown.append(content)
-        its_runtime = as_trained(options, runtime, run)
-        logits = all_logits(model, images, options.spec, its_runtime)
-        numbers = measure(logits, labels)
-        if run["role"] == "teacher":
-            teachers[checkpoint.fingerprint(model.state_dict())] = logits
-        elif teacher := run["teacher"] if run["kd"] else next(iter(teachers), None):
-            numbers |= fidelity(logits, teachers[teacher], labels) if teacher in teachers else {}
-        content["metrics"] = {key: 100 * numbers[key] for key in ("top1", "top5")}
-        if runtime.is_main:
-            content["measured"] = numbers | inference.measure_cost(model, path, its_runtime).medians()
+    shown = measure_all(contents, options, runtime, cost=True)
     if not shown:
         raise nothing
     if runtime.is_main:

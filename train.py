@@ -21,6 +21,7 @@ if __name__ == "__main__":
 
 import torch
 
+from evaluation.comparison import measure_all
 from evaluation.figures import find_logs, plot_comparison
 from evaluation.inference import load_model
 from evaluation.report import publish
@@ -31,15 +32,17 @@ from runtime.files import keep_previous, locked, make_folder
 from runtime.processes import main_first, start
 from runtime.progress import Progress, duration
 from runtime.signals import StopSignal
+from training.losses import loss_terms
 from training.run import METRICS, Run, identity_of
 from training.teacher_cache import TeacherCache
-from utils import Views, evaluate, load_images, loss_terms, plot_curves, topk_correct
+from utils import Views, evaluate, load_images, plot_curves, topk_correct
 
 
 def train_epoch(run: Run, views: Views, teacher: TeacherCache | None, stop: StopSignal) -> None:
     """The rest of the run's current epoch; the sums of its metrics go to `run.totals`."""
     options, runtime = run.options, run.runtime
     order, view_of = views.plan(options.seed, run.epoch)
+    loss_options = options.loss_function, options.temperature, options.kd_weight, options.ce_weight
     run.clock = saved_at = time.monotonic()
     run.model.train()
     with Progress(f"epoch {run.epoch + 1}/{options.num_epochs}", run.steps, runtime.is_main, run.step) as progress:
@@ -50,7 +53,7 @@ def train_epoch(run: Run, views: Views, teacher: TeacherCache | None, stop: Stop
             teacher_logits = teacher.logits(rows, view_of[rows], images) if teacher else None
             with runtime.autocast():
                 logits = run.forward(images)
-            loss, ce, kl = loss_terms(logits, teacher_logits, labels, options.temperature, options.alpha)
+            loss, ce, kl = loss_terms(logits, teacher_logits, labels, *loss_options)
             run.update(loss)
             run.record(loss, ce, kl, topk_correct(logits, labels), len(rows))
 
@@ -195,7 +198,9 @@ def make_cache(run: Run, teacher: torch.nn.Module, views: Views) -> TeacherCache
 def finish(run: Run) -> None:
     """Write the finished checkpoint and the figures, drop the resume state, say what to type next."""
     options = run.options
-    checkpoint.save(options.checkpoint_path, run.state(metrics=run.log.lines[-1][options.split]))
+    lines = run.log.lines
+    seconds = sum(line["seconds"] for line in lines)
+    checkpoint.save(options.checkpoint_path, run.state(metrics=lines[-1][options.split], seconds=seconds))
     figures = plot_curves(options.log_path, options.plots_path)
     if logs := find_logs(options.plots_path, options.dataset, options.subset, options.holdout):
         figures.append(plot_comparison(logs, options.comparison_path))
@@ -223,8 +228,11 @@ def train_all(options: config.TrainOptions) -> None:
                 runtime.print(f"{run_options.run_name}: finished before, kept")
             else:
                 train(run_options, runtime, stop, teacher, teacher_id)
-        if options.all and runtime.is_main:
-            publish([checkpoint.load(run.checkpoint_path) for run in options.runs()], options, "results")
+        if options.all:
+            paths = [run.checkpoint_path for run in options.runs()]
+            contents = measure_all([checkpoint.load(path) | {"path": path} for path in paths], options, runtime)
+            if runtime.is_main:
+                publish(contents, options, "results")
 
 
 def is_finished(options: config.TrainOptions, runtime: Runtime, teacher_id: str) -> bool:

@@ -174,21 +174,14 @@ class Normaliser:
 # ---------------------------------------------------------------------------------------------- loss
 
 
-def loss_terms(
-    student_logits: torch.Tensor, teacher_logits: torch.Tensor | None, targets: torch.Tensor, temp: float, alpha: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(loss, CE, KL) of logits (B, C) and targets (B,): scalars in nats, of which the loss alone has a gradient.
+def soft_target_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, temp: float) -> torch.Tensor:
+    """T^2 KL(teacher_T || student_T) of logits (B, C), a scalar in nats.
 
-    KL is already times T^2. Without a teacher the loss is the CE, and KL is 0.
+    T^2 keeps the soft targets' gradient at the size of the hard ones' (Hinton, Vinyals & Dean, 2014, section 2).
     """
-    student_logits = student_logits.float()
-    ce = F.cross_entropy(student_logits, targets)
-    if teacher_logits is None:
-        return ce, ce.detach(), torch.zeros_like(ce)
     student = F.log_softmax(student_logits / temp, dim=1)
-    teacher = F.log_softmax(teacher_logits.float() / temp, dim=1)
-    kl = F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temp**2
-    return alpha * kl + (1 - alpha) * ce, ce.detach(), kl.detach()
+    teacher = F.log_softmax(teacher_logits / temp, dim=1)
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temp**2
 
 
 def kd_loss(
@@ -196,14 +189,15 @@ def kd_loss(
 ) -> torch.Tensor:
     """alpha * T^2 * KL(teacher_T || student_T) + (1 - alpha) * CE, a scalar in nats, in float32.
 
-    Logits (B, C), targets (B,) int64. T^2 keeps the soft targets' gradient at the size of the hard ones'
-    (Hinton, Vinyals & Dean, 2014, section 2). ValueError where temp <= 0 or alpha is outside [0, 1].
+    Logits (B, C), targets (B,) int64. ValueError where temp <= 0 or alpha is outside [0, 1].
     """
     if not temp > 0:
         raise ValueError(f"temp must be above 0, not {temp}")
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be within [0, 1], not {alpha}")
-    return loss_terms(student_logits, teacher_logits, targets, temp, alpha)[0]
+    student_logits, teacher_logits = student_logits.float(), teacher_logits.float()
+    ce = F.cross_entropy(student_logits, targets)
+    return alpha * soft_target_loss(student_logits, teacher_logits, temp) + (1 - alpha) * ce
 
 
 # ---------------------------------------------------------------------------------------------- metrics
@@ -294,7 +288,8 @@ def plot_curves(log_path: Path, out_dir: Path) -> list[Path]:
     }
     identity = Identity(header["identity"])
     if identity["kd"]:
-        panels["loss"][1].update(ce=("cross-entropy", "--"), kl=("T² KL", ":"))
+        soft = "T² KL" if identity["loss"] == "kd" else identity["loss"].upper()
+        panels["loss"][1].update(ce=("cross-entropy", "--"), kl=(soft, ":"))
     paths = []
     for panel, (ylabel, curves) in panels.items():
         axes = new_axes(f"{identity.title} on {identity['dataset']}: {panel}", ylabel)

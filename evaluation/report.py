@@ -6,18 +6,19 @@ import os
 import statistics
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from config import Options
+from config import LOSSES, Options
 from evaluation.figures import find_logs, plot_comparison
 from evaluation.inference import Cost, count_parameters
 from evaluation.measures import BINS, paired_gain, wilson
 from models import build_model
 from runtime.errors import UserError, reason
 from runtime.files import writing
-from runtime.identity import DISTILLATION, labels
+from runtime.identity import DISTILLATION, Identity, labels
 
 # ---------------------------------------------------------------------------------------------- words
 
@@ -138,9 +139,10 @@ def write_json(path: Path, content: dict) -> Path:
 
 
 def place_in_table(content: dict) -> tuple:
-    """A checkpoint's sort key: the teacher, the student without KD, then by temperature, then by seed."""
+    """A checkpoint's sort key: the teacher, the student without KD, then by loss, temperature and seed."""
     run = content["identity"]
-    return run["role"] != "teacher", run["temp"] or 0.0, run["seed"]
+    loss = list(LOSSES).index(run["loss"]) if run["loss"] in LOSSES else -1
+    return run["role"] != "teacher", loss, run["temp"] or 0.0, run["seed"]
 
 
 # What test.py --compare adds to the table: a column's title, and how its number is written.
@@ -150,6 +152,7 @@ MEASURED = {
     "agreement": ("Agreement", lambda value: f"{100 * value:.2f}%"),
     "kl_to_teacher": ("KL", "{:.4f}".format),
     "macs": ("MACs", lambda value: f"{value / 1e6:,.1f} M"),
+    "seconds": ("Training", "{:,.0f} s".format),
     "bytes": ("Size", lambda value: f"{value / 1e6:,.2f} MB"),
     "latency_ms": ("Latency", "{:,.2f} ms".format),
     "images_per_second": ("Images/s", "{:,.0f}".format),
@@ -176,10 +179,12 @@ def collect(contents: list[dict]) -> dict:
     """Rows, gains and notes from finished checkpoints; accuracies in percent.
 
     Several seeds give means, of top-1 and top-5 a sample standard deviation too, and the gain of KD over the same
-    seed's student without it: an effect of KD alone, for the two share initial weights, order and views.
+    seed's student without it: an effect of KD alone, for the two share initial weights, order and views. Another loss's
+    gain over plain KD is paired like that, too.
     """
-    results = {"rows": [], "gains": [], "notes": []}
-    for label, runs in rows_of(contents).items():
+    results = {"rows": [], "gains": [], "gains_over_kd": [], "notes": []}
+    rows = rows_of(contents)
+    for label, runs in rows.items():
         first = runs[0]["identity"]
         with torch.device("meta"):
             parameters = count_parameters(build_model(first["role"], first["num_classes"]))
@@ -193,32 +198,48 @@ def collect(contents: list[dict]) -> dict:
         row |= {key: statistics.mean(m[key] for m in measured) for key in MEASURED if all(key in m for m in measured)}
         results["rows"].append(row)
         if first["kd"]:
-            pairs = [(run, control) for run in runs if (control := control_of(run, contents))]
-            if len(pairs) > 1:
-                tops = ([run["metrics"]["top1"] for run in side] for side in zip(*pairs, strict=True))
-                results["gains"].append({"model": label, **paired_gain(*tops)})
+            if gain := gain_over(runs, contents, Identity.is_control_of):
+                results["gains"].append({"model": label, **gain})
             else:
                 results["notes"].append(f"{label}: no gain is shown, for {why_no_gain(runs, contents)}")
+        for other, others in rows.items():
+            if gain := gain_over(runs, others, Identity.is_plain_kd_beside):
+                results["gains_over_kd"].append({"model": label, "over": other, **gain})
     return results
 
 
-def control_of(run: dict, contents: list[dict]) -> dict | None:
-    """The student without KD that is paired with one with KD, or None."""
-    return next((other for other in contents if other["identity"].is_control_of(run["identity"])), None)
+def gain_over(runs: list[dict], others: list[dict], are_paired: Callable[[Identity, Identity], bool]) -> dict | None:
+    """The gain in top-1 of runs over those of `others` that are paired with them; None of fewer than two pairs."""
+    pairs = []
+    for run in runs:
+        partners = [other for other in others if are_paired(other["identity"], run["identity"])]
+        pairs += [(run["metrics"]["top1"], partner["metrics"]["top1"]) for partner in partners[:1]]
+    return paired_gain(*zip(*pairs, strict=True)) if len(pairs) > 1 else None
 
 
 def why_no_gain(runs: list[dict], contents: list[dict]) -> str:
     """Why students with KD have fewer than the two pairs that a gain with its interval needs."""
     run = runs[0]["identity"]
-    if control_of(runs[0], contents):
-        return "one pair has no spread: train further seeds (--seeds 3)"
     others = [other["identity"] for other in contents if other["identity"]["role"] == "student"]
     others = [other for other in others if not other["kd"]]
     if not others:
         return "there is no student without KD"
-
+    if any(other.is_control_of(run) for other in others):
+        return "one pair has no spread: train further seeds (--seeds 3)"
     nearest = min(others, key=lambda other: len(set(other.differing(run)) - DISTILLATION))
     return f"no student without KD is its control: the nearest has {nearest.beside(run, DISTILLATION)}"
+
+
+def points(gain: dict) -> str:
+    """A gain and its 95 % interval, in points."""
+    return "{:+.2f} ({:+.2f} to {:+.2f})".format(gain["mean"], *gain["ci"])
+
+
+def verdict(gain: dict) -> str:
+    """Whether a loss beats the one that its gain is over."""
+    if gain["within_seed_noise"]:
+        return "does not beat it: within seed noise"
+    return "beats it" if gain["mean"] > 0 else "is worse"
 
 
 def results_text(results: dict) -> str:
@@ -228,12 +249,14 @@ def results_text(results: dict) -> str:
         return f"{row[key]:.2f}%" + (f" ± {row[f'{key}_sd']:.2f}" if f"{key}_sd" in row else "")
 
     more = {key: column for key, column in MEASURED.items() if any(key in row for row in results["rows"])}
+    gains = {gain["model"]: points(gain) for gain in results["gains"]}
     rows = [
         [r["model"], cell(r, "top1"), cell(r, "top5"), f"{r['parameters']:,}"]
+        + [gains.get(r["model"], "")] * bool(gains)
         + [form(r[key]) if key in r else "" for key, (_, form) in more.items()]
         for r in results["rows"]
     ]
-    titles = [title for title, _ in more.values()]
+    titles = ["Gain of KD"] * bool(gains) + [title for title, _ in more.values()]
     text = table(["Model", "Top 1 Accuracy", "Top 5 Accuracy", "Parameters", *titles], rows)
     for gain in results["gains"]:
         low, high = gain["ci"]
@@ -241,6 +264,9 @@ def results_text(results: dict) -> str:
             f"\n\n{gain['model']} gains {gain['mean']:+.2f} points of top-1 over the same seeds without KD "
             f"(n = {gain['pairs']}, sd {gain['sd']:.2f}, 95% interval {low:+.2f} to {high:+.2f})"
         ) + (", within seed noise" if gain["within_seed_noise"] else "")
+    if results["gains_over_kd"]:
+        rows = [[g["model"], g["over"], points(g), verdict(g)] for g in results["gains_over_kd"]]
+        text += "\n\n" + table(["Loss", "Over plain KD, same seeds", "Top 1, points", ""], rows)
     for note in results["notes"]:
         text += f"\n\n{note}"
     return text + "\n"

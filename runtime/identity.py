@@ -3,12 +3,14 @@
 import json
 from dataclasses import dataclass
 
-from config import plain
+from config import LOSSES, plain
 from datasets import DATASETS
 
 MACHINE = {"torch", "device", "world_size"}  # what changes the last bits of a run and nothing else
-DISTILLATION = {"kd", "temp", "alpha", "cache_teacher", "teacher"}  # what a student with KD has and its control has not
-KINDS = {"temp": float, "subset": int, "holdout": int, "teacher": str}
+LOSS = {"loss", "temp", "kd_weight", "nckd_weight", "ce_weight"}  # what two ways to distil differ in
+DISTILLATION = LOSS | {"kd", "cache_teacher", "teacher"}  # what a student with KD has and its control has not
+OF_KD = {"temp": float, "loss": str, "kd_weight": float, "ce_weight": float}
+KINDS = {**OF_KD, "nckd_weight": float, "subset": int, "holdout": int, "teacher": str}
 NEEDED = {"role": str, "architecture": str, "num_classes": int, "dataset": str, "kd": bool, "seed": int}
 WORDS = {
     "num_epochs": "{} epochs", "batch_size": "batch {}", "views": "{} views", "world_size": "{} processes",
@@ -27,7 +29,12 @@ class Identity:
 
     def __post_init__(self) -> None:
         """ValueError where a fact is of the wrong kind or out of bounds, or one that all runs have is missing."""
-        needed = NEEDED | ({"temp": float} if self["kd"] else {})
+        if self["kd"] and "alpha" in self.facts:  # of a version that knew one loss
+            facts = dict(self.facts)
+            alpha = facts.pop("alpha")
+            weights = {"loss": "kd", "kd_weight": alpha, "ce_weight": round(1 - alpha, 12)}
+            object.__setattr__(self, "facts", facts | weights)
+        needed = NEEDED | (OF_KD if self["kd"] else {})
         for name, kind in {**KINDS, **needed}.items():
             value = self[name]
             if not (isinstance(value, kind) or (value is None and name not in needed)):
@@ -64,6 +71,14 @@ class Identity:
         seen = min(self["subset"] or whole, whole) - (self["holdout"] or 0)
         return holdout > 0 and seen > min(subset or whole, whole) - holdout
 
+    def is_plain_kd_beside(self, other: "Identity") -> bool:
+        """Whether this is plain KD, at its usual weights or the other run's, and that one differs in the loss alone."""
+        if self["loss"] != "kd" or other["loss"] in (None, "kd") or not set(self.differing(other)) <= LOSS:
+            return False
+        total = other["kd_weight"] + (other["nckd_weight"] or 0)
+        matched = (self["temp"], self["kd_weight"], self["ce_weight"]) == (other["temp"], total, other["ce_weight"])
+        return matched or not self.weights
+
     def beside(self, other: "Identity", ignoring: set[str] = frozenset()) -> str:
         """In what this run differs from another, in words: `num_epochs 30, not 16`."""
         names = [name for name in self.differing(other) if name not in ignoring]
@@ -75,10 +90,21 @@ class Identity:
         if self["role"] == "teacher":
             title = "Teacher (VGG19 with BN)"
         elif self["kd"]:
-            title = f"Student (with KD, Temp = {plain(self['temp'])})"
+            title = f"Student (with {self['loss'].upper()}, Temp = {plain(self['temp'])}{self.weights})"
         else:
             title = "Student (w/o KD)"
         return title + "".join(f", {name} {self[name]}" for name in ("subset", "holdout") if self[name])
+
+    @property
+    def weights(self) -> str:
+        """The weights of a student with KD in words, unless they are plain KD's usual ones."""
+        usual = LOSSES["kd"]
+        if (self["loss"], self["kd_weight"], self["ce_weight"]) == ("kd", *usual.kd_weights, usual.ce_weight):
+            return ""
+        terms = {"kd": ("KL",), "dkd": ("TCKD", "NCKD")}.get(self["loss"], (self["loss"].upper(),))
+        weights = (self["kd_weight"], self["nckd_weight"])[: len(terms)]
+        weighed = zip((*weights, self["ce_weight"]), (*terms, "CE"), strict=True)
+        return ", " + " + ".join(f"{plain(weight)} {term}" for weight, term in weighed)
 
     def says(self, name: str) -> str:
         """A fact in words."""

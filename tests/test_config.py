@@ -103,6 +103,8 @@ def test_a_trial_has_a_teacher_and_a_comparison_of_its_own(parse):
         "--subset 40 --seed 7",
         "--kd --temp 5.0000001 --subset 4000 --holdout 80",
         "--weights_path 'my weights' --plots_path p --data_path d --kd --teacher t.pt",
+        "--kd --loss ls",
+        "--kd --loss kd_as_dkd --temp 3 --kd_weight 2",
     ],
 )
 def test_the_commands_that_train_tells_find_what_it_wrote(arguments):
@@ -125,6 +127,9 @@ def test_the_commands_that_train_tells_find_what_it_wrote(arguments):
         "--num_epochs 30 --data_path 'my data' --precision bf16 --subset 40 --holdout 8",
         "--all --seeds 3 --temp 2 7.5 --num_epochs 5",
         "--all --seed 43 --dataset digits",
+        "--kd --loss dkd --kd_weight 1 4 --ce_weight 0.5 --temp 3",
+        "--all --loss kd ls wttm --seeds 2",
+        "--all --loss ttm --kd_weight 9",
     ],
 )
 def test_the_command_that_goes_on_is_the_same_run(arguments):
@@ -168,9 +173,31 @@ def test_all_gives_the_teacher_its_own_recipe_and_the_students_the_users(dataset
         assert student.teacher_path == teacher.checkpoint_path
 
 
+def test_each_loss_has_its_own_temperatures_and_weights():
+    plan = parse_train(["--all", "--loss", "kd", "ls", "dkd", "--matched"]).runs()
+    assert [(run.run_name, run.temp, run.kd_weight, run.ce_weight) for run in plan if run.kd] == [
+        ("student_kd_t5", (5.0,), (0.9,), 0.1), ("student_kd_t20", (20.0,), (0.9,), 0.1),
+        ("student_ls_t2", (2.0,), (9.0,), 0.1), ("student_dkd_t4", (4.0,), (1.0, 8.0), 1.0),
+        ("student_kd_as_ls_t2", (2.0,), (9.0,), 0.1), ("student_kd_as_dkd_t4", (4.0,), (9.0,), 1.0),
+    ]  # fmt: skip
+    assert [run.loss_function for run in plan if run.kd] == ["kd", "kd", "ls", "dkd", "kd", "kd"]
+    assert [run.run_name for run in parse_train(["--all", "--loss", "kd", "ls", "--temp", "3"]).runs()[2:]] == [
+        "student_kd_t3", "student_ls_t3",
+    ]  # fmt: skip
+    alone = parse_train(["--kd", "--loss", "dkd"])
+    assert alone.result_options() == plan[5].result_options()
+    assert alone.result_options().items() >= {("loss", "dkd"), ("kd_weight", 1.0), ("nckd_weight", 8.0)}
+    by_hand = parse_train(["--kd", "--temp=2", "--kd_weight=9"]).result_options()
+    assert by_hand == plan[6].result_options()
+    assert parse_train(["--kd", "--alpha=0.3"]).result_options() == parse_train(
+        ["--kd", "--kd_weight=0.3", "--ce_weight=0.7"]
+    ).result_options()  # fmt: skip
+
+
 def test_only_what_shapes_a_result_is_told_of_it():
     student, distilled = parse_train([]).result_options(), parse_train(["--kd"]).result_options()
-    assert distilled.items() - student.items() == {("temp", 5.0), ("alpha", 0.9), ("cache_teacher", True)}
+    weights = {("kd_weight", 0.9), ("ce_weight", 0.1)}
+    assert distilled.items() - student.items() == {("temp", 5.0), ("loss", "kd"), ("cache_teacher", True), *weights}
     assert student.keys() < distilled.keys()
     for name in ("device", "weights_path", "resume", "save_seconds", "teacher", "all", "seeds", "tto", "kd"):
         assert name not in distilled

@@ -145,7 +145,7 @@ def test_a_run_goes_on_elsewhere_and_says_that_bits_may_differ(machine, stopped,
     assert finished["world_size"] == 1 and finished["torch"] == torch.__version__
 
 
-@pytest.mark.parametrize("fact, value", [("views", 3), ("optimizer", "sgd"), ("alpha", 0.5), ("sync_bn", True)])
+@pytest.mark.parametrize("fact, value", [("views", 3), ("optimizer", "sgd"), ("nckd_weight", 0.5), ("sync_bn", True)])
 def test_another_run_is_not_gone_on_with(fact, value, stopped, learn, capfd):
     change_facts(stopped, **{fact: value, "torch": "2.11.0"})
     before = stopped.read_bytes()
@@ -176,7 +176,8 @@ def test_a_run_is_measured_by_its_own_log_whatever_lies_at_its_path(learn, tmp_p
 TEACHER = "1f3a" * 4
 CHANGES = {
     "lr": 0.3, "views": 3, "num_epochs": 7, "weight_decay": 0.1, "precision": "bf16", "torch": "2.11.0",
-    "device": "another processor", "world_size": 2, "optimizer": "sgd", "alpha": 0.5, "teacher": "77aa" * 4,
+    "device": "another processor", "world_size": 2, "optimizer": "sgd", "kd_weight": 0.5, "loss": "ls",
+    "teacher": "77aa" * 4,
 }  # fmt: skip
 
 

@@ -29,8 +29,8 @@ def test_the_comparison_has_one_mean_for_runs_that_differ_in_the_seed_alone(tmp_
     lines, labels = drawn[0].get_legend_handles_labels()
     assert labels == [
         "Student (w/o KD): 51.00 (mean of 2)",
-        "Student (with KD, Temp = 5), alpha 0.9: 60.00",
-        "Student (with KD, Temp = 5), alpha 0.5: 70.00",
+        "Student (with KD, Temp = 5): 60.00",
+        "Student (with KD, Temp = 5, 0.5 KL + 0.5 CE): 70.00",
     ]
     assert len({line.get_color() for line in lines}) == 3 and len(drawn[0].lines) == 4
     assert drawn[0].get_title() == "Top-1 accuracy on the test images of cifar10"

@@ -32,10 +32,11 @@ def test_the_table_of_all(tmp_path, capsys):
     report.publish(contents, options, "results")
     table = (tmp_path / "results.md").read_text()
     rows = cells(table)
-    assert rows[0] == ["Model", "Top 1 Accuracy", "Top 5 Accuracy", "Parameters"]
-    assert rows[2] == ["Teacher (VGG19 with BN)", "84.45%", "97.00%", "20,040,522"]
+    assert rows[0] == ["Model", "Top 1 Accuracy", "Top 5 Accuracy", "Parameters", "Gain of KD"]
+    assert rows[2] == ["Teacher (VGG19 with BN)", "84.45%", "97.00%", "20,040,522", ""]
     assert rows[3][:2] == ["Student (w/o KD)", "70.33% ± 0.58"]
     assert rows[4][:2] == ["Student (with KD, Temp = 5)", "72.33% ± 1.53"]
+    assert [row[4] for row in rows[2:]] == ["", "", "+2.00 (-0.48 to +4.48)"]
     assert "gains +2.00 points" in table and "interval -0.48 to +4.48), within seed noise" in table
     results = json.loads((tmp_path / "results.json").read_text())
     gain = results["gains"][0]
@@ -49,6 +50,33 @@ def test_a_trials_table_replaces_no_other(tmp_path):
         report.publish([content(" ".join(words))], options, "results")
         assert (tmp_path / f"{name or 'digits_results_holdout8'}.md").exists()
     assert not (tmp_path / "results.md").exists() and not (tmp_path / "digits_results.md").exists()
+
+
+def test_another_loss_is_paired_with_plain_kd_at_its_usual_weights_and_at_the_others():
+    contents = [content("--tto"), *(content(f"--seed={seed}", 70.0) for seed in (1, 2))]
+    for loss, tops in {
+        "kd": (72.0, 73.0), "kd --temp=20": (72.0, 75.0), "kd_as_dkd": (71.0, 72.0), "dkd": (74.0, 75.1),
+        "kd --temp=4": (60.0, 61.0), "kd --temp=4 --alpha=0.5": (60.0, 61.0), "kd --views=8": (60.0, 61.0),
+        "wttm": (60.0, 61.2),
+    }.items():  # fmt: skip
+        contents += [content(f"--kd --seed={s} --loss={loss}", top) for s, top in zip((1, 2), tops, strict=True)]
+    found = report.collect(contents)
+    dkd = "Student (with DKD, Temp = 4, 1 TCKD + 8 NCKD + 1 CE)"
+    over = {gain["over"]: gain["mean"] for gain in found["gains_over_kd"] if gain["model"] == dkd}
+    assert over == {
+        "Student (with KD, Temp = 5), 16 views": pytest.approx(2.05),
+        "Student (with KD, Temp = 20)": pytest.approx(1.05),
+        "Student (with KD, Temp = 4, 9 KL + 1 CE)": pytest.approx(3.05),
+        "Student (with KD, Temp = 4)": pytest.approx(14.05),
+    }
+    assert {gain["model"] for gain in found["gains_over_kd"]} == {
+        dkd, "Student (with WTTM, Temp = 5, 4 WTTM + 1 CE)",
+    }  # fmt: skip
+    table = cells(report.results_text(found))
+    verdicts = {row[1]: row[-1] for row in table if row[0] == dkd and row[1] in over}
+    assert verdicts.pop("Student (with KD, Temp = 20)") == "does not beat it: within seed noise"
+    assert set(verdicts.values()) == {"beats it"}
+    assert [row[-1] for row in table if row[0].startswith("Student (with WTTM") and row[1] in over][:1] == ["is worse"]
 
 
 def test_only_the_same_seed_and_options_are_paired():
@@ -113,7 +141,7 @@ def test_rows_say_what_sets_them_apart():
     labels = [row["model"] for row in report.collect([content("--tto"), content(), *kd])["rows"]]
     assert labels[0] == "Teacher (VGG19 with BN)" and labels[1] == "Student (w/o KD)"
     assert "Student (with KD, Temp = 20)" in labels and len(set(labels)) == 6
-    assert any("alpha 0.5" in label for label in labels) and any("8 views" in label for label in labels)
+    assert "Student (with KD, Temp = 5, 0.5 KL + 0.5 CE)" in labels and any("8 views" in label for label in labels)
 
 
 # ---------------------------------------------------------------------------------------------- files

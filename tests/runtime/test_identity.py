@@ -22,7 +22,8 @@ def distilled(teacher: str = TEACHER, **changes) -> Identity:
 
 
 def test_a_run_says_all_that_shapes_it_and_nothing_that_it_has_not():
-    assert distilled().facts.keys() - student().facts.keys() == {"temp", "alpha", "cache_teacher", "teacher"}
+    of_kd = {"temp", "loss", "kd_weight", "ce_weight", "cache_teacher", "teacher"}
+    assert distilled().facts.keys() - student().facts.keys() == of_kd
     assert {"seed", "subset", "holdout", "optimizer", "lr", "views", "torch", "device"} < student().facts.keys()
     assert student() == student() and student() != student(lr=0.2)
     assert student()["no such fact"] is None
@@ -51,7 +52,7 @@ def test_another_run_does_not(fact):
 @pytest.mark.parametrize("fact", sorted(distilled().facts.keys()))
 def test_only_what_distilling_is_sets_a_student_apart_from_its_control(fact):
     value = distilled()[fact]
-    if fact in ("kd", "temp", "alpha", "cache_teacher", "teacher"):
+    if fact in ("kd", "temp", "loss", "kd_weight", "ce_weight", "cache_teacher", "teacher"):
         assert fact in DISTILLATION
         return
     other = not value if isinstance(value, bool) else f"{value}x" if isinstance(value, str) else (value or 0) + 7
@@ -61,7 +62,7 @@ def test_only_what_distilling_is_sets_a_student_apart_from_its_control(fact):
 
 
 def test_a_control_is_a_student_without_of_one_with_whatever_its_distillation():
-    for with_kd in (distilled(), distilled(OTHER_TEACHER), distilled(alpha=0.5), distilled(temp=20.0)):
+    for with_kd in (distilled(), distilled(OTHER_TEACHER), run_of("--kd --alpha 0.5"), run_of("--kd --loss dkd")):
         assert student().is_control_of(with_kd)
         assert not with_kd.is_control_of(student()) and not with_kd.is_control_of(with_kd)
     assert not student().is_control_of(student()) and not run_of("--tto").is_control_of(distilled())
@@ -118,14 +119,13 @@ def test_titles():
 
 
 def test_one_of_a_kind_is_called_by_its_title():
-    runs = [run_of("--tto --num_epochs 3"), student(), distilled(alpha=0.5), run_of("--kd --temp 20", OTHER_TEACHER)]
+    runs = [run_of("--tto --num_epochs 3"), student(), distilled(), run_of("--kd --temp 20", OTHER_TEACHER)]
     assert labels(runs) == [run.title for run in runs]
 
 
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ([{"alpha": 0.5}, {"alpha": 0.9}], ["alpha 0.5", "alpha 0.9"]),
         ([{"views": 8}, {"views": 16}], ["8 views", "16 views"]),
         ([{"views": 8}, {"views": None}], ["8 views", "views None"]),
         ([{"num_epochs": 30}, {"num_epochs": 60}], ["30 epochs", "60 epochs"]),
@@ -160,7 +160,7 @@ def test_the_seed_alone_is_no_difference_and_beside_another_it_is_not_told():
 def test_no_two_rows_share_a_label():
     """Whatever two or three facts differ, be one missing, None, zero or of nearly the same value."""
     values = {
-        "alpha": (0.5, 0.5000001, None), "lr": (0.1, None), "views": (8, None), "temp": (5.0, 5.0000001, 50.0),
+        "kd_weight": (0.5, 0.5000001), "lr": (0.1, None), "views": (8, None), "temp": (5.0, 5.0000001, 50.0),
         "subset": (40, None), "holdout": (0, 8, None), "torch": ("2.11", None), "device": ("cpu", None),
         "teacher": (TEACHER, OTHER_TEACHER), "optimizer": ("muon", "sgd"), "architecture": ("a/1", "a/2"),
         "num_classes": (10, 100), "new in a later version": (1, None), "cache_teacher": (True, False),
