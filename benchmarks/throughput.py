@@ -21,7 +21,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -39,6 +38,7 @@ from runtime import checkpoint
 from runtime.device import Runtime, device_title, processor
 from runtime.processes import start
 from runtime.signals import StopSignal
+from training.losses import LOSSES
 from training.optimizer import set_learning_rate
 from training.run import Run
 from utils import Images, Views, load_images
@@ -69,7 +69,7 @@ class Bench:
 
     def run_options(self, role: str, **changes) -> config.TrainOptions:
         """Options of one run, so many epochs long that its learning rate stays low: random labels can't diverge it."""
-        return replace(self.options[role], num_epochs=100_000, precision=self.runtime.precision, **changes)
+        return self.options[role].resolved(num_epochs=100_000, precision=self.runtime.precision, **changes)
 
     def ours(self, role: str, steps: int, cache: str = "", **changes) -> Job:
         """Our epoch of `steps` steps, images a second; with KD its `cache` is "cold" or "warm" each time."""
@@ -219,7 +219,8 @@ def measure_rates(bench: Bench) -> dict[str, float]:
             "many images": bench.ours("student", 4 * student),
         }
     )
-    return rate
+    losses = {f"KD by {loss}": bench.ours("student", student, "warm", loss=(loss,)) for loss in LOSSES}
+    return rate | bench.medians({"student beside losses": bench.ours("student", student), **losses})
 
 
 def derived(bench: Bench, rate: dict[str, float]) -> dict[str, float]:
@@ -230,7 +231,9 @@ def derived(bench: Bench, rate: dict[str, float]) -> dict[str, float]:
         found |= {f"{role} GFLOP/s": operations * rate[role] / 1e9, f"{role} GB/s": traffic * rate[role] / 1e9}
         found[f"step of {role}"] = 1000 * bench.options[role].batch_size / rate[role]
         found[f"step of {role}'s optimizer"] = 1000 / rate[f"{role}'s optimizer"]
-    return found | {f"epoch of {job}": IMAGES / rate[job] for job in ("our loader", "student", "KD warm")}
+    losses = [f"KD by {loss}" for loss in LOSSES]
+    jobs = ("our loader", "student", "KD warm", "student beside losses", *losses)
+    return found | {f"epoch of {job}": IMAGES / rate[job] for job in jobs}
 
 
 def row_names(batch: int) -> tuple[tuple[str, str, str, str], ...]:
@@ -242,6 +245,10 @@ def row_names(batch: int) -> tuple[tuple[str, str, str, str], ...]:
         ("KD, cold cache / plain KD loop", "KD cold", "plain KD", "img/s"),
         ("KD, warm cache / plain KD loop", "KD warm", "plain KD", "img/s"),
         ("KD epoch, warm cache / student epoch, both ours", "epoch of KD warm", "epoch of student", "s"),
+        *(
+            (f"the same, --loss {loss}", f"epoch of KD by {loss}", "epoch of student beside losses", "s")
+            for loss in LOSSES
+        ),
         ("loader / student epoch, both ours", "epoch of our loader", "epoch of student", "s"),
         ("optimizer / training step, teacher, both ours", "step of teacher's optimizer", "step of teacher", "ms"),
         ("optimizer / training step, student, both ours", "step of student's optimizer", "step of student", "ms"),

@@ -117,10 +117,11 @@ def kill_and_go_on(start: Callable[[], Started], folder: Path, name: str, moment
 
 
 def result(folder: Path, name: str) -> tuple[dict, list[dict]]:
-    """All that a finished run leaves: its checkpoint, and its log without the effort."""
+    """All that a finished run leaves, without the effort: its checkpoint and its log."""
     lines = [json.loads(line) for line in (folder / "plots" / f"{name}.jsonl").read_text().splitlines()]
     log = [{key: value for key, value in line.items() if key not in EFFORT} for line in lines]
-    return torch.load(folder / "weights" / f"{name}.pt", weights_only=True), log
+    content = torch.load(folder / "weights" / f"{name}.pt", weights_only=True)
+    return {key: value for key, value in content.items() if key not in EFFORT}, log
 
 
 def assert_same_result(folder: Path, name: str, expected: tuple[dict, list[dict]]) -> None:

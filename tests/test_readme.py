@@ -87,7 +87,7 @@ def test_a_shipped_student_is_as_good_as_its_log_says(name, cifar10):
     cpu, spec = torch.device("cpu"), DATASETS["cifar10"]
     model, content = load_model(REPOSITORY / "weights" / f"{name}.pt", "student", "cifar10", spec, cpu)
     header, lines = read_log(REPOSITORY / "plots" / f"{name}.jsonl")
-    assert content["identity"].facts == header["identity"]
+    assert content["identity"] == Identity(header["identity"])
     assert content["metrics"] == lines[-1]["test"]
     images = load_images(spec, cifar10, "test")[0][:2000]
     found = evaluate(model, images, spec, Runtime(cpu, None))

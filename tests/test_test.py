@@ -12,7 +12,7 @@ from PIL import Image
 
 import models
 import test as test_script
-from evaluation import inference
+from evaluation import comparison, inference
 
 KEYS = [
     "checkpoint", "role", "images", "loss", "top1", "top5", "top1_ci", "per_class", "confusion", "ece",
@@ -31,7 +31,7 @@ def evaluate(tmp_path, monkeypatch):
 
     monkeypatch.setitem(models.BUILDERS, "teacher", TinyTeacher)
     monkeypatch.setitem(models.BUILDERS, "student", tiny_student)
-    monkeypatch.setattr(test_script, "load_images", load_images)
+    monkeypatch.setattr(comparison, "load_images", load_images)
     monkeypatch.setattr(inference, "pass_seconds", lambda *arguments: np.array([0.01, 0.02, 0.03]))
     monkeypatch.setattr(test_script.figures, "plot_reliability", lambda logits, labels, title, path: path)
     monkeypatch.setattr(test_script.figures, "plot_confusion", lambda numbers, classes, title, path: path)
@@ -113,7 +113,7 @@ def test_the_figures_are_those_of_the_checkpoint(tmp_path, evaluate, monkeypatch
     model, _ = inference.load_model(tmp_path / "student.pt", "student", "cifar10", options_of().spec, "cpu")
     assert not model.training
     words = ["--device=cpu", f"--weights_path={tmp_path}", f"--plots_path={tmp_path / 'plots'}"]
-    monkeypatch.setattr(test_script, "load_images", lambda *_, **which: [random_images(20)])
+    monkeypatch.setattr(comparison, "load_images", lambda *_, **which: [random_images(20)])
     monkeypatch.setattr(inference, "pass_seconds", lambda *arguments: np.array([0.01, 0.02, 0.03]))
     assert test_script.main(words) == 0
     for figure in ("confusion", "reliability"):
