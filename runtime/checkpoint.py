@@ -1,6 +1,7 @@
 """Checkpoints: plain tensors, numbers and strings that say themselves what they are."""
 
 import hashlib
+import io
 import zipfile
 from pathlib import Path
 
@@ -24,8 +25,10 @@ def versions() -> dict[str, str]:
 
 def save(path: Path, content: dict) -> None:
     """Write a dict of plain values and tensors to `path`, atomically and durably."""
+    buffer = io.BytesIO()  # a disk that is full is an OSError then, not one of the many of torch's own writer
+    torch.save({"format": FORMAT, **content}, buffer)
     with writing(path) as temporary:
-        torch.save({"format": FORMAT, **content}, temporary)
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def load(path: Path, **expected) -> dict:

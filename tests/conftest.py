@@ -1,5 +1,6 @@
 """The real data, and the scripts as a user runs them: in processes of their own."""
 
+import contextlib
 import ctypes
 import hashlib
 import multiprocessing
@@ -62,6 +63,17 @@ def digits(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("digits")
     load_images(DATASETS["digits"], folder, "train", "test")
     return folder
+
+
+@contextlib.contextmanager
+def room(size: int):
+    """Within the block, a write beyond `size` bytes of a file fails as on a full disk (Python ignores SIGXFSZ)."""
+    _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def snapshot(folder: Path) -> dict[str, str]:
