@@ -16,6 +16,7 @@ from pathlib import Path
 from datasets import DATASETS, DatasetSpec, Recipe
 
 DEFAULT_SEED = 42
+LARGEST = 2**31 - 1  # of all whole numbers: what counts with them does not overflow
 OPTIMIZERS = ("muon", "sgd")
 RECIPE_OPTIONS = tuple(f.name for f in fields(Recipe))
 
@@ -37,6 +38,7 @@ def resume_mode(text: str) -> str:
 
 def number(kind: type, at_least: float = -math.inf, above: float = -math.inf, at_most: float = math.inf):
     """A parser of finite numbers of one kind within bounds."""
+    at_most = min(at_most, LARGEST) if kind is int else at_most
 
     def parse(text: str):
         try:
@@ -129,7 +131,7 @@ class Options:
     )  # fmt: skip
     seed: int = option(
         DEFAULT_SEED, "seed of initial weights, order and views; another one is part of the files' names",
-        number(int, at_least=0, at_most=2**31 - 1), shapes_result=True, names_files=True,
+        number(int, at_least=0), shapes_result=True, names_files=True,
     )  # fmt: skip
     subset: int | None = option(
         None, "first N training and first N/5 test images, for a quick trial; part of the files' names (default: all)",
@@ -230,7 +232,7 @@ class TrainOptions(Options):
         "students', the teacher has its own recipe, or was trained before by --tto True",
         boolean,
     )  # fmt: skip
-    seeds: int = option(1, "with --all: number of seeds of the students, paired", number(int, at_least=1))
+    seeds: int = option(1, "with --all: number of seeds of the students, paired", number(int, 1, at_most=1000))
     alpha: float = option(
         0.9, "weight of the KL term, 0 to 1; 1 - alpha is the cross-entropy's",
         number(float, at_least=0, at_most=1), shapes_result=True,
@@ -245,9 +247,7 @@ class TrainOptions(Options):
     batch_size: int | None = option(
         None, f"images a step, over all devices {by_recipe('batch_size')}", number(int, at_least=1), shapes_result=True
     )
-    lr: float | None = option(
-        None, f"peak learning rate {by_recipe('lr')}", number(float, above=0), shapes_result=True
-    )
+    lr: float | None = option(None, f"peak learning rate {by_recipe('lr')}", number(float, above=0), shapes_result=True)
     head_lr: float | None = option(
         None, f"the last layer's learning rate, as a fraction of --lr {by_recipe('head_lr')}",
         number(float, above=0), shapes_result=True,
@@ -264,9 +264,7 @@ class TrainOptions(Options):
     cache_teacher: bool = option(True, "with KD: keep the teacher's logits on disk", boolean, shapes_result=True)
     sync_bn: bool = option(False, "batch norm over the global batch on several devices", boolean, shapes_result=True)
     compile: bool = option(False, "torch.compile the model; pays on long runs", boolean, shapes_result=True)
-    deterministic: bool = option(
-        False, "bit-identical repeats on CUDA too, at some speed", boolean, shapes_result=True
-    )
+    deterministic: bool = option(False, "bit-identical repeats on CUDA too, at some speed", boolean, shapes_result=True)
     resume: str = option(
         "auto", "auto: go on with an unfinished run; True: it must exist; False: start anew", resume_mode
     )
@@ -290,9 +288,7 @@ class TrainOptions(Options):
     def resolved(self, **changes) -> "TrainOptions":
         """These options for one run, the recipe's values in place of None."""
         run = replace(self, all=False, seeds=1, **changes)
-        return replace(
-            run, **{name: value for name, value in asdict(run.recipe).items() if getattr(run, name) is None}
-        )
+        return replace(run, **{name: value for name, value in asdict(run.recipe).items() if getattr(run, name) is None})
 
     def runs(self) -> list["TrainOptions"]:
         """The runs to do, in order: one, or with `all` the teacher, then each seed's students."""
@@ -327,9 +323,7 @@ class TestOptions(Options):
         None, "pictures to classify instead of the test set (default: none)", file_name, nargs="+"
     )
     json: Path | None = option(None, "file for the report's numbers (default: none)", file_name)
-    export: Path | None = option(
-        None, "file for the model as a torch.export program, .pt2 (default: none)", file_name
-    )
+    export: Path | None = option(None, "file for the model as a torch.export program, .pt2 (default: none)", file_name)
 
 
 # ---------------------------------------------------------------------------------------------- help and parsing
@@ -377,17 +371,15 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
-    def exit(self, status: int = 0, message: str | None = None):
-        """End the script; help that can't be written is an error, unless its reader, perhaps `head`, has gone."""
+    def print_help(self, file=None):
+        """Help that can't be written is an error, unless its reader, perhaps `head`, has gone."""
         try:
-            if sys.stdout:
-                sys.stdout.flush()
+            print(self.format_help(), end="", flush=True)
         except BrokenPipeError:
             os._exit(128 + 13)
         except OSError as error:
-            self._print_message(f"{self.prog}: error: can't write to standard output: {error.strerror}\n", sys.stderr)
+            print(f"{self.prog}: error: can't write to standard output: {error.strerror}", file=sys.stderr, flush=True)
             os._exit(2)
-        super().exit(status, message)
 
 
 def build_parser(script: str, options_class: type[Options]) -> Parser:
@@ -443,6 +435,8 @@ def parse_train(argv: list[str] | None = None) -> TrainOptions:
     parser, options = parse("train.py", TrainOptions, argv)
     if options.all and options.resume == "True":
         parser.error("--all goes on with what is unfinished by itself: leave --resume out, or False to start anew")
+    if options.seed + options.seeds - 1 > LARGEST:
+        parser.error(f"--seed {options.seed} leaves no room for {options.seeds} --seeds: the last is at most {LARGEST}")
     if options.views is not None and options.views > options.spec.views:
         parser.error(f"--views: an image of {options.dataset} has {options.spec.views} views, not {options.views}")
     return options if options.all else options.resolved()
