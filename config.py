@@ -447,10 +447,13 @@ def parse_test(argv: list[str] | None = None) -> TestOptions:
     parser, options = parse("test.py", TestOptions, argv)
     if options.export and options.export.suffix != ".pt2":
         parser.error(f"--export writes a .pt2 file, not {options.export}")
+    if options.json and options.json.suffix not in ("", ".json"):  # a checkpoint, perhaps, that would be lost
+        parser.error(f"--json writes a .json file, not {options.json}")
     return options
 
 
 def answer_early(parse) -> None:
     """Parse the command line before the slow imports; whoever interrupts those gets one line, as later."""
+    os.environ["MPLBACKEND"] = "agg"  # figures are files here: a notebook's own backend may not even be installed
     signal.signal(signal.SIGINT, lambda *_: (print("stopped at once", file=sys.stderr, flush=True), os._exit(130)))
     parse()

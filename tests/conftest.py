@@ -21,6 +21,7 @@ from utils import load_images
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Nothing may be downloaded by a test: no proxy listens there, so the network is always "missing".
 NO_NETWORK = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "no_proxy": "127.0.0.1"}
+NOTEBOOK = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}  # as notebooks set it for their shell
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
@@ -52,7 +53,7 @@ def tiny(cifar10, folders) -> list[str]:
 
 def run_script(name: str, *arguments: str, timeout: float = 300, **keywords) -> subprocess.CompletedProcess:
     """`python NAME ARGUMENTS`, as typed, with one thread and no network; `keywords` go to subprocess.run."""
-    environment = {**os.environ, **NO_NETWORK, **ONE_THREAD, **keywords.pop("env", {})}
+    environment = {**os.environ, **NOTEBOOK, **NO_NETWORK, **ONE_THREAD, **keywords.pop("env", {})}
     command = [sys.executable, REPOSITORY / name, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, **keywords)
 

@@ -101,7 +101,7 @@ CASES = [
     parsed("train.py --lr", "--lr"),
     parsed("train.py --all True --kd True", "--all"),
     parsed("test.py --export model.onnx", ".pt2"),
-    *values("test.py --json", "''", ".", ".."),
+    *values("test.py --json", "''", ".", "..", "weights/student.pt"),
     parsed("test.py --export ''", "--export"),
     parsed("test.py --checkpoint .", "--checkpoint"),
     # The device and the folders.
