@@ -16,6 +16,7 @@ from pathlib import Path
 from datasets import DATASETS, DatasetSpec, Recipe
 
 DEFAULT_SEED = 42
+LARGEST = 2**31 - 1  # of all whole numbers: what counts with them does not overflow
 OPTIMIZERS = ("muon", "sgd")
 RECIPE_OPTIONS = tuple(f.name for f in fields(Recipe))
 
@@ -63,6 +64,7 @@ def resume_mode(text: str) -> str:
 
 def number(kind: type, at_least: float = -math.inf, above: float = -math.inf, at_most: float = math.inf):
     """A parser of finite numbers of one kind within bounds."""
+    at_most = min(at_most, LARGEST) if kind is int else at_most
 
     def parse(text: str):
         try:
@@ -174,7 +176,7 @@ class Options:
     )  # fmt: skip
     seed: int = option(
         DEFAULT_SEED, "seed of initial weights, order and views; another one is part of the files' names",
-        number(int, at_least=0, at_most=2**31 - 1), shapes_result=True, names_files=True,
+        number(int, at_least=0), shapes_result=True, names_files=True,
     )  # fmt: skip
     subset: int | None = option(
         None, "first N training and first N/5 test images, for a quick trial; part of the files' names (default: all)",
@@ -279,7 +281,7 @@ class TrainOptions(Options):
         "students', the teacher has its own recipe, or was trained before by --tto True",
         boolean,
     )  # fmt: skip
-    seeds: int = option(1, "with --all: number of seeds of the students, paired", number(int, at_least=1))
+    seeds: int = option(1, "with --all: number of seeds of the students, paired", number(int, 1, at_most=1000))
     alpha: float = option(
         0.9, "with --loss kd, in short: weight of the KL term, 0 to 1; 1 - alpha is the cross-entropy's",
         number(float, at_least=0, at_most=1),
@@ -287,11 +289,11 @@ class TrainOptions(Options):
     kd_weight: tuple[float, ...] | None = option(
         None, "weight of the loss of distillation, of dkd two: of the target, and among the other classes "
         f"{by_loss('kd_weights', 'alpha')}",
-        number(float, at_least=0), shapes_result=True, nargs="+",
+        number(float, at_least=0, at_most=1e6), shapes_result=True, nargs="+",
     )  # fmt: skip
     ce_weight: float | None = option(
         None, f"weight of the cross-entropy beside it {by_loss('ce_weight', '1 - alpha')}",
-        number(float, at_least=0), shapes_result=True,
+        number(float, at_least=0, at_most=1e6), shapes_result=True,
     )  # fmt: skip
     matched: bool = option(
         False, "with --all: each other loss than kd beside plain kd at its weights and temperature", boolean
@@ -454,17 +456,15 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
-    def exit(self, status: int = 0, message: str | None = None):
-        """End the script; help that can't be written is an error, unless its reader, perhaps `head`, has gone."""
+    def print_help(self, file=None):
+        """Help that can't be written is an error, unless its reader, perhaps `head`, has gone."""
         try:
-            if sys.stdout:
-                sys.stdout.flush()
+            print(self.format_help(), end="", flush=True)
         except BrokenPipeError:
             os._exit(128 + 13)
         except OSError as error:
-            self._print_message(f"{self.prog}: error: can't write to standard output: {error.strerror}\n", sys.stderr)
+            print(f"{self.prog}: error: can't write to standard output: {error.strerror}", file=sys.stderr, flush=True)
             os._exit(2)
-        super().exit(status, message)
 
 
 def build_parser(script: str, options_class: type[Options]) -> Parser:
@@ -538,6 +538,8 @@ def parse_train(argv: list[str] | None = None) -> TrainOptions:
     check_weights(parser, options)
     if options.all and options.resume == "True":
         parser.error("--all goes on with what is unfinished by itself: leave --resume out, or False to start anew")
+    if options.seed + options.seeds - 1 > LARGEST:
+        parser.error(f"--seed {options.seed} leaves no room for {options.seeds} --seeds: the last is at most {LARGEST}")
     if options.views is not None and options.views > options.spec.views:
         parser.error(f"--views: an image of {options.dataset} has {options.spec.views} views, not {options.views}")
     return options if options.all else options.resolved()
@@ -548,10 +550,13 @@ def parse_test(argv: list[str] | None = None) -> TestOptions:
     parser, options = parse("test.py", TestOptions, argv)
     if options.export and options.export.suffix != ".pt2":
         parser.error(f"--export writes a .pt2 file, not {options.export}")
+    if options.json and options.json.suffix not in ("", ".json"):  # a checkpoint, perhaps, that would be lost
+        parser.error(f"--json writes a .json file, not {options.json}")
     return options
 
 
 def answer_early(parse) -> None:
     """Parse the command line before the slow imports; whoever interrupts those gets one line, as later."""
+    os.environ["MPLBACKEND"] = "agg"  # figures are files here: a notebook's own backend may not even be installed
     signal.signal(signal.SIGINT, lambda *_: (print("stopped at once", file=sys.stderr, flush=True), os._exit(130)))
     parse()

@@ -255,14 +255,20 @@ def evaluate(
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
-def new_axes(title: str, ylabel: str):
-    """A figure of README width with labelled axes, drawn without a display."""
+def new_figure(height: float):
+    """A figure of README width, drawn without a display, the same whatever a user's matplotlibrc says."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    matplotlib.rcdefaults()
+    figure = Figure(figsize=(7, height), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot(title=title, xlabel="epoch", ylabel=ylabel)
+    return figure
+
+
+def new_axes(title: str, ylabel: str):
+    """The labelled axes of a figure whose only ones they are."""
+    axes = new_figure(4.2).add_subplot(title=title, xlabel="epoch", ylabel=ylabel)
     axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     return axes

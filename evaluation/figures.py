@@ -10,10 +10,9 @@ import torch
 from matplotlib.font_manager import FontProperties, findfont, get_font
 
 from evaluation.measures import BINS, reliability
-from runtime.errors import UserError
 from runtime.identity import Identity, labels
 from runtime.log import read_log
-from utils import COLOURS, new_axes, save_figure
+from utils import COLOURS, new_axes, new_figure, save_figure
 
 PICTURES_SHOWN = 12  # in one figure, lest it be too tall to look at
 
@@ -67,9 +66,7 @@ def drawable(name: str) -> str:
 
 def plot_pictures(pixels: list, names: list[str], answers: dict, classes: tuple[str, ...], path: Path) -> Path:
     """Draw pictures (B, 32, 32, 3) as the models see them beside each model's probabilities (B, C); the path."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 2.2 * len(names) + 0.4), layout="constrained")
+    figure = new_figure(2.2 * len(names) + 0.4)
     grid = figure.subplots(len(names), 2, squeeze=False, width_ratios=(1, 2.4))
     height = 0.8 / len(answers)
     for i, (left, right) in enumerate(grid):
@@ -92,22 +89,25 @@ def find_logs(folder: Path, dataset: str, subset: int | None = None, holdout: in
     """The logs in `folder` of runs on these images of a data set, with an epoch or more."""
     logs = []
     for path in sorted(Path(folder).glob("*.jsonl")):
-        # Another run may have been killed in mid-line, or just be writing one: that is no fault of this one.
-        with contextlib.suppress(UserError, ValueError, KeyError, TypeError):
-            header, lines = read_log(path)
-            run = Identity(header["identity"])
-            if lines and (run["dataset"], run["subset"], run["holdout"]) == (dataset, subset, holdout):
+        with contextlib.suppress(Exception):  # what is damaged, or no log at all, is no fault of this run
+            run, epochs, _ = read_curve(path)
+            if epochs and (run["dataset"], run["subset"], run["holdout"]) == (dataset, subset, holdout):
                 logs.append(path)
     return logs
+
+
+def read_curve(path: Path) -> tuple[Identity, list[int], list[float]]:
+    """A log's run, its epochs and their top-1 (%); an exception of any kind where it is no such log."""
+    header, lines = read_log(path)
+    tops = [float(line[header["evaluated_on"]]["top1"]) for line in lines]
+    return Identity(header["identity"]), [int(line["epoch"]) for line in lines], tops
 
 
 def plot_comparison(log_paths: list[Path], figure_path: Path) -> Path:
     """Draw the top-1 (%) of runs on one data set, those that differ in the seed alone in one colour; the path."""
     kinds: dict[str, list[tuple[Identity, list[int], list[float]]]] = {}
     for path in log_paths:
-        header, lines = read_log(path)
-        run, split = Identity(header["identity"]), header["evaluated_on"]
-        curve = [line["epoch"] for line in lines], [line[split]["top1"] for line in lines]
+        run, *curve = read_curve(path)
         kinds.setdefault(run.without("seed"), []).append((run, *curve))
     first = next(iter(kinds.values()))[0][0]
     images = "images kept aside" if first["holdout"] else "test images"

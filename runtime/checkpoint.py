@@ -1,6 +1,8 @@
 """Checkpoints: plain tensors, numbers and strings that say themselves what they are."""
 
 import hashlib
+import io
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -24,8 +26,10 @@ def versions() -> dict[str, str]:
 
 def save(path: Path, content: dict) -> None:
     """Write a dict of plain values and tensors to `path`, atomically and durably."""
+    buffer = io.BytesIO()  # a disk that is full is an OSError then, not one of the many of torch's own writer
+    torch.save({"format": FORMAT, **content}, buffer)
     with writing(path) as temporary:
-        torch.save({"format": FORMAT, **content}, temporary)
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def load(path: Path, **expected) -> dict:
@@ -41,7 +45,9 @@ def load(path: Path, **expected) -> dict:
                 raise zipfile.BadZipFile(f"{damaged} fails its check sum")
             if any(entry.external_attr for entry in archive.infolist()):  # what is called a folder, torch does not read
                 raise zipfile.BadZipFile("an entry has attributes, which torch never writes")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # how torch would read this file otherwise
+            content = torch.load(path, map_location="cpu", weights_only=True)
         found = content["format"]
         content["model"]  # noqa: B018
         if found in (1, FORMAT):

@@ -83,17 +83,19 @@ def known_failure(error: Exception) -> str | None:
         return "not enough memory: give train.py a smaller --batch_size, or --device cpu where another one is full"
     if "C++ compiler" in text or "InvalidCxxCompiler" in text:
         return "--compile True needs a C++ compiler, and none was found: install one (g++), or leave --compile out"
-    if isinstance(error, OSError) and refuses(sys.stdout):
+    if isinstance(error, OSError) and error.filename is None and refuses(sys.stdout):
         drop(sys.stdout)
         return f"can't write to standard output: {reason(error)}; what was saved before is whole"
     return None
 
 
 def refuses(stream: TextIO | None) -> bool:
-    """Whether what was printed to a stream can't be written."""
+    """Whether a stream takes no more; one that does gets a line end."""
     try:
         if stream:
-            stream.flush()
+            os.write(stream.fileno(), b"\n")
+    except ValueError:  # it is no file's
+        return False
     except OSError:
         return True
     return False

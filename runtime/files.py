@@ -30,15 +30,11 @@ def writing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        # torch's zip writer reports a failed write as a RuntimeError
-        if isinstance(error, OSError) or "file write failed" in str(error) or "unexpected pos" in str(error):
-            raise UserError(f"can't write {given}: {reason(error)}; what was there is unchanged") from error
-        raise
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    except OSError as error:
+        raise UserError(f"can't write {given}: {reason(error)}; what was there is unchanged") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def process_lives(pid: int) -> bool:

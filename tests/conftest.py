@@ -1,5 +1,6 @@
 """The real data, and the scripts as a user runs them: in processes of their own."""
 
+import contextlib
 import ctypes
 import hashlib
 import multiprocessing
@@ -20,6 +21,7 @@ from utils import load_images
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Nothing may be downloaded by a test: no proxy listens there, so the network is always "missing".
 NO_NETWORK = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "no_proxy": "127.0.0.1"}
+NOTEBOOK = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}  # as notebooks set it for their shell
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
@@ -51,7 +53,7 @@ def tiny(cifar10, folders) -> list[str]:
 
 def run_script(name: str, *arguments: str, timeout: float = 300, **keywords) -> subprocess.CompletedProcess:
     """`python NAME ARGUMENTS`, as typed, with one thread and no network; `keywords` go to subprocess.run."""
-    environment = {**os.environ, **NO_NETWORK, **ONE_THREAD, **keywords.pop("env", {})}
+    environment = {**os.environ, **NOTEBOOK, **NO_NETWORK, **ONE_THREAD, **keywords.pop("env", {})}
     command = [sys.executable, REPOSITORY / name, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, **keywords)
 
@@ -62,6 +64,17 @@ def digits(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("digits")
     load_images(DATASETS["digits"], folder, "train", "test")
     return folder
+
+
+@contextlib.contextmanager
+def room(size: int):
+    """Within the block, a write beyond `size` bytes of a file fails as on a full disk (Python ignores SIGXFSZ)."""
+    _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def snapshot(folder: Path) -> dict[str, str]:

@@ -76,6 +76,12 @@ def other_zip(path: Path) -> None:
         archive.writestr("readme.txt", "not a checkpoint")
 
 
+def torchscript(path: Path) -> None:
+    writer = torch._C.PyTorchFileWriter(str(path))
+    writer.write_record("constants.pkl", b"", 0)
+    writer.write_end_of_file()
+
+
 def bare_list(path: Path) -> None:
     torch.save([1, 2, 3], path)
 
@@ -98,6 +104,7 @@ DAMAGES = {
     "empty": (empty, "damaged or no checkpoint"),
     "directory": (directory, "is a directory"),
     "another zip": (other_zip, "damaged or no checkpoint"),
+    "TorchScript": (torchscript, "damaged or no checkpoint"),
     "a list": (bare_list, "damaged or no checkpoint"),
     "bare weights": (bare_weights, "damaged or no checkpoint"),
     "newer format": (described(format=checkpoint.FORMAT + 1), "format 3, this version reads up to 2"),

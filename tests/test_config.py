@@ -1,12 +1,13 @@
 """The options: read as a user spells them, declared once, answered before torch is imported."""
 
+import os
 import shlex
 import subprocess
 import sys
 from dataclasses import asdict
 
 import pytest
-from conftest import REPOSITORY, run_script
+from conftest import REPOSITORY, assert_one_line, run_script
 
 import config
 from config import parse_test, parse_train
@@ -216,6 +217,16 @@ def test_help_and_wrong_options_answer_without_torch(script, arguments, code):
     assert done.returncode == code
     assert "argparse" in imported
     assert not imported & {"torch", "torchvision", "numpy", "matplotlib", "tqdm"}
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_help_that_cannot_be_written_is_said(unbuffered):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, REPOSITORY / "train.py", "--help"], env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+            stdout=full, stderr=subprocess.PIPE, text=True, timeout=60,
+        )  # fmt: skip
+    assert_one_line(done, "can't write to standard output: No space left")
 
 
 @pytest.mark.parametrize(("script", "options"), [("train.py", config.TrainOptions), ("test.py", config.TestOptions)])

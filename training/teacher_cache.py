@@ -25,10 +25,10 @@ class TeacherCache:
     """Logits (N, 162, C) in half precision, filled as views are first seen, shared by processes through a file."""
 
     def __init__(self, path: Path | None, teacher: torch.nn.Module, views: Views, num_classes: int, runtime: Runtime):
-        """`path` None keeps nothing; where the file can't be made, neither, and it says so."""
+        """`path` None keeps nothing; where the file can't be made, neither, it says so, and the logits are the same."""
         self.teacher, self.views, self.runtime, self.num_classes = teacher, views, runtime, num_classes
         self.hits = self.misses = 0
-        self.records = None
+        self.records, self.rounds = None, path is not None
         if path is not None:
             try:
                 self.records = open_records(path, (len(views), VIEWS, num_classes + 1))
@@ -39,7 +39,8 @@ class TeacherCache:
         """The teacher's logits (B, C), float32 on the device, of image rows (B,) seen in views (B,), on the CPU."""
         if self.records is None:
             self.misses += len(rows)
-            return self.compute(images)
+            logits = self.compute(images)
+            return logits.half().float() if self.rounds else logits
         rows, views = rows.numpy(), views.numpy()
         records = self.records[rows, views]
         missing = np.flatnonzero(seal(records[:, :-1]) != records[:, -1])
@@ -86,6 +87,8 @@ def open_records(path: Path, shape: tuple[int, ...]) -> np.memmap:
     """Map the file of records, made whole first: a full disk shows here, not as a crash in mid-run."""
     size = 2 * int(np.prod(shape))
     make_folder(path.parent)
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no file")
     try:
         # Zeros are appended and the file never replaced: of processes that make it at once, all map the same one.
         with open(path, "ab", buffering=0) as file:

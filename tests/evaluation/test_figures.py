@@ -1,5 +1,6 @@
 """The figures of trained models: what they show, and what they call it."""
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -55,6 +56,8 @@ def test_only_logs_of_these_images_with_an_epoch_are_compared(tmp_path, drawn):
     (tmp_path / "torn.jsonl").write_text('{"role": "stud')
     (tmp_path / "old.jsonl").write_text('{"role": "student", "options": {}}\n{"epoch": 1}\n')
     (tmp_path / "notes.jsonl").write_text("[1]\n[2]\n")
+    for i, line in enumerate(('{"epoch": 1}', '{"epoch": 1, "test": {"top1": "good"}}', 100_000 * "[")):
+        (tmp_path / f"damaged{i}.jsonl").write_text(f"{(tmp_path / 'a.jsonl').read_text()}{line}\n")
 
     def found(*images) -> str:
         return "".join(path.stem for path in figures.find_logs(tmp_path, *images))
@@ -76,6 +79,15 @@ def test_confusion_and_reliability_show_the_numbers(drawn, tmp_path):
     figures.plot_reliability(logits, torch.tensor([0, 1]), "title", tmp_path / "reliability.png")
     (bars,) = drawn[1].containers
     assert [bar.get_height() for bar in bars] == [0] * 14 + [0.5]
+
+
+def test_a_users_own_style_is_none_of_a_figures(tmp_path):
+    write_log(tmp_path / "log.jsonl")
+    drawn = []
+    for style in ({}, {"axes.facecolor": "red", "font.family": "no such font", "savefig.bbox": "tight"}):
+        with matplotlib.rc_context(style):
+            drawn.append(figures.plot_comparison([tmp_path / "log.jsonl"], tmp_path / "comparison.png").read_bytes())
+    assert drawn[0] == drawn[1]
 
 
 @pytest.mark.parametrize("name", ["a$b$.png", "$.png", "_x.png", "$\\frac$.png", "a_{b}^c.png", "ä 1%.png"])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import room
 from made_up import facts_of, run_of
 
 from runtime import checkpoint
@@ -32,6 +33,15 @@ def test_no_flipped_bit_of_a_checkpoint_goes_unseen(tmp_path):
             assert torch.equal(content["model"]["weight"], weights), f"bit {bit} of byte {place}"
             assert content["identity"] == Identity(facts)
     assert refused > len(whole) // 4
+
+
+@pytest.mark.parametrize("size", [0, 500, 5000])
+def test_a_full_disk_is_no_bug_wherever_it_is_met(size, tmp_path):
+    path = tmp_path / "small.pt"
+    path.write_bytes(b"old")
+    with room(size), pytest.raises(UserError, match="can't write .*small.pt: File too large; what was there is unch"):
+        checkpoint.save(path, {"model": {"weight": torch.zeros(2000)}})
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"old"]
 
 
 def format_1(kd: bool = False, **changes) -> dict:

@@ -1,6 +1,7 @@
 """How a script ends: what the user can mend in one line, a stop in one line, a bug with its traceback."""
 
 import errno
+import io
 import os
 import signal
 import subprocess
@@ -46,6 +47,16 @@ def test_no_end_is_zero_and_a_bug_is_a_bug():
         assert known_failure(bug) is None
         with pytest.raises(type(bug)):
             exit_code(raising(bug))
+
+
+@pytest.mark.parametrize("buffering", [0, -1])
+def test_what_cannot_be_printed_is_known_whether_it_waits_in_a_buffer_or_not(buffering, monkeypatch):
+    full = io.TextIOWrapper(open("/dev/full", "wb", buffering=buffering), write_through=not buffering)  # noqa: SIM115
+    monkeypatch.setattr(sys, "stdout", full)
+    with pytest.raises(OSError) as error:
+        print("a table", flush=True)
+    assert "can't write to standard output: No space" in known_failure(error.value)
+    assert known_failure(OSError(errno.EIO, "of another file", "file")) is None
 
 
 def test_memory_that_the_processor_really_has_not_is_known():
