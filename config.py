@@ -88,12 +88,13 @@ def plain(value: float) -> str:
 
 def by_recipe(name: str) -> str:
     """The defaults of an option that hangs on data set and role, as `--help` shows them."""
-    rows = []
+    rows: dict[str, list[str]] = {}
     for dataset, spec in DATASETS.items():
         values = [getattr(spec.recipes[role, OPTIMIZERS[0]], name) for role in ("teacher", "student")]
         teacher, student = (spec.views if value is None else plain(value) for value in values)
-        rows.append(f"{dataset} {teacher}" + (f" and {student}" if teacher != student else ""))
-    return f"(default for teacher and student: {', '.join(rows)})"
+        rows.setdefault(f"{teacher}" + (f" and {student}" if teacher != student else ""), []).append(dataset)
+    told = "; ".join(f"{', '.join(datasets)}: {values}" for values, datasets in rows.items())
+    return f"(default for teacher and student: {told if len(rows) > 1 else next(iter(rows))})"
 
 
 def option(default, text: str, parse=str, **more):
@@ -117,8 +118,8 @@ class Options:
         number(float, at_least=0.01, at_most=1000), shapes_result=True, nargs="+",
     )  # fmt: skip
     dataset: str = option(
-        "cifar10", "data set: cifar10, or digits, which are drawn here without a download",
-        names_files=True, choices=tuple(DATASETS),
+        "cifar10", "data set: cifar10, cifar100, or digits, which are drawn here without a download",
+        names_files=True, choices=DATASETS,
     )  # fmt: skip
     data_path: Path = option(Path("data"), "folder of the data sets", folder_name, names_files=True)
     weights_path: Path = option(Path("weights"), "folder of the checkpoints", folder_name, names_files=True)

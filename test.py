@@ -119,8 +119,8 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
     if options.export:
         difference = inference.export_model(model, options.export, spec)
         saved.append(f"{options.export}, whose logits differ by {difference:.1g} at most when it is loaded again")
-    top1, top5 = (f"{name} {100 * numbers[name]:.2f}%" for name in ("top1", "top5"))
-    print(f"{options.split} loss {numbers['loss']:.4f} {top1} {top5}")
+    tops = " ".join(f"{name} {100 * numbers[name]:.2f}%" for name in report.TOPS if name in numbers)
+    print(f"{options.split} loss {numbers['loss']:.4f} {tops}")
     print(f"{path} on {options.dataset}, {device_title(runtime)}, {runtime.precision}\n")
     print(report.accuracy_text(numbers, spec.classes))
     print("" if options.tto else f"\n{fidelity_text}\n")
@@ -175,7 +175,7 @@ def compare(options: config.TestOptions, runtime: Runtime) -> None:
             teachers[checkpoint.fingerprint(model.state_dict())] = logits
         elif teacher := run["teacher"] if run["kd"] else next(iter(teachers), None):
             numbers |= fidelity(logits, teachers[teacher], labels) if teacher in teachers else {}
-        content["metrics"] = {key: 100 * numbers[key] for key in ("top1", "top5")}
+        content["metrics"] = {key: 100 * numbers[key] for key in report.TOPS if key in numbers}
         if runtime.is_main:
             content["measured"] = numbers | inference.measure_cost(model, path, its_runtime).medians()
     if not shown:

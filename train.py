@@ -83,10 +83,12 @@ def end_epoch(run: Run, teacher: TeacherCache | None, held_out, stop: StopSignal
     options, runtime = run.options, run.runtime
     images = run.steps * run.batch_size
     means = dict(zip(METRICS, (runtime.total(run.totals) / images).tolist(), strict=True))
+    held = percent(evaluate(run.model, held_out, run.spec, runtime, stop))
+    without = {"kl": not options.kd, "top5": "top5" not in held}
     line = {
         "epoch": run.epoch + 1,
-        "train": percent(means if options.kd else {k: v for k, v in means.items() if k != "kl"}),
-        options.split: percent(evaluate(run.model, held_out, options.spec, runtime, stop)),
+        "train": percent({name: value for name, value in means.items() if not without.get(name)}),
+        options.split: held,
         "lr": run.lr,
         "seconds": round(run.seconds, 3),
         "images_per_second": round(images / max(run.seconds, 1e-9), 1),
@@ -97,11 +99,12 @@ def end_epoch(run: Run, teacher: TeacherCache | None, held_out, stop: StopSignal
         run.log.append(line)
     run.epoch += 1
     run.begin_epoch()
-    train, held = line["train"], line[options.split]
+    train = line["train"]
+    top5 = f" top5 {held['top5']:.2f}%" if "top5" in held else ""
     hits = f", teacher cache hits {100 * line['teacher_cache_hits']:.1f}%" if teacher else ""
     runtime.print(
         f"epoch {line['epoch']}/{options.num_epochs}: train loss {train['loss']:.4f} top1 {train['top1']:.2f}%, "
-        f"{options.split} loss {held['loss']:.4f} top1 {held['top1']:.2f}% top5 {held['top5']:.2f}%, "
+        f"{options.split} loss {held['loss']:.4f} top1 {held['top1']:.2f}%{top5}, "
         f"{line['seconds']:.1f} s, {line['images_per_second']:,.0f} img/s{hits}",
     )
 
@@ -185,7 +188,7 @@ def make_cache(run: Run, teacher: torch.nn.Module, views: Views) -> TeacherCache
     options, spec = run.options, run.options.spec
     path = None
     if options.cache_teacher:
-        pixels = {"pixels": views.padded}
+        pixels = {"pixels": views.padded} | ({} if views.allowed is None else {"views": views.allowed})
         key = checkpoint.fingerprint(pixels, run.identity["teacher"], spec.mean, spec.std, options.precision)
         path = options.weights_path / f"{spec.prefix}teacher_{key}.cache"
     with main_first(run.runtime):

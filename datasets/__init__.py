@@ -39,19 +39,38 @@ class DatasetSpec:
         return CROPS * (2 if self.flip else 1)
 
 
+CIFAR_RECIPES = {
+    ("teacher", "muon"): Recipe(num_epochs=16, lr=0.1, head_lr=0.025),
+    ("student", "muon"): Recipe(num_epochs=30, lr=0.1, views=16),
+    ("teacher", "sgd"): Recipe(num_epochs=60, lr=0.05, head_lr=0.05, batch_size=128),
+    ("student", "sgd"): Recipe(num_epochs=60, lr=0.1, batch_size=128),
+}
+CIFAR100_CLASSES = """
+apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
+caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish
+forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle
+mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine
+possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar
+sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle wardrobe whale
+willow_tree wolf woman worm
+"""
 DATASETS = {
     "cifar10": DatasetSpec(
         classes=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
         mean=(0.4914, 0.4822, 0.4465),
         std=(0.2470, 0.2435, 0.2616),
-        recipes={
-            ("teacher", "muon"): Recipe(num_epochs=16, lr=0.1, head_lr=0.025),
-            ("student", "muon"): Recipe(num_epochs=30, lr=0.1, views=16),
-            ("teacher", "sgd"): Recipe(num_epochs=60, lr=0.05, head_lr=0.05, batch_size=128),
-            ("student", "sgd"): Recipe(num_epochs=60, lr=0.1, batch_size=128),
-        },
+        recipes=CIFAR_RECIPES,
         torchvision_class="CIFAR10",
         train_images=50_000,
+    ),
+    "cifar100": DatasetSpec(
+        classes=tuple(CIFAR100_CLASSES.split()),
+        mean=(0.5071, 0.4865, 0.4409),
+        std=(0.2673, 0.2564, 0.2762),
+        recipes=CIFAR_RECIPES,
+        torchvision_class="CIFAR100",
+        train_images=50_000,
+        prefix="cifar100_",
     ),
     "digits": DatasetSpec(
         classes=tuple("0123456789"),

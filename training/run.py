@@ -44,7 +44,7 @@ class Run:
 
     def __init__(self, options: TrainOptions, runtime: Runtime, views: Views, teacher_id: str = "") -> None:
         """UserError where the processes can't share a batch."""
-        self.options, self.runtime = options, runtime
+        self.options, self.runtime, self.spec = options, runtime, views.spec
         world = runtime.world_size
         self.batch_size = min(options.batch_size, len(views)) // world * world
         if options.batch_size % world or not self.batch_size:
@@ -52,7 +52,7 @@ class Run:
         self.steps = len(views) // self.batch_size  # of an epoch; its last, smaller batch is left out
         self.total_steps = self.steps * options.num_epochs
         torch.manual_seed(options.seed)  # of the initial weights
-        self.model = build_model(options.role, len(options.spec.classes))
+        self.model = build_model(options.role, len(self.spec.classes))
         self.model.to(runtime.device, memory_format=torch.channels_last)
         if options.sync_bn and world > 1:
             sync_batch_norm(self.model)
