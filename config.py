@@ -118,10 +118,17 @@ class Options:
         number(float, at_least=0.01, at_most=1000), shapes_result=True, nargs="+",
     )  # fmt: skip
     dataset: str = option(
-        "cifar10", "data set: cifar10, cifar100, or digits, which are drawn here without a download",
+        "cifar10", "data set: cifar10, cifar100, digits, which are drawn here without a download, or folder, your own "
+        "images below --data_path",
         names_files=True, choices=DATASETS,
     )  # fmt: skip
-    data_path: Path = option(Path("data"), "folder of the data sets", folder_name, names_files=True)
+    data_path: Path = option(
+        Path("data"), "folder of the data sets, or of train/<class>/<pictures> for --dataset folder", folder_name,
+        names_files=True,
+    )  # fmt: skip
+    skip_broken: bool = option(
+        False, "with --dataset folder: go on without the files that are no pictures", boolean, names_files=True
+    )
     weights_path: Path = option(Path("weights"), "folder of the checkpoints", folder_name, names_files=True)
     plots_path: Path = option(Path("plots"), "folder of the logs and figures", folder_name, names_files=True)
     teacher: Path | None = option(
@@ -241,11 +248,13 @@ class TrainOptions(Options):
         choices=OPTIMIZERS, shapes_result=True,
     )  # fmt: skip
     num_epochs: int | None = option(
-        None, f"epochs {by_recipe('num_epochs')}", number(int, at_least=1), shapes_result=True
-    )
+        None, f"epochs, of a folder the more the fewer images it has {by_recipe('num_epochs')}",
+        number(int, at_least=1), shapes_result=True,
+    )  # fmt: skip
     batch_size: int | None = option(
-        None, f"images a step, over all devices {by_recipe('batch_size')}", number(int, at_least=1), shapes_result=True
-    )
+        None, f"images a step, over all devices, of a small folder fewer {by_recipe('batch_size')}",
+        number(int, at_least=1), shapes_result=True,
+    )  # fmt: skip
     lr: float | None = option(
         None, f"peak learning rate {by_recipe('lr')}", number(float, above=0), shapes_result=True
     )
@@ -261,6 +270,10 @@ class TrainOptions(Options):
     views: int | None = option(
         None, f"crops and mirror images drawn an image {by_recipe('views')}", number(int, at_least=1),
         shapes_result=True,
+    )  # fmt: skip
+    flip: bool | None = option(
+        None, "whether a mirrored image is still one of its class (default: what the data set says; folder True)",
+        boolean, shapes_result=True,
     )  # fmt: skip
     cache_teacher: bool = option(True, "with KD: keep the teacher's logits on disk", boolean, shapes_result=True)
     sync_bn: bool = option(False, "batch norm over the global batch on several devices", boolean, shapes_result=True)
@@ -280,35 +293,39 @@ class TrainOptions(Options):
         return self.weights_path / f"{self.run_name}.last.pt"
 
     @property
-    def recipe(self) -> Recipe:
-        return self.spec.recipes[self.role, self.optimizer]
+    def spec(self) -> DatasetSpec:
+        row = super().spec
+        return row if self.flip is None else replace(row, flip=self.flip)
 
     def defaults(self) -> dict:
         """What each option is where the user does not give it: before `resolved` and after."""
         usual = super().defaults()
-        return usual if self.num_epochs is None or self.all else usual | asdict(self.recipe)
+        if self.num_epochs is None or self.all or not self.spec.is_known:
+            return usual
+        return usual | asdict(self.spec.recipes[self.role, self.optimizer])
 
-    def resolved(self, **changes) -> "TrainOptions":
-        """These options for one run, the recipe's values in place of None."""
+    def resolved(self, spec: DatasetSpec | None = None, **changes) -> "TrainOptions":
+        """These options for one run, the recipe's values in place of None; `spec` is the data set's, of a folder."""
         run = replace(self, all=False, seeds=1, **changes)
-        return replace(
-            run, **{name: value for name, value in asdict(run.recipe).items() if getattr(run, name) is None}
-        )
+        recipe = asdict((spec or self.spec).recipes[run.role, run.optimizer])
+        return replace(run, **{name: value for name, value in recipe.items() if getattr(run, name) is None})
 
-    def runs(self) -> list["TrainOptions"]:
-        """The runs to do, in order: one, or with `all` the teacher, then each seed's students."""
+    def runs(self, spec: DatasetSpec | None = None) -> list["TrainOptions"]:
+        """The runs to do, in order: one, or with `all` the teacher, then each seed's students; `spec` as there."""
         if not self.all:
-            return [self]
+            return [self.resolved(spec)]
         recipe = dict.fromkeys(RECIPE_OPTIONS)  # the user's are the students'
-        plan = [self.resolved(tto=True, seed=DEFAULT_SEED, temp=(5.0,), **recipe)]
+        plan = [self.resolved(spec, tto=True, seed=DEFAULT_SEED, temp=(5.0,), **recipe)]
         for seed in range(self.seed, self.seed + self.seeds):
-            plan.append(self.resolved(seed=seed, temp=(5.0,)))
-            plan += [self.resolved(seed=seed, kd=True, temp=(temp,)) for temp in self.temp]
+            plan.append(self.resolved(spec, seed=seed, temp=(5.0,)))
+            plan += [self.resolved(spec, seed=seed, kd=True, temp=(temp,)) for temp in self.temp]
         return plan
 
     def result_options(self) -> dict:
         """The options that shape the result, as plain values."""
         names = [f.name for f in fields(self) if f.metadata["shapes_result"]]
+        if self.spec == super().spec:  # as the data set has it: with the option or without, one run
+            names.remove("flip")
         if not self.kd:
             names = [name for name in names if name not in ("temp", "alpha", "cache_teacher")]
         values = {name: getattr(self, name) for name in names}
@@ -352,7 +369,7 @@ EXCLUDES = {
         "tto": ("kd",),
         "checkpoint": ("tto", "kd", "seed", "dataset", "subset", "holdout", "compare"),
         "compare": ("tto", "kd", "seed", "image", "json", "export"),
-        "image": ("subset", "holdout", "json", "export", "data_path"),
+        "image": ("subset", "holdout", "json", "export", "data_path", "skip_broken"),
     },
 }
 
@@ -416,6 +433,8 @@ def parse(script: str, options_class: type[Options], argv: list[str] | None) -> 
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(parser.parse_args(words)).items()}
     options = options_class(**given)
     check_company(parser, given)
+    if options.skip_broken and options.dataset != "folder" and "checkpoint" not in given:
+        parser.error("--skip_broken means something with --dataset folder alone: give that too, or leave it out")
     if "temp" not in given:
         options = replace(options, temp=options.defaults()["temp"])
     if len(options.temp) > 1 and not getattr(options, "all", False):
@@ -446,7 +465,7 @@ def parse_train(argv: list[str] | None = None) -> TrainOptions:
         parser.error("--all goes on with what is unfinished by itself: leave --resume out, or False to start anew")
     if options.views is not None and options.views > options.spec.views:
         parser.error(f"--views: an image of {options.dataset} has {options.spec.views} views, not {options.views}")
-    return options if options.all else options.resolved()
+    return options if options.all or not options.spec.is_known else options.resolved()
 
 
 def parse_test(argv: list[str] | None = None) -> TestOptions:

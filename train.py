@@ -21,6 +21,8 @@ if __name__ == "__main__":
 
 import torch
 
+from datasets import DatasetSpec
+from datasets.folder import read_folder
 from evaluation.figures import find_logs, plot_comparison
 from evaluation.inference import load_model
 from evaluation.report import publish
@@ -114,19 +116,28 @@ def percent(metrics: dict[str, float]) -> dict[str, float]:
     return {name: 100 * value if name.startswith("top") else value for name, value in metrics.items()}
 
 
-def load_teacher(options: config.TrainOptions, runtime: Runtime) -> tuple[torch.nn.Module, str]:
+def load_teacher(
+    options: config.TrainOptions, runtime: Runtime, spec: DatasetSpec | None = None
+) -> tuple[torch.nn.Module, str]:
     """The teacher in evaluation mode, without gradients, and the fingerprint of its weights.
 
-    UserError where there is none, or where it was trained on images that this run keeps aside.
+    UserError where there is none, or where it was trained on images that this run keeps aside, or on other ones than
+    those of `spec`, the data set as it was read.
     """
+    spec = spec or options.spec
     path = options.teacher_path
     if not path.exists():
-        names = ("dataset", "data_path", "weights_path", "plots_path", "subset", "holdout")
+        names = ("dataset", "data_path", "skip_broken", "weights_path", "plots_path", "subset", "holdout", "flip")
         same = {name: getattr(options, name) for name in names}
-        command = config.TrainOptions(tto=True, temp=options.temp, **same).resolved().command("train.py")
+        command = config.TrainOptions(tto=True, temp=(5.0,), **same).command("train.py", every=True)
         raise UserError(f"no teacher {path}: train one with `{command}`")
-    teacher, content = load_model(path, "teacher", options.dataset, options.spec, runtime.device)
-    if content["identity"].has_seen_holdout(options.subset, options.holdout):
+    teacher, content = load_model(path, "teacher", options.dataset, runtime.device)
+    if content["identity"]["images"] != spec.fingerprint:
+        raise UserError(
+            f"the teacher {path} was trained on other images than {options.data_path} holds now: train it anew, "
+            "or give each folder of images a --weights_path of its own"
+        )
+    if content["identity"].has_seen_holdout(options.subset, options.holdout, spec.train_images):
         raise UserError(
             f"--holdout {options.holdout}: the teacher {path} was trained on images that this run keeps aside; "
             "train one with `python train.py --tto True` and the same --holdout"
@@ -134,13 +145,32 @@ def load_teacher(options: config.TrainOptions, runtime: Runtime) -> tuple[torch.
     return teacher, checkpoint.fingerprint(teacher.state_dict())
 
 
-def train(options: config.TrainOptions, runtime: Runtime, stop: StopSignal, teacher=None, teacher_id: str = "") -> None:
+def find_dataset(options: config.TrainOptions, runtime: Runtime, stop: StopSignal) -> DatasetSpec:
+    """The data set's row; of a folder, which has to be read for it, with its images."""
+    if options.spec.is_known:
+        return options.spec
+    with main_first(runtime):
+        spec, notes = read_folder(options.data_path, options.spec.flip, options.skip_broken, runtime, stop)
+    for note in notes:
+        runtime.print(note)
+    return spec
+
+
+def train(
+    options: config.TrainOptions,
+    runtime: Runtime,
+    stop: StopSignal,
+    teacher=None,
+    teacher_id: str = "",
+    spec: DatasetSpec | None = None,
+) -> None:
     """One run from its options to its checkpoint, log and figures, going on with an unfinished one."""
+    spec = spec or options.spec
     with main_first(runtime):
         images, held_out = load_images(
-            options.spec, options.data_path, "train", options.split, subset=options.subset, holdout=options.holdout
+            spec, options.data_path, "train", options.split, subset=options.subset, holdout=options.holdout
         )
-    views = Views(images.to(runtime.device), options.spec, options.views)
+    views = Views(images.to(runtime.device), spec, options.views)
     held_out = held_out.to(runtime.device)
     with locked(options.checkpoint_path) if runtime.is_main else contextlib.nullcontext():
         run = Run(options, runtime, views, teacher_id)
@@ -185,7 +215,7 @@ def begin(run: Run, count: int) -> None:
 
 def make_cache(run: Run, teacher: torch.nn.Module, views: Views) -> TeacherCache:
     """The teacher behind its cache, whose file is named after everything its logits depend on."""
-    options, spec = run.options, run.options.spec
+    options, spec = run.options, run.spec
     path = None
     if options.cache_teacher:
         pixels = {"pixels": views.padded} | ({} if views.allowed is None else {"views": views.allowed})
@@ -200,7 +230,8 @@ def finish(run: Run) -> None:
     options = run.options
     checkpoint.save(options.checkpoint_path, run.state(metrics=run.log.lines[-1][options.split]))
     figures = plot_curves(options.log_path, options.plots_path)
-    if logs := find_logs(options.plots_path, options.dataset, options.subset, options.holdout):
+    images = run.identity["images"]
+    if logs := find_logs(options.plots_path, options.dataset, options.subset, options.holdout, images):
         figures.append(plot_comparison(logs, options.comparison_path))
     options.resume_path.unlink(missing_ok=True)
     print(f"saved {options.checkpoint_path}, {options.log_path} and {', '.join(path.name for path in figures)}")
@@ -217,28 +248,32 @@ def main(argv: list[str] | None = None) -> int:
 def train_all(options: config.TrainOptions) -> None:
     """The run asked for, or with --all every run that is not finished yet, and then the table."""
     with StopSignal() as stop, start(options.device, options.precision, options.deterministic) as runtime:
+        spec = find_dataset(options, runtime, stop)
         teacher, teacher_id = None, ""
-        for run_options in options.runs():
+        for run_options in options.runs(spec):
             run_options = replace(run_options, precision=runtime.precision)
             if run_options.kd and teacher is None:  # one for all students
-                teacher, teacher_id = load_teacher(run_options, runtime)
-            if options.all and is_finished(run_options, runtime, teacher_id):
+                teacher, teacher_id = load_teacher(run_options, runtime, spec)
+            if options.all and is_finished(run_options, runtime, teacher_id, spec):
                 runtime.print(f"{run_options.run_name}: finished before, kept")
             else:
-                train(run_options, runtime, stop, teacher, teacher_id)
+                train(run_options, runtime, stop, teacher, teacher_id, spec)
         if options.all and runtime.is_main:
             publish([checkpoint.load(run.checkpoint_path) for run in options.runs()], options, "results")
 
 
-def is_finished(options: config.TrainOptions, runtime: Runtime, teacher_id: str) -> bool:
+def is_finished(
+    options: config.TrainOptions, runtime: Runtime, teacher_id: str, spec: DatasetSpec | None = None
+) -> bool:
     """Whether the very run of these options is finished; of the teacher, which --all does not shape, any one."""
     path = options.checkpoint_path
     if options.resume == "False" or options.resume_path.exists() or not path.exists():
         return False
     found = checkpoint.load(path, role=options.role, dataset=options.dataset)["identity"]
+    wanted = identity_of(options, runtime, teacher_id, spec)
     if options.tto:
-        return all(found[name] == getattr(options, name) for name in ("subset", "holdout"))
-    return found == identity_of(options, runtime, teacher_id)
+        return all(found[name] == wanted[name] for name in ("subset", "holdout", "images", "flip"))
+    return found == wanted
 
 
 if __name__ == "__main__":

@@ -64,11 +64,13 @@ def load_images(
 
 def read_images(spec: DatasetSpec, folder: Path, halves: set[str]) -> dict[str, Images]:
     """The whole training set ("train") or test set ("test"), each if asked for."""
-    if spec.torchvision_class is None:
+    if spec.halves:
+        read = spec.halves
+    elif spec.torchvision_class is None:
         read = {half: cached_digits(folder, half, {"train": spec.train_images, "test": 2000}[half]) for half in halves}
     else:
         read = read_torchvision(spec, folder, sorted(halves))
-    return {half: Images(torch.from_numpy(pixels), torch.from_numpy(labels)) for half, (pixels, labels) in read.items()}
+    return {half: Images(*map(torch.from_numpy, read[half])) for half in halves}
 
 
 def read_torchvision(spec: DatasetSpec, folder: Path, halves: list[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:

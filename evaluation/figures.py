@@ -102,7 +102,9 @@ def plot_pictures(pixels: list, names: list[str], answers: dict, classes: tuple[
     return save_figure(grid[0, 0], path)  # whose legend is the figure's
 
 
-def find_logs(folder: Path, dataset: str, subset: int | None = None, holdout: int = 0) -> list[Path]:
+def find_logs(
+    folder: Path, dataset: str, subset: int | None = None, holdout: int = 0, images: str | None = None
+) -> list[Path]:
     """The logs in `folder` of runs on these images of a data set, with an epoch or more."""
     logs = []
     for path in sorted(Path(folder).glob("*.jsonl")):
@@ -110,7 +112,8 @@ def find_logs(folder: Path, dataset: str, subset: int | None = None, holdout: in
         with contextlib.suppress(UserError, ValueError, KeyError, TypeError):
             header, lines = read_log(path)
             run = Identity(header["identity"])
-            if lines and (run["dataset"], run["subset"], run["holdout"]) == (dataset, subset, holdout):
+            facts = tuple(run[name] for name in ("dataset", "subset", "holdout", "images"))
+            if lines and facts == (dataset, subset, holdout, images):
                 logs.append(path)
     return logs
 

@@ -269,6 +269,7 @@ def publish(contents: list[dict], options: Options, name: str) -> None:
     with writing(paths[0]) as temporary:
         temporary.write_text(text, encoding="utf-8")
     write_json(paths[1], results)
-    if logs := find_logs(options.plots_path, options.dataset, options.subset, options.holdout):
+    images = contents[0]["identity"]["images"]
+    if logs := find_logs(options.plots_path, options.dataset, options.subset, options.holdout, images):
         paths.append(plot_comparison(logs, options.comparison_path))
     print(f"{text}\nsaved {', '.join(map(str, paths))}")
