@@ -123,12 +123,13 @@ def typed(value) -> str:
 
 def by_recipe(name: str) -> str:
     """The defaults of an option that hangs on data set and role, as `--help` shows them."""
-    rows = []
+    rows: dict[str, list[str]] = {}
     for dataset, spec in DATASETS.items():
         values = [getattr(spec.recipes[role, OPTIMIZERS[0]], name) for role in ("teacher", "student")]
         teacher, student = (spec.views if value is None else plain(value) for value in values)
-        rows.append(f"{dataset} {teacher}" + (f" and {student}" if teacher != student else ""))
-    return f"(default for teacher and student: {', '.join(rows)})"
+        rows.setdefault(f"{teacher}" + (f" and {student}" if teacher != student else ""), []).append(dataset)
+    told = "; ".join(f"{', '.join(datasets)}: {values}" for values, datasets in rows.items())
+    return f"(default for teacher and student: {told if len(rows) > 1 else next(iter(rows))})"
 
 
 def by_loss(name: str, kd: str) -> str:
@@ -164,10 +165,17 @@ class Options:
         shapes_result=True, names_files=True, nargs="+", choices=tuple(LOSSES),
     )  # fmt: skip
     dataset: str = option(
-        "cifar10", "data set: cifar10, or digits, which are drawn here without a download",
-        names_files=True, choices=tuple(DATASETS),
+        "cifar10", "data set: cifar10, cifar100, digits, which are drawn here without a download, or folder, your own "
+        "images below --data_path",
+        names_files=True, choices=DATASETS,
     )  # fmt: skip
-    data_path: Path = option(Path("data"), "folder of the data sets", folder_name, names_files=True)
+    data_path: Path = option(
+        Path("data"), "folder of the data sets, or of train/<class>/<pictures> for --dataset folder", folder_name,
+        names_files=True,
+    )  # fmt: skip
+    skip_broken: bool = option(
+        False, "with --dataset folder: go on without the files that are no pictures", boolean, names_files=True
+    )
     weights_path: Path = option(Path("weights"), "folder of the checkpoints", folder_name, names_files=True)
     plots_path: Path = option(Path("plots"), "folder of the logs and figures", folder_name, names_files=True)
     teacher: Path | None = option(
@@ -303,11 +311,13 @@ class TrainOptions(Options):
         choices=OPTIMIZERS, shapes_result=True,
     )  # fmt: skip
     num_epochs: int | None = option(
-        None, f"epochs {by_recipe('num_epochs')}", number(int, at_least=1), shapes_result=True
-    )
+        None, f"epochs, of a folder the more the fewer images it has {by_recipe('num_epochs')}",
+        number(int, at_least=1), shapes_result=True,
+    )  # fmt: skip
     batch_size: int | None = option(
-        None, f"images a step, over all devices {by_recipe('batch_size')}", number(int, at_least=1), shapes_result=True
-    )
+        None, f"images a step, over all devices, of a small folder fewer {by_recipe('batch_size')}",
+        number(int, at_least=1), shapes_result=True,
+    )  # fmt: skip
     lr: float | None = option(None, f"peak learning rate {by_recipe('lr')}", number(float, above=0), shapes_result=True)
     head_lr: float | None = option(
         None, f"the last layer's learning rate, as a fraction of --lr {by_recipe('head_lr')}",
@@ -321,6 +331,10 @@ class TrainOptions(Options):
     views: int | None = option(
         None, f"crops and mirror images drawn an image {by_recipe('views')}", number(int, at_least=1),
         shapes_result=True,
+    )  # fmt: skip
+    flip: bool | None = option(
+        None, "whether a mirrored image is still one of its class (default: what the data set says; folder True)",
+        boolean, shapes_result=True,
     )  # fmt: skip
     cache_teacher: bool = option(True, "with KD: keep the teacher's logits on disk", boolean, shapes_result=True)
     sync_bn: bool = option(False, "batch norm over the global batch on several devices", boolean, shapes_result=True)
@@ -338,8 +352,9 @@ class TrainOptions(Options):
         return self.weights_path / f"{self.run_name}.last.pt"
 
     @property
-    def recipe(self) -> Recipe:
-        return self.spec.recipes[self.role, self.optimizer]
+    def spec(self) -> DatasetSpec:
+        row = super().spec
+        return row if self.flip is None else replace(row, flip=self.flip)
 
     @property
     def usual_weights(self) -> dict:
@@ -359,31 +374,35 @@ class TrainOptions(Options):
     def defaults(self) -> dict:
         """What each option is where the user does not give it: before `resolved` and after."""
         usual = super().defaults()
-        return usual if self.num_epochs is None or self.all else usual | asdict(self.recipe) | self.usual_weights
+        if self.num_epochs is None or self.all or not self.spec.is_known:
+            return usual
+        return usual | asdict(self.spec.recipes[self.role, self.optimizer]) | self.usual_weights
 
-    def resolved(self, **changes) -> "TrainOptions":
-        """These options for one run, the recipe's values in place of None."""
+    def resolved(self, spec: DatasetSpec | None = None, **changes) -> "TrainOptions":
+        """These options for one run, the recipe's values in place of None; `spec` is the data set's, of a folder."""
         run = replace(self, all=False, seeds=1, **changes)
-        usual = asdict(run.recipe) | run.usual_weights
+        usual = asdict((spec or self.spec).recipes[run.role, run.optimizer]) | run.usual_weights
         return replace(run, **{name: value for name, value in usual.items() if getattr(run, name) is None})
 
-    def runs(self) -> list["TrainOptions"]:
-        """The runs to do, in order: one, or with `all` the teacher, then each seed's students."""
+    def runs(self, spec: DatasetSpec | None = None) -> list["TrainOptions"]:
+        """The runs to do, in order: one, or with `all` the teacher, then each seed's students; `spec` as there."""
         if not self.all:
-            return [self]
+            return [self.resolved(spec)]
         without_kd = {"temp": (5.0,), "loss": ("kd",)}
         recipe = dict.fromkeys(RECIPE_OPTIONS)  # the user's are the students'
-        plan = [self.resolved(tto=True, seed=DEFAULT_SEED, **without_kd, **recipe)]
+        plan = [self.resolved(spec, tto=True, seed=DEFAULT_SEED, **without_kd, **recipe)]
         for seed in range(self.seed, self.seed + self.seeds):
-            plan.append(self.resolved(seed=seed, **without_kd))
+            plan.append(self.resolved(spec, seed=seed, **without_kd))
             for loss in self.loss:
                 temps = self.temp or LOSSES[loss].temps
-                plan += [self.resolved(seed=seed, kd=True, loss=(loss,), temp=(temp,)) for temp in temps]
+                plan += [self.resolved(spec, seed=seed, kd=True, loss=(loss,), temp=(temp,)) for temp in temps]
         return plan
 
     def result_options(self) -> dict:
         """The options that shape the result, as plain values."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["shapes_result"]}
+        if self.spec == super().spec:  # as the data set has it: with the option or without, one run
+            del values["flip"]
         if not self.kd:
             distilling = ("temp", "loss", "kd_weight", "ce_weight", "cache_teacher")
             return {name: value for name, value in values.items() if name not in distilling}
@@ -430,7 +449,7 @@ EXCLUDES = {
         "tto": ("kd",),
         "checkpoint": ("tto", "kd", "seed", "dataset", "subset", "holdout", "compare"),
         "compare": ("tto", "kd", "seed", "image", "json", "export"),
-        "image": ("subset", "holdout", "json", "export", "data_path"),
+        "image": ("subset", "holdout", "json", "export", "data_path", "skip_broken"),
     },
 }
 
@@ -498,6 +517,8 @@ def parse(script: str, options_class: type[Options], argv: list[str] | None) -> 
             parser.error(f"--{name} takes several values only with --all True: give one")
         if len(set(values)) < len(values):
             parser.error(f"--{name} names one twice")
+    if options.skip_broken and options.dataset != "folder" and "checkpoint" not in given:
+        parser.error("--skip_broken means something with --dataset folder alone: give that too, or leave it out")
     if "temp" not in given:
         options = replace(options, temp=options.defaults()["temp"])
     return parser, options
@@ -542,7 +563,7 @@ def parse_train(argv: list[str] | None = None) -> TrainOptions:
         parser.error(f"--seed {options.seed} leaves no room for {options.seeds} --seeds: the last is at most {LARGEST}")
     if options.views is not None and options.views > options.spec.views:
         parser.error(f"--views: an image of {options.dataset} has {options.spec.views} views, not {options.views}")
-    return options if options.all else options.resolved()
+    return options if options.all or not options.spec.is_known else options.resolved()
 
 
 def parse_test(argv: list[str] | None = None) -> TestOptions:

@@ -13,6 +13,7 @@
 The first line repeats the test loss and the accuracies of the training log's last line.
 """
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -25,27 +26,37 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
+from datasets import DatasetSpec
+from datasets.pictures import bombs_refused, read_picture
 from evaluation import figures, inference, report
-from evaluation.comparison import as_trained, load_held_out, measure_all
+from evaluation.comparison import as_trained, compare_images, load_held_out, measure_all, told
 from evaluation.measures import fidelity, measure
 from models import ARCHITECTURES
 from runtime import checkpoint
 from runtime.device import Runtime, device_title
 from runtime.errors import UserError, exit_code
 from runtime.files import make_folder
-from runtime.identity import DISTILLATION, Identity
+from runtime.identity import DISTILLATION
 from runtime.processes import start
 from utils import Images, all_logits
 
 
-def load(options: config.TestOptions, path: Path, role: str, runtime: Runtime) -> tuple[torch.nn.Module, dict]:
-    """A model on the device and its checkpoint's content; UserError where it is missing or another's."""
+def load(
+    options: config.TestOptions, path: Path, role: str, runtime: Runtime, classes: tuple[str, ...] | None = None
+) -> tuple[torch.nn.Module, dict]:
+    """A model on the device and its checkpoint's content; UserError where it is missing or another's.
+
+    With `classes`, one of other classes is another's, too.
+    """
     if not path.exists():
         raise UserError(
             f"no checkpoint {path} in {path.parent.resolve()}: make it with `{options.command('train.py')}`, "
             "or give its folder by --weights_path"
         )
-    return inference.load_model(path, role, options.dataset, options.spec, runtime.device)
+    model, content = inference.load_model(path, role, options.dataset, runtime.device)
+    if classes is not None and content["spec"].classes != classes:
+        raise UserError(f"{path} knows the classes {told(content['spec'].classes)}, not {told(classes)}")
+    return model, content
 
 
 def with_checkpoint(options: config.TestOptions) -> tuple[config.TestOptions, Path]:
@@ -75,20 +86,24 @@ def find_teacher(options: config.TestOptions) -> Path | None:
 def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
     """Print the report of one checkpoint and write its figures and files."""
     options, path = with_checkpoint(options)
-    spec = options.spec
     model, content = load(options, path, options.role, runtime)
-    run = content["identity"]
+    run, spec = content["identity"], content["spec"]
     teacher_path = None if options.tto else find_teacher(options)
     for folder in {options.plots_path, *(file.parent for file in (options.json, options.export) if file)}:
         make_folder(folder)  # what can't be written is said before an evaluation, not after it
     runtime = as_trained(options, runtime, run)
-    images, labels = load_held_out(options, runtime)
+    if options.export and not options.json and not (options.spec.is_known or os.path.isdir(options.data_path)):
+        saved = export(model, options.export, spec) if runtime.is_main else ""
+        return runtime.print(f"saved {saved}; not evaluated, for there is no folder {options.data_path}")
+    found, images, notes = load_held_out(options, runtime)
+    notes += compare_images(found, content, path)
+    labels = images.labels.cpu()
     logits = all_logits(model, images, spec, runtime)
     numbers = measure(logits, labels)
     teacher, extra = None, {}
     fidelity_text = f"fidelity to the teacher: left out, there is no {options.teacher_path}"
     if teacher_path:
-        teacher, extra, fidelity_text = compare_with_teacher(options, runtime, run, images, logits)
+        teacher, extra, fidelity_text = compare_with_teacher(options, runtime, content, images, logits)
     if not runtime.is_main:
         return
     cost = inference.measure_cost(model, path, runtime)
@@ -102,31 +117,38 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
         values = {"checkpoint": str(path), "role": options.role, **numbers, **cost.medians(), **extra}
         saved.append(report.write_json(options.json, values))
     if options.export:
-        difference = inference.export_model(model, options.export, spec)
-        saved.append(f"{options.export}, whose logits differ by {difference:.1g} at most when it is loaded again")
-    top1, top5 = (f"{name} {100 * numbers[name]:.2f}%" for name in ("top1", "top5"))
-    print(f"{options.split} loss {numbers['loss']:.4f} {top1} {top5}")
-    print(f"{path} on {options.dataset}, {device_title(runtime)}, {runtime.precision}\n")
+        saved.append(export(model, options.export, spec))
+    tops = " ".join(f"{name} {100 * numbers[name]:.2f}%" for name in report.TOPS if name in numbers)
+    print(f"{options.split} loss {numbers['loss']:.4f} {tops}")
+    print("\n".join([f"{path} on {options.dataset}, {device_title(runtime)}, {runtime.precision}", *notes, ""]))
     print(report.accuracy_text(numbers, spec.classes))
     print("" if options.tto else f"\n{fidelity_text}\n")
     print(f"{report.cost_text(cost, teacher_cost)}\n\nsaved {', '.join(map(str, saved))}")
 
 
+def export(model: torch.nn.Module, path: Path, spec: DatasetSpec) -> str:
+    """Export a model; the file and how exact it is, in words."""
+    difference = inference.export_model(model, path, spec)
+    return f"{path}, whose logits differ by {difference:.1g} at most when it is loaded again"
+
+
 def compare_with_teacher(
-    options: config.TestOptions, runtime: Runtime, run: Identity, images: Images, logits: torch.Tensor
+    options: config.TestOptions, runtime: Runtime, student: dict, images: Images, logits: torch.Tensor
 ) -> tuple[torch.nn.Module, dict, str]:
     """The teacher, the student's fidelity to it, and the table; beside KD, the student without it as a control."""
-    labels = images.labels.cpu()
-    teacher, _ = load(options, options.teacher_path, "teacher", runtime)
-    teacher_logits = all_logits(teacher, images, options.spec, runtime)
+    labels, run, classes = images.labels.cpu(), student["identity"], student["spec"].classes
+    teacher, content = load(options, options.teacher_path, "teacher", runtime, classes)
+    teacher_logits = all_logits(teacher, images, content["spec"], runtime)
     extra = fidelity(logits, teacher_logits, labels)
     columns, notes = {"this student": extra}, []
     control = replace(options, kd=False).checkpoint_path
     if options.kd and control.exists():
         # Agreement grows with accuracy alone: what KD adds is seen beside the student that had no teacher.
-        model, content = load(options, control, "student", runtime)
+        model, content = load(options, control, "student", runtime, classes)
         if content["identity"].is_control_of(run):
-            columns["without KD"] = fidelity(all_logits(model, images, options.spec, runtime), teacher_logits, labels)
+            columns["without KD"] = fidelity(
+                all_logits(model, images, content["spec"], runtime), teacher_logits, labels
+            )
         else:
             notes.append(f"{control} is not its control: it has {content['identity'].beside(run, DISTILLATION)}")
     if options.kd and run["teacher"] != checkpoint.fingerprint(teacher.state_dict()):
@@ -143,7 +165,10 @@ def compare(options: config.TestOptions, runtime: Runtime) -> None:
     )
     if not contents:
         raise nothing
-    shown = measure_all(contents, options, runtime, cost=True)
+    found, images, notes = load_held_out(options, runtime)
+    for note in notes:
+        runtime.print(note)
+    shown = measure_all(contents, found, images, options, runtime, cost=True)
     if not shown:
         raise nothing
     if runtime.is_main:
@@ -166,7 +191,7 @@ def find_checkpoints(options: config.TestOptions, runtime: Runtime) -> list[dict
     contents = [c for c in contents if (c["identity"]["dataset"], c["identity"]["holdout"] or 0) == images]
     contents = [content for content in contents if "metrics" in content]
     if options.teacher:
-        teacher, named = inference.load_model(options.teacher, "teacher", options.dataset, options.spec, runtime.device)
+        teacher, named = inference.load_model(options.teacher, "teacher", options.dataset, runtime.device)
         its_own = None, checkpoint.fingerprint(teacher.state_dict())
         students = [content for content in contents if content["identity"]["role"] == "student"]
         contents = [content for content in students if content["identity"]["teacher"] in its_own]
@@ -176,21 +201,23 @@ def find_checkpoints(options: config.TestOptions, runtime: Runtime) -> list[dict
 
 def classify(options: config.TestOptions, runtime: Runtime) -> None:
     """Print the classes of pictures by the model and its teacher, and draw them."""
-    pixels = np.stack([inference.read_picture(path) for path in options.image])
+    with bombs_refused():
+        pixels = np.stack([read_picture(path) for path in options.image])
     options, path = with_checkpoint(options)
-    paths = {options.role: path}
+    paths, spec = {options.role: path}, None
     if not options.tto and (teacher_path := find_teacher(options)):
         paths["teacher"] = teacher_path
     answers = {}
     for role, model_path in paths.items():
-        model, content = load(options, model_path, role, runtime)
-        answers[content["identity"].title] = inference.classify(model, pixels, options.spec, runtime)
+        model, content = load(options, model_path, role, runtime, spec and spec.classes)
+        spec = content["spec"]
+        answers[content["identity"].title] = inference.classify(model, pixels, spec, runtime)
     if not runtime.is_main:
         return
     shown = [picture.name for picture in options.image[: figures.PICTURES_SHOWN]]
     figure = options.plots_path / f"{path.stem}_images.png"
-    figures.plot_pictures(pixels, shown, answers, options.spec.classes, figure)
-    print(f"{report.pictures_text(options.image, answers, options.spec.classes)}\nsaved {figure}")
+    figures.plot_pictures(pixels, shown, answers, spec.classes, figure)
+    print(f"{report.pictures_text(options.image, answers, spec.classes)}\nsaved {figure}")
 
 
 def main(argv: list[str] | None = None) -> int:

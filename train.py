@@ -21,6 +21,8 @@ if __name__ == "__main__":
 
 import torch
 
+from datasets import DatasetSpec
+from datasets.folder import read_folder
 from evaluation.comparison import measure_all
 from evaluation.figures import find_logs, plot_comparison
 from evaluation.inference import load_model
@@ -86,10 +88,12 @@ def end_epoch(run: Run, teacher: TeacherCache | None, held_out, stop: StopSignal
     options, runtime = run.options, run.runtime
     images = run.steps * run.batch_size
     means = dict(zip(METRICS, (runtime.total(run.totals) / images).tolist(), strict=True))
+    held = percent(evaluate(run.model, held_out, run.spec, runtime, stop))
+    without = {"kl": not options.kd, "top5": "top5" not in held}
     line = {
         "epoch": run.epoch + 1,
-        "train": percent(means if options.kd else {k: v for k, v in means.items() if k != "kl"}),
-        options.split: percent(evaluate(run.model, held_out, options.spec, runtime, stop)),
+        "train": percent({name: value for name, value in means.items() if not without.get(name)}),
+        options.split: held,
         "lr": run.lr,
         "seconds": round(run.seconds, 3),
         "images_per_second": round(images / max(run.seconds, 1e-9), 1),
@@ -100,11 +104,12 @@ def end_epoch(run: Run, teacher: TeacherCache | None, held_out, stop: StopSignal
         run.log.append(line)
     run.epoch += 1
     run.begin_epoch()
-    train, held = line["train"], line[options.split]
+    train = line["train"]
+    top5 = f" top5 {held['top5']:.2f}%" if "top5" in held else ""
     hits = f", teacher cache hits {100 * line['teacher_cache_hits']:.1f}%" if teacher else ""
     runtime.print(
         f"epoch {line['epoch']}/{options.num_epochs}: train loss {train['loss']:.4f} top1 {train['top1']:.2f}%, "
-        f"{options.split} loss {held['loss']:.4f} top1 {held['top1']:.2f}% top5 {held['top5']:.2f}%, "
+        f"{options.split} loss {held['loss']:.4f} top1 {held['top1']:.2f}%{top5}, "
         f"{line['seconds']:.1f} s, {line['images_per_second']:,.0f} img/s{hits}",
     )
 
@@ -114,19 +119,28 @@ def percent(metrics: dict[str, float]) -> dict[str, float]:
     return {name: 100 * value if name.startswith("top") else value for name, value in metrics.items()}
 
 
-def load_teacher(options: config.TrainOptions, runtime: Runtime) -> tuple[torch.nn.Module, str]:
+def load_teacher(
+    options: config.TrainOptions, runtime: Runtime, spec: DatasetSpec | None = None
+) -> tuple[torch.nn.Module, str]:
     """The teacher in evaluation mode, without gradients, and the fingerprint of its weights.
 
-    UserError where there is none, or where it was trained on images that this run keeps aside.
+    UserError where there is none, or where it was trained on images that this run keeps aside, or on other ones than
+    those of `spec`, the data set as it was read.
     """
+    spec = spec or options.spec
     path = options.teacher_path
     if not path.exists():
-        names = ("dataset", "data_path", "weights_path", "plots_path", "subset", "holdout")
+        names = ("dataset", "data_path", "skip_broken", "weights_path", "plots_path", "subset", "holdout", "flip")
         same = {name: getattr(options, name) for name in names}
-        command = config.TrainOptions(tto=True, temp=options.temp, **same).resolved().command("train.py")
+        command = config.TrainOptions(tto=True, temp=(5.0,), **same).command("train.py", every=True)
         raise UserError(f"no teacher {path}: train one with `{command}`")
-    teacher, content = load_model(path, "teacher", options.dataset, options.spec, runtime.device)
-    if content["identity"].has_seen_holdout(options.subset, options.holdout):
+    teacher, content = load_model(path, "teacher", options.dataset, runtime.device)
+    if content["identity"]["images"] != spec.fingerprint:
+        raise UserError(
+            f"the teacher {path} was trained on other images than {options.data_path} holds now: train it anew, "
+            "or give each folder of images a --weights_path of its own"
+        )
+    if content["identity"].has_seen_holdout(options.subset, options.holdout, spec.train_images):
         raise UserError(
             f"--holdout {options.holdout}: the teacher {path} was trained on images that this run keeps aside; "
             "train one with `python train.py --tto True` and the same --holdout"
@@ -134,13 +148,32 @@ def load_teacher(options: config.TrainOptions, runtime: Runtime) -> tuple[torch.
     return teacher, checkpoint.fingerprint(teacher.state_dict())
 
 
-def train(options: config.TrainOptions, runtime: Runtime, stop: StopSignal, teacher=None, teacher_id: str = "") -> None:
+def find_dataset(options: config.TrainOptions, runtime: Runtime, stop: StopSignal) -> DatasetSpec:
+    """The data set's row; of a folder, which has to be read for it, with its images."""
+    if options.spec.is_known:
+        return options.spec
+    with main_first(runtime):
+        spec, notes = read_folder(options.data_path, options.spec.flip, options.skip_broken, runtime, stop)
+    for note in notes:
+        runtime.print(note)
+    return spec
+
+
+def train(
+    options: config.TrainOptions,
+    runtime: Runtime,
+    stop: StopSignal,
+    teacher=None,
+    teacher_id: str = "",
+    spec: DatasetSpec | None = None,
+) -> None:
     """One run from its options to its checkpoint, log and figures, going on with an unfinished one."""
+    spec = spec or options.spec
     with main_first(runtime):
         images, held_out = load_images(
-            options.spec, options.data_path, "train", options.split, subset=options.subset, holdout=options.holdout
+            spec, options.data_path, "train", options.split, subset=options.subset, holdout=options.holdout
         )
-    views = Views(images.to(runtime.device), options.spec, options.views)
+    views = Views(images.to(runtime.device), spec, options.views)
     held_out = held_out.to(runtime.device)
     with locked(options.checkpoint_path) if runtime.is_main else contextlib.nullcontext():
         run = Run(options, runtime, views, teacher_id)
@@ -185,10 +218,10 @@ def begin(run: Run, count: int) -> None:
 
 def make_cache(run: Run, teacher: torch.nn.Module, views: Views) -> TeacherCache:
     """The teacher behind its cache, whose file is named after everything its logits depend on."""
-    options, spec = run.options, run.options.spec
+    options, spec = run.options, run.spec
     path = None
     if options.cache_teacher:
-        pixels = {"pixels": views.padded}
+        pixels = {"pixels": views.padded} | ({} if views.allowed is None else {"views": views.allowed})
         key = checkpoint.fingerprint(pixels, run.identity["teacher"], spec.mean, spec.std, options.precision)
         path = options.weights_path / f"{spec.prefix}teacher_{key}.cache"
     with main_first(run.runtime):
@@ -202,7 +235,8 @@ def finish(run: Run) -> None:
     seconds = sum(line["seconds"] for line in lines)
     checkpoint.save(options.checkpoint_path, run.state(metrics=lines[-1][options.split], seconds=seconds))
     figures = plot_curves(options.log_path, options.plots_path)
-    if logs := find_logs(options.plots_path, options.dataset, options.subset, options.holdout):
+    images = run.identity["images"]
+    if logs := find_logs(options.plots_path, options.dataset, options.subset, options.holdout, images):
         figures.append(plot_comparison(logs, options.comparison_path))
     options.resume_path.unlink(missing_ok=True)
     print(f"saved {options.checkpoint_path}, {options.log_path} and {', '.join(path.name for path in figures)}")
@@ -219,31 +253,42 @@ def main(argv: list[str] | None = None) -> int:
 def train_all(options: config.TrainOptions) -> None:
     """The run asked for, or with --all every run that is not finished yet, and then the table."""
     with StopSignal() as stop, start(options.device, options.precision, options.deterministic) as runtime:
+        spec = find_dataset(options, runtime, stop)
         teacher, teacher_id = None, ""
-        for run_options in options.runs():
+        for run_options in options.runs(spec):
             run_options = replace(run_options, precision=runtime.precision)
             if run_options.kd and teacher is None:  # one for all students
-                teacher, teacher_id = load_teacher(run_options, runtime)
-            if options.all and is_finished(run_options, runtime, teacher_id):
+                teacher, teacher_id = load_teacher(run_options, runtime, spec)
+            if options.all and is_finished(run_options, runtime, teacher_id, spec):
                 runtime.print(f"{run_options.run_name}: finished before, kept")
             else:
-                train(run_options, runtime, stop, teacher, teacher_id)
+                train(run_options, runtime, stop, teacher, teacher_id, spec)
         if options.all:
-            paths = [run.checkpoint_path for run in options.runs()]
-            contents = measure_all([checkpoint.load(path) | {"path": path} for path in paths], options, runtime)
-            if runtime.is_main:
-                publish(contents, options, "results")
+            publish_all(options, spec, runtime)
 
 
-def is_finished(options: config.TrainOptions, runtime: Runtime, teacher_id: str) -> bool:
+def publish_all(options: config.TrainOptions, spec: DatasetSpec, runtime: Runtime) -> None:
+    """Evaluate what --all trained and publish its table."""
+    paths = [run.checkpoint_path for run in options.runs(spec)]
+    contents = [checkpoint.load(path) | {"path": path} for path in paths]
+    (images,) = load_images(spec, options.data_path, options.split, subset=options.subset, holdout=options.holdout)
+    contents = measure_all(contents, spec, images.to(runtime.device), options, runtime)
+    if runtime.is_main:
+        publish(contents, options, "results")
+
+
+def is_finished(
+    options: config.TrainOptions, runtime: Runtime, teacher_id: str, spec: DatasetSpec | None = None
+) -> bool:
     """Whether the very run of these options is finished; of the teacher, which --all does not shape, any one."""
     path = options.checkpoint_path
     if options.resume == "False" or options.resume_path.exists() or not path.exists():
         return False
     found = checkpoint.load(path, role=options.role, dataset=options.dataset)["identity"]
+    wanted = identity_of(options, runtime, teacher_id, spec)
     if options.tto:
-        return all(found[name] == getattr(options, name) for name in ("subset", "holdout"))
-    return found == identity_of(options, runtime, teacher_id)
+        return all(found[name] == wanted[name] for name in ("subset", "holdout", "images", "flip"))
+    return found == wanted
 
 
 if __name__ == "__main__":

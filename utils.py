@@ -20,6 +20,7 @@ from runtime.signals import StopSignal
 
 EVALUATION_BATCH = 500
 VIEWS = 2 * CROPS  # each crop as it is and mirrored
+FEW_CLASSES = 5  # of which every image has its class among the five likeliest: top-5 says nothing
 
 # ---------------------------------------------------------------------------------------------- data
 
@@ -63,11 +64,13 @@ def load_images(
 
 def read_images(spec: DatasetSpec, folder: Path, halves: set[str]) -> dict[str, Images]:
     """The whole training set ("train") or test set ("test"), each if asked for."""
-    if spec.torchvision_class is None:
+    if spec.halves:
+        read = spec.halves
+    elif spec.torchvision_class is None:
         read = {half: cached_digits(folder, half, {"train": spec.train_images, "test": 2000}[half]) for half in halves}
     else:
         read = read_torchvision(spec, folder, sorted(halves))
-    return {half: Images(torch.from_numpy(pixels), torch.from_numpy(labels)) for half, (pixels, labels) in read.items()}
+    return {half: Images(*map(torch.from_numpy, read[half])) for half in halves}
 
 
 def read_torchvision(spec: DatasetSpec, folder: Path, halves: list[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -105,7 +108,7 @@ class Views:
     """
 
     def __init__(self, images: Images, spec: DatasetSpec, limit: int | None = None) -> None:
-        self.labels = images.labels
+        self.labels, self.spec = images.labels, spec
         device = images.pixels.device
         self.padded = F.pad(images.pixels, (0, 0, PAD, PAD, PAD, PAD))
         # The window of 32 rows of 96 bytes that starts at each padded pixel: picking a crop is 32 block copies.
@@ -145,6 +148,15 @@ class Views:
         first = epoch % stride
         columns = first + stride * torch.randint(len(range(first, limit, stride)), (count,), generator=generator)
         return order, self.allowed.gather(1, columns[:, None])[:, 0]
+
+    def columns(self, rows: torch.Tensor, views: torch.Tensor) -> torch.Tensor:
+        """The place (B,) of each view (B,) among the `per_image` ones that its image row (B,) is left."""
+        return views if self.allowed is None else (self.allowed[rows] == views[:, None]).nonzero()[:, 1]
+
+    @property
+    def per_image(self) -> int:
+        """How many views an image has a place for."""
+        return VIEWS if self.allowed is None else self.allowed.shape[1]
 
     def batch(self, rows: torch.Tensor, views: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Image rows (B,) in their views (B,), normalised (B, 3, 32, 32) channels_last, and their labels (B,)."""
@@ -213,6 +225,12 @@ def topk_correct(logits: torch.Tensor, targets: torch.Tensor, ks: tuple[int, ...
     return torch.stack([(ahead < k).sum() for k in ks])
 
 
+def accuracies(logits: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
+    """Top-1 and, of more than five classes, top-5 (0 to 1) of logits (B, C) and targets (B,)."""
+    top1, top5 = (count / len(targets) for count in topk_correct(logits, targets).tolist())
+    return {"top1": top1} | ({"top5": top5} if logits.shape[1] > FEW_CLASSES else {})
+
+
 @torch.inference_mode()
 def all_logits(
     model: torch.nn.Module, images: Images, spec: DatasetSpec, runtime: Runtime, stop: StopSignal | None = None
@@ -241,12 +259,14 @@ def all_logits(
 def evaluate(
     model: torch.nn.Module, images: Images, spec: DatasetSpec, runtime: Runtime, stop: StopSignal | None = None
 ) -> dict[str, float]:
-    """Mean cross-entropy (nats), top-1 and top-5 (0 to 1) over all images; raises what `all_logits` raises."""
+    """Mean cross-entropy (nats), top-1 and, of more than five classes, top-5 (0 to 1) over all images.
+
+    Raises what `all_logits` raises.
+    """
     model.eval()
     runtime.share_buffers(model)  # what is evaluated is what the first process saves
     logits, labels = all_logits(model, images, spec, runtime, stop), images.labels.cpu()
-    top1, top5 = (count / len(labels) for count in topk_correct(logits, labels).tolist())
-    return {"loss": F.cross_entropy(logits, labels).item(), "top1": top1, "top5": top5}
+    return {"loss": F.cross_entropy(logits, labels).item(), **accuracies(logits, labels)}
 
 
 # ---------------------------------------------------------------------------------------------- curves

@@ -1,12 +1,14 @@
 """All finished checkpoints of a data set at work, side by side."""
 
 from dataclasses import replace
+from pathlib import Path
 
-import torch
-
-from config import Options
-from evaluation import inference
+from config import Options, TestOptions
+from datasets import DatasetSpec
+from datasets.folder import read_folder
+from evaluation.inference import load_model, measure_cost
 from evaluation.measures import fidelity, measure
+from evaluation.report import TOPS
 from runtime import checkpoint
 from runtime.device import Runtime
 from runtime.errors import UserError
@@ -22,40 +24,61 @@ def as_trained(options: Options, runtime: Runtime, run: Identity) -> Runtime:
     return runtime
 
 
-def load_held_out(options: Options, runtime: Runtime) -> tuple[Images, torch.Tensor]:
-    """The test images, or those that a holdout kept aside, on the device, and their labels on the CPU."""
+def load_held_out(options: TestOptions, runtime: Runtime) -> tuple[DatasetSpec, Images, list[str]]:
+    """The data set as it is found, its test images, or those of a holdout, on the device, and what is to be said."""
+    spec, notes = options.spec, []
     with main_first(runtime):
-        (images,) = load_images(
-            options.spec, options.data_path, options.split, subset=options.subset, holdout=options.holdout
+        if not spec.is_known:
+            spec, notes = read_folder(options.data_path, spec.flip, options.skip_broken, runtime)
+        (images,) = load_images(spec, options.data_path, options.split, subset=options.subset, holdout=options.holdout)
+    return spec, images.to(runtime.device), notes
+
+
+def told(classes: tuple[str, ...]) -> str:
+    """The first classes, and how many there are."""
+    return ", ".join(classes[:5]) + (f", ... ({len(classes)})" if len(classes) > 5 else "")
+
+
+def compare_images(found: DatasetSpec, content: dict, path: Path) -> list[str]:
+    """What is to be said where a checkpoint was trained on other images; UserError where they are of other classes."""
+    if found.classes != content["spec"].classes:
+        raise UserError(
+            f"{path} knows the classes {told(content['spec'].classes)}, and there are {told(found.classes)}"
         )
-    return images.to(runtime.device), images.labels
+    same = found.fingerprint == content["identity"]["images"]
+    return [] if same else [f"{path} was trained on other images than there are now"]
 
 
-def measure_all(contents: list[dict], options: Options, runtime: Runtime, cost: bool = False) -> list[dict]:
+def measure_all(
+    contents: list[dict], found: DatasetSpec, images: Images, options: Options, runtime: Runtime, cost: bool = False
+) -> list[dict]:
     """Checkpoints, teachers first, each with its `path`, with what is `measured` of them, with `cost` their speed too.
 
-    What can't be loaded is named and left out. A student is compared with its own teacher, if that is among them, and
-    one without KD with the first teacher.
+    `images` of the data set `found` are what they are measured on. What can't be loaded, or was trained on other ones,
+    is named and left out. A student is compared with its own teacher, if that is among them, and one without KD with
+    the first teacher.
     """
-    images, labels = load_held_out(options, runtime)
+    labels = images.labels.cpu()
     shown, teachers = [], {}  # the logits of each teacher, by its fingerprint
     for content in contents:
         run, path = content["identity"], content["path"]
         try:
-            model, _ = inference.load_model(path, run["role"], options.dataset, options.spec, runtime.device)
+            for other_images in compare_images(found, content, path):
+                raise UserError(other_images)
+            model, _ = load_model(path, run["role"], run["dataset"], runtime.device)
         except UserError as error:  # of another version, or of weights that are no such model's
             runtime.print(f"left out: {error}")
             continue
         shown.append(content)
         its_runtime = as_trained(options, runtime, run)
-        logits = all_logits(model, images, options.spec, its_runtime)
+        logits = all_logits(model, images, content["spec"], its_runtime)
         numbers = measure(logits, labels)
         if run["role"] == "teacher":
             teachers[checkpoint.fingerprint(model.state_dict())] = logits
         elif teacher := run["teacher"] if run["kd"] else next(iter(teachers), None):
             numbers |= fidelity(logits, teachers[teacher], labels) if teacher in teachers else {}
-        content["metrics"] = {key: 100 * numbers[key] for key in ("top1", "top5")}
+        content["metrics"] = {key: 100 * numbers[key] for key in TOPS if key in numbers}
         content["measured"] = numbers | {key: content[key] for key in ("seconds",) if key in content}
         if cost and runtime.is_main:
-            content["measured"] |= inference.measure_cost(model, path, its_runtime).medians()
+            content["measured"] |= measure_cost(model, path, its_runtime).medians()
     return shown

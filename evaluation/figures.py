@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 import statistics
 from pathlib import Path
 
@@ -15,24 +16,31 @@ from runtime.log import read_log
 from utils import COLOURS, new_axes, new_figure, save_figure
 
 PICTURES_SHOWN = 12  # in one figure, lest it be too tall to look at
+CLASSES_SHOWN = 10  # beside a picture
+CELLS_WITH_NUMBERS, NAMES_SHOWN = 20, 100  # classes: of more, a figure is too crowded
 
 
 def plot_confusion(numbers: dict, classes: tuple[str, ...], title: str, path: Path) -> Path:
-    """Draw the confusion matrix, each row as percent of its class; the figure's path."""
+    """Draw the confusion matrix, each row as percent of its class, without numbers where it is large; the path."""
     axes = new_axes(title, "class")
     counts = torch.tensor(numbers["confusion"], dtype=torch.float64)
     percent = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
-    picture = axes.imshow(percent.numpy(), cmap="Blues", vmin=0, vmax=100)
-    for i, row in enumerate(percent.tolist()):
+    few = len(classes) <= CELLS_WITH_NUMBERS
+    picture = axes.imshow(percent.numpy(), cmap="Blues", vmin=0, vmax=100, interpolation="none")
+    for i, row in enumerate(percent.tolist() if few else ()):
         for j, value in enumerate(row):
             colour = "white" if value > 50 else "black"
             axes.text(j, i, f"{value:.0f}" if value else "", ha="center", va="center", fontsize=8, color=colour)
-    axes.set(xlabel="predicted", xticks=range(len(classes)), yticks=range(len(classes)))
-    axes.set_xticklabels(classes, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticklabels(classes)
+    ticks = range(0, len(classes), math.ceil(len(classes) / NAMES_SHOWN))
+    axes.set(xlabel="predicted", xticks=ticks, yticks=ticks)
+    style = {"fontsize": None if few else 6, "parse_math": False}
+    names = [drawable(classes[i]) for i in ticks]
+    turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if few else {"rotation": 90}
+    axes.set_xticklabels(names, **turned, **style)
+    axes.set_yticklabels(names, **style)
     axes.grid(False)
-    axes.figure.set_size_inches(7, 6)
-    axes.figure.colorbar(picture, label="% of the class's images")
+    axes.figure.set_size_inches((7, 6) if few else (14, 13))
+    axes.figure.colorbar(picture, label="% of the class's images", shrink=1 if few else 0.5)
     return save_figure(axes, path)
 
 
@@ -58,14 +66,17 @@ def plot_reliability(logits: torch.Tensor, labels: torch.Tensor, title: str, pat
 
 
 def drawable(name: str) -> str:
-    """A file's name as a figure shows it: what its font has not as question marks, 24 characters at most."""
+    """A name as a figure shows it: what its font has not as question marks, 24 characters at most."""
     font = get_font(findfont(FontProperties()))
     known = "".join(c if font.get_char_index(ord(c)) else "?" for c in name)
     return known if len(known) <= 24 else f"{known[:23]}…"
 
 
 def plot_pictures(pixels: list, names: list[str], answers: dict, classes: tuple[str, ...], path: Path) -> Path:
-    """Draw pictures (B, 32, 32, 3) as the models see them beside each model's probabilities (B, C); the path."""
+    """Draw pictures (B, 32, 32, 3) as the models see them beside each model's probabilities (B, C); the path.
+
+    Of many classes, the ten that the first model finds likeliest are shown.
+    """
     figure = new_figure(2.2 * len(names) + 0.4)
     grid = figure.subplots(len(names), 2, squeeze=False, width_ratios=(1, 2.4))
     height = 0.8 / len(answers)
@@ -73,10 +84,13 @@ def plot_pictures(pixels: list, names: list[str], answers: dict, classes: tuple[
         left.imshow(pixels[i])
         left.set_title(drawable(names[i]), fontsize=9, parse_math=False)
         left.axis("off")
+        likeliest = next(iter(answers.values()))[i].topk(min(CLASSES_SHOWN, len(classes))).indices
+        shown = likeliest.sort().values
         for k, (model, probabilities) in enumerate(answers.items()):
-            places = [j + (k - (len(answers) - 1) / 2) * height for j in range(len(classes))]
-            right.barh(places, (100 * probabilities[i]).numpy(), height, color=COLOURS[k], label=model)
-        right.set(xlim=(0, 100), yticks=range(len(classes)), yticklabels=classes)
+            places = [j + (k - (len(answers) - 1) / 2) * height for j in range(len(shown))]
+            right.barh(places, (100 * probabilities[i, shown]).numpy(), height, color=COLOURS[k], label=model)
+        right.set(xlim=(0, 100), yticks=range(len(shown)))
+        right.set_yticklabels([drawable(classes[j]) for j in shown.tolist()], parse_math=False)
         right.tick_params(labelsize=8)
         right.invert_yaxis()
         right.grid(axis="x", alpha=0.3)
@@ -85,13 +99,16 @@ def plot_pictures(pixels: list, names: list[str], answers: dict, classes: tuple[
     return save_figure(grid[0, 0], path)  # whose legend is the figure's
 
 
-def find_logs(folder: Path, dataset: str, subset: int | None = None, holdout: int = 0) -> list[Path]:
+def find_logs(
+    folder: Path, dataset: str, subset: int | None = None, holdout: int = 0, images: str | None = None
+) -> list[Path]:
     """The logs in `folder` of runs on these images of a data set, with an epoch or more."""
     logs = []
     for path in sorted(Path(folder).glob("*.jsonl")):
         with contextlib.suppress(Exception):  # what is damaged, or no log at all, is no fault of this run
             run, epochs, _ = read_curve(path)
-            if epochs and (run["dataset"], run["subset"], run["holdout"]) == (dataset, subset, holdout):
+            facts = tuple(run[name] for name in ("dataset", "subset", "holdout", "images"))
+            if epochs and facts == (dataset, subset, holdout, images):
                 logs.append(path)
     return logs
 

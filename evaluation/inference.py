@@ -4,33 +4,25 @@ import copy
 import io
 import json
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch.utils.flop_counter import FlopCounterMode
 
 from datasets import SIDE, DatasetSpec
 from models import ARCHITECTURES, build_model
 from runtime import checkpoint
 from runtime.device import Runtime
-from runtime.errors import UserError, reason
 from runtime.files import writing
 from utils import Normaliser
 
-SMALLEST = 8  # pixels along a side, below which a picture shows nothing
 
-
-def load_model(
-    path: Path, role: str, dataset: str, spec: DatasetSpec, device: torch.device
-) -> tuple[torch.nn.Module, dict]:
+def load_model(path: Path, role: str, dataset: str, device: torch.device) -> tuple[torch.nn.Module, dict]:
     """The model of a checkpoint, ready to evaluate, and what the checkpoint says; UserError where it is no such one."""
-    classes, architecture = len(spec.classes), ARCHITECTURES.get(role)
-    content = checkpoint.load(path, role=role, architecture=architecture, dataset=dataset, num_classes=classes)
-    model = checkpoint.load_weights(build_model(role, classes), content, path)
+    content = checkpoint.load(path, role=role, architecture=ARCHITECTURES.get(role), dataset=dataset)
+    model = checkpoint.load_weights(build_model(role, len(content["spec"].classes)), content, path)
     return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), content
 
 
@@ -98,37 +90,6 @@ def measure_cost(model: torch.nn.Module, path: Path, runtime: Runtime) -> Cost:
 # ---------------------------------------------------------------------------------------------- pictures
 
 
-def read_picture(path: Path) -> np.ndarray:
-    """Any picture's middle square (32, 32, 3) uint8: upright by its EXIF, what is transparent on white.
-
-    UserError in one line where it is missing, no picture, or of a size that can't be used.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as picture:
-                width, height = picture.size
-                if min(width, height) < SMALLEST:
-                    raise UserError(f"{path} is {width} x {height} pixels: give at least {SMALLEST} x {SMALLEST}")
-                picture.draft("RGB", (4 * SIDE, 4 * SIDE))  # a large JPEG is decoded at a fraction of its size
-                picture = ImageOps.exif_transpose(picture)
-                if picture.mode.startswith("I"):  # 16 bits of grey, which PIL would cut off at 255
-                    picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-                picture = ImageOps.fit(picture.convert("RGBA"), (SIDE, SIDE), Image.Resampling.BICUBIC)
-                paper = Image.new("RGBA", picture.size, "white")
-                return np.array(Image.alpha_composite(paper, picture).convert("RGB"))
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        limit = Image.MAX_IMAGE_PIXELS / 1e6
-        raise UserError(f"{path} has more than {limit:.0f} million pixels: make it smaller") from None
-    except UserError:
-        raise
-    except FileNotFoundError:
-        raise UserError(f"no picture {path}: check its name") from None
-    except Exception as error:  # noqa: BLE001 - a damaged picture fails in as many ways as there are formats
-        why = reason(error) if isinstance(error, OSError) and error.errno else "damaged, or no picture"
-        raise UserError(f"can't read {path} ({why}): give a PNG, JPEG or WebP file") from error
-
-
 @torch.inference_mode()
 def classify(model: torch.nn.Module, pixels: np.ndarray, spec: DatasetSpec, runtime: Runtime) -> torch.Tensor:
     """The probabilities (B, C), float64 on the CPU, of pictures (B, 32, 32, 3) uint8."""
@@ -149,12 +110,7 @@ def export_model(model: torch.nn.Module, path: Path, spec: DatasetSpec) -> float
     model.classifier.__class__ = torch.nn.Linear  # all of it is float32
     images = torch.randn(5, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
     program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
-    preprocessing = {
-        "classes": spec.classes,
-        "mean": spec.mean,
-        "std": spec.std,
-        "input": "RGB, 0 to 1, (x - mean) / std",
-    }
+    preprocessing = spec.description() | {"input": "RGB, 0 to 1, (x - mean) / std"}
     buffer = io.BytesIO()
     torch.export.save(program, buffer, extra_files={"preprocessing.json": json.dumps(preprocessing)})
     reloaded = torch.export.load(io.BytesIO(buffer.getvalue())).module()

@@ -6,7 +6,7 @@ import statistics
 import torch
 import torch.nn.functional as F
 
-from utils import topk_correct
+from utils import accuracies
 
 BINS = 15  # of equal width, as in Guo et al. (2017)
 Z = statistics.NormalDist().inv_cdf(0.975)
@@ -56,15 +56,14 @@ def calibration_error(logits: torch.Tensor, labels: torch.Tensor) -> float:
 def measure(logits: torch.Tensor, labels: torch.Tensor) -> dict:
     """All that logits (N, C) and labels (N,) say of a model: fractions 0 to 1, nats, counts, as plain values."""
     count = len(labels)
-    top1, top5 = topk_correct(logits, labels).tolist()
+    tops = accuracies(logits, labels)
     confusion = confusion_matrix(logits, labels)
     per_class = [row[i] / sum(row) if sum(row) else None for i, row in enumerate(confusion.tolist())]
     return {
         "images": count,
         "loss": float(F.cross_entropy(logits.double(), labels)),
-        "top1": top1 / count,
-        "top5": top5 / count,
-        "top1_ci": list(wilson(top1, count)),
+        **tops,
+        "top1_ci": list(wilson(round(tops["top1"] * count), count)),
         "per_class": per_class,
         "confusion": confusion.tolist(),
         "ece": calibration_error(logits, labels),

@@ -20,6 +20,9 @@ from runtime.errors import UserError, reason
 from runtime.files import writing
 from runtime.identity import DISTILLATION, Identity, labels
 
+TOPS = {"top1": "top-1", "top5": "top-5"}
+EXTREMES = 10  # classes at each end, where there are too many to tell of all
+
 # ---------------------------------------------------------------------------------------------- words
 
 
@@ -37,12 +40,8 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 def accuracy_text(numbers: dict, classes: tuple[str, ...]) -> str:
     """Accuracy and calibration in words, from what `measure` returns."""
     count = numbers["images"]
-    intervals = (wilson(round(numbers[key] * count), count) for key in ("top1", "top5"))
-    top1, top5 = (f"{100 * low:.2f}% to {100 * high:.2f}%" for low, high in intervals)
-    per_class = ", ".join(
-        f"{name} {'no image' if share is None else f'{100 * share:.1f}%'}"
-        for name, share in zip(classes, numbers["per_class"], strict=True)
-    )
+    intervals = {key: wilson(round(numbers[key] * count), count) for key in TOPS if key in numbers}
+    tops = [f"{TOPS[key]} {100 * low:.2f}% to {100 * high:.2f}%" for key, (low, high) in intervals.items()]
     wrong = [(row[j], i, j) for i, row in enumerate(numbers["confusion"]) for j in range(len(row)) if i != j]
     worst = [
         f"{classes[i]} taken for {classes[j]} {times} times"
@@ -50,12 +49,26 @@ def accuracy_text(numbers: dict, classes: tuple[str, ...]) -> str:
         if times
     ]
     lines = [
-        f"95% intervals over {count:,} images: top-1 {top1}, top-5 {top5}",
-        *textwrap.wrap(f"of each class: {per_class}", 110, subsequent_indent="  "),
+        f"95% intervals over {count:,} images: {', '.join(tops)}",
+        *per_class_lines(numbers["per_class"], classes),
         f"worst confusions: {', '.join(worst) or 'none'}",
         f"expected calibration error {100 * numbers['ece']:.2f}% ({BINS} bins)",
     ]
     return "\n".join(lines)
+
+
+def per_class_lines(shares: list[float | None], classes: tuple[str, ...]) -> list[str]:
+    """The accuracy (0 to 1, None where there was no image) of each class; of many, of the worst and the best."""
+    named = list(zip(classes, shares, strict=True))
+    parts = {"of each class": named}
+    if len(classes) > 2 * EXTREMES:
+        seen = sorted((pair for pair in named if pair[1] is not None), key=lambda pair: pair[1])
+        parts = {f"the {EXTREMES} worst classes": seen[:EXTREMES], f"the {EXTREMES} best": seen[: -EXTREMES - 1 : -1]}
+    lines = []
+    for title, pairs in parts.items():
+        words = (f"{name} {'no image' if share is None else f'{100 * share:.1f}%'}" for name, share in pairs)
+        lines += textwrap.wrap(f"{title}: {', '.join(words)}", 110, subsequent_indent="  ")
+    return lines
 
 
 def fidelity_text(columns: dict[str, dict]) -> str:
@@ -189,7 +202,7 @@ def collect(contents: list[dict]) -> dict:
         with torch.device("meta"):
             parameters = count_parameters(build_model(first["role"], first["num_classes"]))
         row = {"model": label, "parameters": parameters, "seeds": [run["identity"]["seed"] for run in runs]}
-        for key in ("top1", "top5"):
+        for key in [key for key in TOPS if key in runs[0]["metrics"]]:
             values = [run["metrics"][key] for run in runs]
             row[key] = statistics.mean(values)
             if len(runs) > 1:
@@ -250,14 +263,16 @@ def results_text(results: dict) -> str:
 
     more = {key: column for key, column in MEASURED.items() if any(key in row for row in results["rows"])}
     gains = {gain["model"]: points(gain) for gain in results["gains"]}
+    tops = [key for key in TOPS if any(key in row for row in results["rows"])]
     rows = [
-        [r["model"], cell(r, "top1"), cell(r, "top5"), f"{r['parameters']:,}"]
+        [r["model"], *(cell(r, key) for key in tops), f"{r['parameters']:,}"]
         + [gains.get(r["model"], "")] * bool(gains)
         + [form(r[key]) if key in r else "" for key, (_, form) in more.items()]
         for r in results["rows"]
     ]
-    titles = ["Gain of KD"] * bool(gains) + [title for title, _ in more.values()]
-    text = table(["Model", "Top 1 Accuracy", "Top 5 Accuracy", "Parameters", *titles], rows)
+    titles = [*(f"Top {key[-1]} Accuracy" for key in tops), "Parameters"]
+    titles += ["Gain of KD"] * bool(gains) + [title for title, _ in more.values()]
+    text = table(["Model", *titles], rows)
     for gain in results["gains"]:
         low, high = gain["ci"]
         text += (
@@ -281,6 +296,7 @@ def publish(contents: list[dict], options: Options, name: str) -> None:
     with writing(paths[0]) as temporary:
         temporary.write_text(text, encoding="utf-8")
     write_json(paths[1], results)
-    if logs := find_logs(options.plots_path, options.dataset, options.subset, options.holdout):
+    images = contents[0]["identity"]["images"]
+    if logs := find_logs(options.plots_path, options.dataset, options.subset, options.holdout, images):
         paths.append(plot_comparison(logs, options.comparison_path))
     print(f"{text}\nsaved {', '.join(map(str, paths))}")

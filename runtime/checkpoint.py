@@ -11,6 +11,7 @@ import numpy
 import torch
 import torchvision
 
+from datasets import DATASETS
 from runtime.errors import UserError, reason
 from runtime.files import writing
 from runtime.identity import Identity
@@ -35,6 +36,8 @@ def save(path: Path, content: dict) -> None:
 def load(path: Path, **expected) -> dict:
     """Read what `save` wrote, tensors on the CPU, its `identity` as an Identity; no code in the file is ever run.
 
+    `spec` is then the data set as the checkpoint has it, or None where this version knows none of that name.
+
     UserError where the file is missing, damaged, of a newer format, or says of itself something else
     than `expected` (`role="teacher"`, `dataset="cifar10"`, ...).
     """
@@ -51,7 +54,9 @@ def load(path: Path, **expected) -> dict:
         found = content["format"]
         content["model"]  # noqa: B018
         if found in (1, FORMAT):
-            content["identity"] = Identity(content["identity"] if found == FORMAT else facts_of_format_1(content))
+            run = Identity(content["identity"] if found == FORMAT else facts_of_format_1(content))
+            row = DATASETS.get(run["dataset"])
+            content |= {"identity": run, "spec": row and row.described(content.get("data"))}
     except FileNotFoundError:
         raise UserError(f"no checkpoint {path}") from None
     except OSError as error:
@@ -60,6 +65,8 @@ def load(path: Path, **expected) -> dict:
         raise UserError(f"{path} is damaged or no checkpoint; {wanted}") from error
     if found not in (1, FORMAT):
         raise UserError(f"{path} has format {found}, this version reads up to {FORMAT}: update the project")
+    if content["spec"]:
+        expected["num_classes"] = len(content["spec"].classes)
     for name, value in expected.items():
         if content["identity"][name] != value:
             raise UserError(f"{path} holds {name} {content['identity'][name]}; {wanted}")

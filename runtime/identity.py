@@ -4,13 +4,12 @@ import json
 from dataclasses import dataclass
 
 from config import LOSSES, plain
-from datasets import DATASETS
 
 MACHINE = {"torch", "device", "world_size"}  # what changes the last bits of a run and nothing else
 LOSS = {"loss", "temp", "kd_weight", "nckd_weight", "ce_weight"}  # what two ways to distil differ in
 DISTILLATION = LOSS | {"kd", "cache_teacher", "teacher"}  # what a student with KD has and its control has not
 OF_KD = {"temp": float, "loss": str, "kd_weight": float, "ce_weight": float}
-KINDS = {**OF_KD, "nckd_weight": float, "subset": int, "holdout": int, "teacher": str}
+KINDS = {**OF_KD, "nckd_weight": float, "subset": int, "holdout": int, "teacher": str, "images": str}
 NEEDED = {"role": str, "architecture": str, "num_classes": int, "dataset": str, "kd": bool, "seed": int}
 WORDS = {
     "num_epochs": "{} epochs", "batch_size": "batch {}", "views": "{} views", "world_size": "{} processes",
@@ -65,9 +64,8 @@ class Identity:
         """Whether this is the student without KD that differs from the one with KD in the loss alone."""
         return other["kd"] and not self["kd"] and set(self.differing(other)) <= DISTILLATION
 
-    def has_seen_holdout(self, subset: int | None, holdout: int) -> bool:
-        """Whether this run was trained on images that one of these options keeps aside, the last `holdout` ones."""
-        whole = DATASETS[self["dataset"]].train_images
+    def has_seen_holdout(self, subset: int | None, holdout: int, whole: int) -> bool:
+        """Whether this run was trained on images that these options keep aside, the last `holdout` of `whole` ones."""
         seen = min(self["subset"] or whole, whole) - (self["holdout"] or 0)
         return holdout > 0 and seen > min(subset or whole, whole) - holdout
 
@@ -109,8 +107,8 @@ class Identity:
     def says(self, name: str) -> str:
         """A fact in words."""
         value = self[name]
-        if name == "teacher":
-            return f"teacher {str(value)[:8]}"
+        if name in ("teacher", "images"):
+            return f"{name} {str(value)[:8]}"
         if name in WORDS and value is not None:
             return WORDS[name].format(value)
         return f"{name} {value}"

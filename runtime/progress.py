@@ -15,15 +15,17 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """A tqdm bar an epoch on a terminal, plain lines elsewhere; silent where not `visible`."""
+    """A tqdm bar on a terminal, plain lines elsewhere; silent where not `visible`."""
 
-    def __init__(self, title: str, total: int, visible: bool, initial: int = 0, seconds: float = 30.0) -> None:
+    def __init__(
+        self, title: str, total: int, visible: bool, initial: int = 0, seconds: float = 30.0, unit: str = "step"
+    ) -> None:
         self.visible = visible
         self.terminal = visible and sys.stderr is not None and sys.stderr.isatty()
         self.title, self.total, self.count = title, total, initial
         self.every = 0.5 if self.terminal else seconds
         self.shown_at = time.monotonic()
-        self.bar = tqdm(total=total, initial=initial, desc=title, disable=not self.terminal, leave=False, unit="step")
+        self.bar = tqdm(total=total, initial=initial, desc=title, disable=not self.terminal, leave=False, unit=unit)
 
     def step(self) -> bool:
         """Count a step; True where it is time to show numbers."""

@@ -28,14 +28,24 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 @pytest.fixture(scope="session")
 def cifar10(request) -> Path:
     """A folder with the real CIFAR-10: unpacked once where it is kept beside the project, else ./data."""
-    unpack = REPOSITORY.parent / "shared" / "cifar10" / "unpack.py"
+    return real_data(request, "cifar10", "cifar-10-batches-py/test_batch")
+
+
+@pytest.fixture(scope="session")
+def cifar100(request) -> Path:
+    """A folder with the real CIFAR-100, as that of CIFAR-10."""
+    return real_data(request, "cifar100", "cifar-100-python/test")
+
+
+def real_data(request, name: str, file: str) -> Path:
+    unpack = REPOSITORY.parent / "shared" / name / "unpack.py"
     if unpack.exists():
-        folder = Path(request.config.cache.mkdir("cifar10"))
+        folder = Path(request.config.cache.mkdir(name))
         subprocess.run([sys.executable, unpack, folder], check=True, stdout=subprocess.DEVNULL)
         return folder
-    if (REPOSITORY / "data" / "cifar-10-batches-py" / "test_batch").exists():
+    if (REPOSITORY / "data" / file).exists():
         return REPOSITORY / "data"
-    pytest.skip(f"NO REAL CIFAR-10: neither {unpack} nor {REPOSITORY / 'data' / 'cifar-10-batches-py'} is there")
+    pytest.skip(f"NO REAL {name.upper()}: neither {unpack} nor {REPOSITORY / 'data' / file} is there")
 
 
 @pytest.fixture

@@ -85,7 +85,7 @@ def test_the_quoted_commands_are_those_of_the_logs(dataset):
 @pytest.mark.parametrize("name", ["student", "student_kd_t5"])
 def test_a_shipped_student_is_as_good_as_its_log_says(name, cifar10):
     cpu, spec = torch.device("cpu"), DATASETS["cifar10"]
-    model, content = load_model(REPOSITORY / "weights" / f"{name}.pt", "student", "cifar10", spec, cpu)
+    model, content = load_model(REPOSITORY / "weights" / f"{name}.pt", "student", "cifar10", cpu)
     header, lines = read_log(REPOSITORY / "plots" / f"{name}.jsonl")
     assert content["identity"] == Identity(header["identity"])
     assert content["metrics"] == lines[-1]["test"]

@@ -110,7 +110,7 @@ def test_report_without_a_teacher_leaves_fidelity_out(tmp_path, report_of, capfd
 def test_the_figures_are_those_of_the_checkpoint(tmp_path, evaluate, monkeypatch):
     monkeypatch.undo()  # with the real figures and images
     save_run(tmp_path)
-    model, _ = inference.load_model(tmp_path / "student.pt", "student", "cifar10", options_of().spec, "cpu")
+    model, _ = inference.load_model(tmp_path / "student.pt", "student", "cifar10", "cpu")
     assert not model.training
     words = ["--device=cpu", f"--weights_path={tmp_path}", f"--plots_path={tmp_path / 'plots'}"]
     monkeypatch.setattr(comparison, "load_images", lambda *_, **which: [random_images(20)])

@@ -288,9 +288,13 @@ def test_each_file_of_the_data_is_read_once_for_its_sum_and_once_if_it_is_used(c
     assert not set(unpickled) & set(batches)
 
 
-def test_normalised_training_set_has_mean_zero_and_deviation_one(cifar10):
-    pixels = torchvision.datasets.CIFAR10(cifar10, train=True, download=False).data
-    normalise = Normaliser(SPEC, torch.device("cpu"))
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_a_row_is_what_the_real_data_say(name, request):
+    spec, folder = DATASETS[name], request.getfixturevalue(name)
+    found = getattr(torchvision.datasets, spec.torchvision_class)(folder, train=True, download=False)
+    pixels = found.data
+    assert spec.classes == tuple(found.classes) and spec.train_images == len(pixels)
+    normalise = Normaliser(spec, torch.device("cpu"))
     sums = torch.zeros(2, 3, dtype=torch.float64)
     for part in torch.from_numpy(pixels).split(1000):
         values = normalise(part).double()

@@ -7,6 +7,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from config import TrainOptions
+from datasets import DatasetSpec
 from models import ARCHITECTURES, build_model
 from runtime import checkpoint
 from runtime.device import Runtime, device_title
@@ -20,15 +21,21 @@ from utils import Views
 METRICS = ("loss", "ce", "kl", "top1", "top5")
 
 
-def identity_of(options: TrainOptions, runtime: Runtime, teacher_id: str = "") -> Identity:
-    """All that shapes the result of a run with resolved options here, of the teacher with this fingerprint."""
-    role = options.role
+def identity_of(
+    options: TrainOptions, runtime: Runtime, teacher_id: str = "", spec: DatasetSpec | None = None
+) -> Identity:
+    """All that shapes the result of a run with resolved options here, of the teacher with this fingerprint.
+
+    `spec` is the data set's, where it says more than its row.
+    """
+    role, spec = options.role, spec or options.spec
     return Identity(
         {
             "role": role,
             "architecture": ARCHITECTURES[role],
-            "num_classes": len(options.spec.classes),
+            "num_classes": len(spec.classes),
             "dataset": options.dataset,
+            **({"images": spec.fingerprint} if spec.fingerprint else {}),
             "kd": options.kd,
             **options.result_options(),
             **({"teacher": teacher_id} if options.kd else {}),
@@ -44,7 +51,7 @@ class Run:
 
     def __init__(self, options: TrainOptions, runtime: Runtime, views: Views, teacher_id: str = "") -> None:
         """UserError where the processes can't share a batch."""
-        self.options, self.runtime = options, runtime
+        self.options, self.runtime, self.spec = options, runtime, views.spec
         world = runtime.world_size
         self.batch_size = min(options.batch_size, len(views)) // world * world
         if options.batch_size % world or not self.batch_size:
@@ -52,7 +59,7 @@ class Run:
         self.steps = len(views) // self.batch_size  # of an epoch; its last, smaller batch is left out
         self.total_steps = self.steps * options.num_epochs
         torch.manual_seed(options.seed)  # of the initial weights
-        self.model = build_model(options.role, len(options.spec.classes))
+        self.model = build_model(options.role, len(self.spec.classes))
         self.model.to(runtime.device, memory_format=torch.channels_last)
         if options.sync_bn and world > 1:
             sync_batch_norm(self.model)
@@ -65,7 +72,7 @@ class Run:
             self.forward = DistributedDataParallel(self.forward)
         self.log = RunLog(options.log_path)
         self.epoch = 0
-        self.identity = identity_of(options, runtime, teacher_id)
+        self.identity = identity_of(options, runtime, teacher_id, self.spec)
         self.begin_epoch()
 
     @property
@@ -120,6 +127,7 @@ class Run:
         """What a checkpoint holds: all that is needed to use the weights and to trust them."""
         weights = {name: tensor.cpu().contiguous() for name, tensor in self.model.state_dict().items()}
         described = {"identity": self.identity.facts, "epoch": self.epoch, "versions": checkpoint.versions()}
+        described["data"] = self.spec.description()
         return {**described, "model": weights, **more}
 
     def save(self) -> None:

@@ -1,9 +1,11 @@
 """The teacher's logits, paid for once: a file that remembers them for each (image, view).
 
 The teacher is in evaluation mode, so its logits for a view never change. The file's name is a fingerprint
-of all they depend on (weights, data, padding, normalisation, precision): another teacher never reads it.
+of all they depend on (weights, data, padding, normalisation, precision) and of the views that there is a place for:
+another teacher never reads it.
 """
 
+import math
 import os
 from pathlib import Path
 
@@ -13,16 +15,20 @@ import torch
 from runtime.device import Runtime
 from runtime.errors import UserError, reason
 from runtime.files import make_folder
-from utils import VIEWS, Views
+from utils import Views
 
 # A record's last word is the XOR of its logits' bits with this: zeros, or a record torn by a crash or by
 # two writers, do not fit their seal and count as not filled.
 SEAL = np.uint16(0xA5C3)
+WORTH_SAYING = 10**9  # bytes
 SIZES = (2, 8, 32, 128)  # what a batch lacks is padded to one of these: kernels are tuned and compiled for no others
 
 
 class TeacherCache:
-    """Logits (N, 162, C) in half precision, filled as views are first seen, shared by processes through a file."""
+    """Logits (N, K, C) of the K views of each image in half precision, filled as views are first seen.
+
+    Processes share them through a file.
+    """
 
     def __init__(self, path: Path | None, teacher: torch.nn.Module, views: Views, num_classes: int, runtime: Runtime):
         """`path` None keeps nothing; where the file can't be made, neither, it says so, and the logits are the same."""
@@ -30,8 +36,12 @@ class TeacherCache:
         self.hits = self.misses = 0
         self.records, self.rounds = None, path is not None
         if path is not None:
+            shape = (len(views), views.per_image, num_classes + 1)
+            size = 2 * math.prod(shape)
+            if size > WORTH_SAYING and not path.exists():
+                runtime.print(f"teacher cache: {path} takes {size / 1e9:.1f} GB; a smaller --views makes it smaller")
             try:
-                self.records = open_records(path, (len(views), VIEWS, num_classes + 1))
+                self.records = open_records(path, shape)
             except (UserError, OSError) as error:
                 runtime.print(f"teacher cache: {error}; going on without it")
 
@@ -41,8 +51,8 @@ class TeacherCache:
             self.misses += len(rows)
             logits = self.compute(images)
             return logits.half().float() if self.rounds else logits
-        rows, views = rows.numpy(), views.numpy()
-        records = self.records[rows, views]
+        rows, columns = rows.numpy(), self.views.columns(rows, views).numpy()
+        records = self.records[rows, columns]
         missing = np.flatnonzero(seal(records[:, :-1]) != records[:, -1])
         self.misses += len(missing)
         self.hits += len(rows) - len(missing)
@@ -51,7 +61,7 @@ class TeacherCache:
             fresh = self.compute(images) if len(missing) == len(rows) else self.compute_padded(images[few])
             fresh = fresh.half().cpu().numpy().view(np.uint16)
             records[missing] = np.concatenate((fresh, seal(fresh)[:, None]), axis=1)
-            self.records[rows[missing], views[missing]] = records[missing]
+            self.records[rows[missing], columns[missing]] = records[missing]
         # What was just computed is rounded like what is read back: a run is the same whatever was cached.
         halves = torch.from_numpy(np.ascontiguousarray(records[:, :-1]).view(np.float16))
         device = self.runtime.device
@@ -85,7 +95,7 @@ def seal(logits: np.ndarray) -> np.ndarray:
 
 def open_records(path: Path, shape: tuple[int, ...]) -> np.memmap:
     """Map the file of records, made whole first: a full disk shows here, not as a crash in mid-run."""
-    size = 2 * int(np.prod(shape))
+    size = 2 * math.prod(shape)
     make_folder(path.parent)
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is no file")

@@ -90,6 +90,36 @@ def test_a_users_own_style_is_none_of_a_figures(tmp_path):
     assert drawn[0] == drawn[1]
 
 
+@pytest.mark.parametrize("count, named, numbers", [(20, 20, 400), (21, 21, 0), (100, 100, 0), (1000, 100, 0)])
+def test_a_confusion_of_many_classes_stays_readable(count, named, numbers, tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(
+        figures, "save_figure", lambda axes, path, real=figures.save_figure: kept.append(axes) or real(axes, path)
+    )
+    classes = tuple(f"class $number {i}" for i in range(count))
+    figures.plot_confusion({"confusion": torch.eye(count).tolist()}, classes, "title", tmp_path / "confusion.png")
+    (axes,) = kept
+    for side, names in ((1, axes.get_yticklabels()), (0, axes.get_xticklabels())):
+        assert [name.get_text() for name in names] == list(classes[:: count // named])
+        if side == 0 and count == 20:
+            continue  # they are aslant
+        spans = sorted(sorted(name.get_window_extent().get_points()[:, side]) for name in names)
+        assert all(last <= first for (_, last), (first, _) in zip(spans, spans[1:], strict=False)), "one over another"
+    assert len(axes.texts) == numbers
+
+
+def test_of_many_classes_the_likeliest_stand_beside_a_picture(drawn, tmp_path):
+    classes, generator = tuple(f"${i}" for i in range(100)), torch.Generator().manual_seed(0)
+    student, teacher = torch.rand(2, 1, 100, generator=generator)
+    pixels = [np.zeros((32, 32, 3), np.uint8)]
+    figures.plot_pictures(pixels, ["a.png"], {"Student": student, "Teacher": teacher}, classes, tmp_path / "p.png")
+    beside = drawn[0].figure.axes[1]
+    likeliest = sorted(student[0].argsort(descending=True)[:10].tolist())
+    assert [name.get_text() for name in beside.get_yticklabels()] == [f"${i}" for i in likeliest]
+    for bars, answer in zip(beside.containers, (student, teacher), strict=True):
+        assert [bar.get_width() for bar in bars] == pytest.approx((100 * answer[0, likeliest]).tolist())
+
+
 @pytest.mark.parametrize("name", ["a$b$.png", "$.png", "_x.png", "$\\frac$.png", "a_{b}^c.png", "ä 1%.png"])
 def test_pictures_have_any_name(name, tmp_path, monkeypatch):
     titles = []

@@ -35,7 +35,7 @@ def test_numbers_of_a_hand_worked_case():
     logits = torch.tensor([[half, 0, 0], [half, 0, 0], [half, 0, 0], [0, 0, half]]).double()
     labels = torch.tensor([0, 0, 1, 2])
     numbers = measures.measure(logits, labels)
-    assert numbers["top1"] == 0.75 and numbers["top5"] == 1.0 and numbers["images"] == 4
+    assert numbers["top1"] == 0.75 and "top5" not in numbers and numbers["images"] == 4
     assert numbers["per_class"] == [1.0, 0.0, 1.0]
     assert numbers["confusion"] == [[2, 0, 0], [1, 0, 0], [0, 0, 1]]
     assert numbers["loss"] == pytest.approx((3 * math.log(2) + math.log(4)) / 4)

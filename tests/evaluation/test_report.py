@@ -44,6 +44,30 @@ def test_the_table_of_all(tmp_path, capsys):
     assert not results["notes"] and table in capsys.readouterr().out
 
 
+def test_of_few_classes_there_is_no_top_5():
+    contents = [content("--tto"), content(), content("--seed=43"), content("--kd")]
+    for one in contents:
+        del one["metrics"]["top5"]
+    rows = cells(report.results_text(report.collect(contents)))
+    assert rows[0] == ["Model", "Top 1 Accuracy", "Parameters"]
+    assert rows[3] == ["Student (w/o KD)", "70.00% ± 0.00", "288,746"]
+
+
+def test_of_many_classes_the_ends_are_told():
+    shares = [i / 100 for i in range(100)]
+    shares[3] = None  # no image of it
+    lines = report.per_class_lines(shares, tuple(f"c{i}" for i in range(100)))
+    worst, best = " ".join(lines).replace("   ", " ").split("the 10 best: ")
+    assert worst.split() == f"the 10 worst classes: {words([0, 1, 2, 4, 5, 6, 7, 8, 9, 10])}".split()
+    assert best.split() == words(range(99, 89, -1)).split()
+    assert max(map(len, lines)) <= 110
+    assert report.per_class_lines([0.5, None], ("a", "b")) == ["of each class: a 50.0%, b no image"]
+
+
+def words(classes) -> str:
+    return ", ".join(f"c{i} {i}.0%" for i in classes)
+
+
 def test_a_trials_table_replaces_no_other(tmp_path):
     for words, name in ((["--subset=40"], "results_subset40"), (["--holdout=8", "--dataset=digits"], None)):
         options = config.parse_train(["--all", *words, f"--plots_path={tmp_path}"])

@@ -5,6 +5,7 @@ import itertools
 import pytest
 from made_up import facts_of, run_of
 
+from datasets import DATASETS
 from runtime.identity import DISTILLATION, MACHINE, Identity, labels
 
 TEACHER, OTHER_TEACHER = "1f3a" * 4, "77aa" * 4
@@ -95,7 +96,8 @@ def test_a_control_is_a_student_without_of_one_with_whatever_its_distillation():
 )
 def test_a_teacher_has_seen_what_it_was_trained_on(teacher, run, seen):
     wanted = run_of(run)
-    assert run_of(f"--tto {teacher}").has_seen_holdout(wanted["subset"], wanted["holdout"]) == seen
+    whole = DATASETS[wanted["dataset"]].train_images
+    assert run_of(f"--tto {teacher}").has_seen_holdout(wanted["subset"], wanted["holdout"], whole) == seen
 
 
 @pytest.mark.parametrize(

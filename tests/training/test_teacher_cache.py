@@ -2,6 +2,7 @@
 
 import copy
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +139,36 @@ def test_a_torn_record_is_computed_again(tmp_path, first, last):
         assert torch.equal(ask(cache, ROWS, PICKED), whole) and cache.hit_rate() == 1
 
 
+@pytest.mark.parametrize("flip", [True, False])
+def test_a_limit_leaves_a_place_for_its_views_alone(flip, tmp_path):
+    views = Views(random_images(COUNT), replace(SPEC, flip=flip), limit=5)
+    cache = TeacherCache(tmp_path / "a.cache", make_teacher(), views, CLASSES, CPU)
+    assert (tmp_path / "a.cache").stat().st_size == COUNT * 5 * (CLASSES + 1) * 2
+    rows, whole = list(range(COUNT)), {}
+    for column in range(5):
+        whole[column] = ask(cache, rows, views.allowed[:, column].tolist())
+        assert cache.hit_rate() == 0, "each view has a place of its own"
+    for column in range(5):
+        assert torch.equal(ask(cache, rows, views.allowed[:, column].tolist()), whole[column])
+        expected = ask(make_cache(None), rows, views.allowed[:, column].tolist())
+        assert torch.equal(whole[column], expected.half().float())
+    assert cache.hit_rate() == 1
+
+
+def test_a_large_file_is_said_before_it_is_made(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(teacher_cache, "WORTH_SAYING", COUNT * VIEWS * (CLASSES + 1) * 2 - 1)
+
+    def open_records(path, shape, real=teacher_cache.open_records):
+        assert shape != (COUNT, VIEWS, CLASSES + 1) or "0.0 GB" in capsys.readouterr().out or path.exists()
+        return real(path, shape)
+
+    monkeypatch.setattr(teacher_cache, "open_records", open_records)
+    for _ in range(2):
+        make_cache(tmp_path / "a.cache")
+    make_cache(tmp_path / "b.cache", count=COUNT - 1)
+    assert not capsys.readouterr().out, "once, and not of a small one"
+
+
 # ---------------------------------------------------------------------------------------------- shared
 
 
@@ -260,6 +291,14 @@ def test_a_warm_cache_changes_no_bit_of_the_student_and_no_cache_hardly_one(dist
     assert not torch.allclose(other["classifier.weight"], cold["classifier.weight"], rtol=0, atol=2e-3)
 
 
+def test_other_views_have_another_file(distil, tmp_path):
+    distil("--tto")
+    for number, limit in enumerate((16, 2, 162)):
+        distil("--kd", f"--views={limit}")
+        assert len(distil.teachers[-1][0].seen) == 10 and len(list(tmp_path.glob("*.cache"))) == number + 1
+    assert max(path.stat().st_size for path in tmp_path.glob("*.cache")) == 40 * VIEWS * (CLASSES + 1) * 2
+
+
 def test_another_teacher_has_another_file(distil, tmp_path):
     distil("--tto")
     distil("--kd")
@@ -269,7 +308,7 @@ def test_another_teacher_has_another_file(distil, tmp_path):
     distil("--kd", f"--teacher={tmp_path / 'teacher_seed1.pt'}")
     assert len(distil.teachers[-1][0].seen) == 10
     assert len(list(tmp_path.glob("*.cache"))) == 2 and first.read_bytes() == content
-    assert teacher_cache.VIEWS == VIEWS and first.stat().st_size == 40 * VIEWS * (CLASSES + 1) * 2
+    assert first.stat().st_size == 40 * 16 * (CLASSES + 1) * 2, "a place for each view that an image is left"
 
 
 def test_a_first_step_that_was_all_compiling_has_no_speed_to_show(distil, monkeypatch, capfd):
