@@ -422,6 +422,10 @@ class TestOptions(Options):
     image: tuple[Path, ...] | None = option(
         None, "pictures to classify instead of the test set (default: none)", file_name, nargs="+"
     )
+    soften: tuple[float, ...] | None = option(
+        None, "temperatures at which to draw the probabilities of --image or of four test images (default: none)",
+        number(float, at_least=0.01, at_most=1000), nargs="+",
+    )  # fmt: skip
     json: Path | None = option(None, "file for the report's numbers (default: none)", file_name)
     export: Path | None = option(None, "file for the model as a torch.export program, .pt2 (default: none)", file_name)
 
@@ -448,7 +452,8 @@ EXCLUDES = {
     "test.py": {
         "tto": ("kd",),
         "checkpoint": ("tto", "kd", "seed", "dataset", "subset", "holdout", "compare"),
-        "compare": ("tto", "kd", "seed", "image", "json", "export"),
+        "compare": ("tto", "kd", "seed", "image", "soften", "json", "export"),
+        "soften": ("json", "export"),
         "image": ("subset", "holdout", "json", "export", "data_path", "skip_broken"),
     },
 }

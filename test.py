@@ -6,6 +6,7 @@
     python test.py --checkpoint FILE       any checkpoint; what it is, it says itself
     python test.py --compare True          one table of all checkpoints found
     python test.py --image cat.png         the class of any picture, by student and teacher
+    python test.py --tto True --soften 1 5 20    what a temperature does to the teacher's probabilities
     python test.py --json student.json     the report's numbers in a file, too
     python test.py --export student.pt2    the model as a program that runs without this project, too
     torchrun --nproc_per_node=2 test.py    any of these on two devices
@@ -199,25 +200,40 @@ def find_checkpoints(options: config.TestOptions, runtime: Runtime) -> list[dict
     return sorted(contents, key=report.place_in_table)
 
 
+def read_pictures(options: config.TestOptions, runtime: Runtime) -> tuple[np.ndarray, list[str]]:
+    """The pictures (B, 32, 32, 3) of --image, or the first test images of four classes, and what they are called."""
+    if options.image:
+        with bombs_refused():
+            return np.stack([read_picture(path) for path in options.image]), [path.name for path in options.image]
+    found, images, _ = load_held_out(options, runtime)
+    labels = images.labels.tolist()
+    rows = sorted(labels.index(label) for label in set(labels))[:4]
+    return images.pixels[rows].cpu().numpy(), [f"{found.classes[labels[row]]} ({options.split} {row})" for row in rows]
+
+
 def classify(options: config.TestOptions, runtime: Runtime) -> None:
-    """Print the classes of pictures by the model and its teacher, and draw them."""
-    with bombs_refused():
-        pixels = np.stack([read_picture(path) for path in options.image])
+    """Print the classes of pictures by the model and its teacher, and draw them.
+
+    With --soften, by the model alone, at several temperatures.
+    """
     options, path = with_checkpoint(options)
+    pixels, names = read_pictures(options, runtime)
     paths, spec = {options.role: path}, None
-    if not options.tto and (teacher_path := find_teacher(options)):
+    if not (options.tto or options.soften) and (teacher_path := find_teacher(options)):
         paths["teacher"] = teacher_path
     answers = {}
     for role, model_path in paths.items():
         model, content = load(options, model_path, role, runtime, spec and spec.classes)
         spec = content["spec"]
-        answers[content["identity"].title] = inference.classify(model, pixels, spec, runtime)
+        for temp in options.soften or (1.0,):
+            title = content["identity"].title + (f", T = {config.plain(temp)}" if options.soften else "")
+            answers[title] = inference.classify(model, pixels, spec, runtime, temp)
     if not runtime.is_main:
         return
-    shown = [picture.name for picture in options.image[: figures.PICTURES_SHOWN]]
-    figure = options.plots_path / f"{path.stem}_images.png"
-    figures.plot_pictures(pixels, shown, answers, spec.classes, figure)
-    print(f"{report.pictures_text(options.image, answers, spec.classes)}\nsaved {figure}")
+    figure = options.plots_path / f"{path.stem}_{'softened' if options.soften else 'images'}.png"
+    figures.plot_pictures(pixels, names[: figures.PICTURES_SHOWN], answers, spec.classes, figure)
+    told_names = [str(picture) for picture in options.image or names]
+    print(f"{report.pictures_text(told_names, answers, spec.classes)}\nsaved {figure}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -228,7 +244,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(options: config.TestOptions) -> None:
     """The table of all checkpoints, the classes of pictures, or the report of one checkpoint."""
-    task = compare if options.compare else classify if options.image else evaluate
+    task = compare if options.compare else classify if options.image or options.soften else evaluate
     with start(options.device, options.precision) as runtime:
         task(options, runtime)
 

@@ -91,11 +91,13 @@ def measure_cost(model: torch.nn.Module, path: Path, runtime: Runtime) -> Cost:
 
 
 @torch.inference_mode()
-def classify(model: torch.nn.Module, pixels: np.ndarray, spec: DatasetSpec, runtime: Runtime) -> torch.Tensor:
-    """The probabilities (B, C), float64 on the CPU, of pictures (B, 32, 32, 3) uint8."""
+def classify(
+    model: torch.nn.Module, pixels: np.ndarray, spec: DatasetSpec, runtime: Runtime, temp: float = 1.0
+) -> torch.Tensor:
+    """The probabilities (B, C), float64 on the CPU, of pictures (B, 32, 32, 3) uint8, softened by a temperature."""
     images = Normaliser(spec, runtime.device)(torch.from_numpy(pixels).to(runtime.device))
     with runtime.autocast():
-        return model(images).cpu().double().softmax(1)
+        return (model(images).cpu().double() / temp).softmax(1)
 
 
 # ---------------------------------------------------------------------------------------------- export

@@ -109,12 +109,12 @@ def cost_text(cost: Cost, teacher: Cost | None) -> str:
     return table(["Cost: median (quartiles)", "student", "teacher", "ratio"], [list(row) for row in rows])
 
 
-def pictures_text(paths: tuple[Path, ...], answers: dict[str, torch.Tensor], classes: tuple[str, ...]) -> str:
+def pictures_text(names: list[str], answers: dict[str, torch.Tensor], classes: tuple[str, ...]) -> str:
     """The three likeliest classes of each picture by each model, from its probabilities (B, C)."""
     width = max(map(len, answers))
     lines = []
-    for i, path in enumerate(paths):
-        lines.append(str(path))
+    for i, name in enumerate(names):
+        lines.append(name)
         for model, probabilities in answers.items():
             best = probabilities[i].topk(min(3, len(classes)))
             words = (

@@ -69,6 +69,8 @@ CASES = [
              "holdout 8", "compare True", why="do not go together"),
     *ignored("test.py --compare True", "tto True", "kd True", "seed 7", "image cat.png", "json r.json",
              "export s.pt2", why="do not go together"),
+    *ignored("test.py --soften 1 5", "compare True", "json r.json", "export s.pt2", why="do not go together"),
+    *values("test.py --soften", "0", "nan", "1001"),
     *ignored("test.py --image cat.png", "subset 40", "holdout 8", "json r.json", "export s.pt2", "data_path d",
              why="do not go together"),
     *values("train.py --kd True --temp", "0", "0.009", "-1", "nan", "inf", "-inf", "abc", "1e999", "1001", "''"),

@@ -230,6 +230,24 @@ def test_picture_is_classified_by_student_and_teacher(tmp_path, evaluate, capfd)
     assert not evaluate.asked, "a picture needs no data set"
 
 
+def test_probabilities_are_softened(tmp_path, evaluate, capfd, monkeypatch):
+    save_run(tmp_path)
+    save_run(tmp_path, "--tto")
+    drawn = []
+    monkeypatch.setattr(test_script.figures, "plot_pictures", lambda *arguments: drawn.append(arguments))
+    assert evaluate("--tto", "True", "--soften", "1", "5", "20") == 0
+    (pixels, names, answers, classes, path), labels = drawn[0], random_images(20).labels.tolist()
+    rows = sorted(labels.index(label) for label in set(labels))[:4]
+    assert (pixels == random_images(20).pixels[rows].numpy()).all() and path.name == "teacher_softened.png"
+    assert names == [f"{classes[labels[row]]} (test {row})" for row in rows] and names[3] in capfd.readouterr().out
+    assert list(answers) == [f"Teacher (VGG19 with BN), T = {temp}" for temp in (1, 5, 20)]
+    plain, soft, _ = answers.values()
+    torch.testing.assert_close(soft, (plain.log() / 5).softmax(1))
+    Image.new("RGB", (50, 40), "blue").save(tmp_path / "blue.png")
+    assert evaluate("--image", str(tmp_path / "blue.png"), "--soften", "2.5") == 0
+    assert list(drawn[1][2]) == ["Student (w/o KD), T = 2.5"] and drawn[1][1] == ["blue.png"]
+
+
 def test_a_bad_picture_is_one_line(tmp_path, evaluate, capfd):
     (tmp_path / "text.png").write_text("no picture")
     assert evaluate("--image", str(tmp_path / "text.png")) == 2
