@@ -41,7 +41,7 @@ def load(options: config.TestOptions, path: Path, role: str, runtime: Runtime) -
     """A model on the device and its checkpoint's content; UserError where it is missing or another's."""
     if not path.exists():
         raise UserError(
-            f"no checkpoint {path} in {path.parent.resolve()}: make it with `{options.command('train.py')}`, "
+            f"no checkpoint {path} in {path.parent.absolute()}: make it with `{options.command('train.py')}`, "
             "or give its folder by --weights_path"
         )
     return inference.load_model(path, role, options.dataset, options.spec, runtime.device)
@@ -153,7 +153,7 @@ def compare(options: config.TestOptions, runtime: Runtime) -> None:
     """Evaluate every finished checkpoint of these images and publish their table; UserError where there is none."""
     contents = find_checkpoints(options, runtime)
     nothing = UserError(
-        f"no finished checkpoint of {options.dataset} in {options.weights_path.resolve()}: "
+        f"no finished checkpoint of {options.dataset} in {options.weights_path.absolute()}: "
         f"make them with `python train.py --all True --dataset {options.dataset}`, or give --weights_path"
     )
     if not contents:
