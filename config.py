@@ -513,6 +513,10 @@ def parse(script: str, options_class: type[Options], argv: list[str] | None) -> 
     # --num-epochs is --num_epochs
     words = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), word) for word in words]
     parser = build_parser(script, options_class)
+    try:
+        os.getcwd()
+    except OSError:
+        parser.error("the current folder is gone: go to another one")
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(parser.parse_args(words)).items()}
     options = options_class(**given)
     check_company(parser, given)

@@ -51,7 +51,7 @@ def load(
     """
     if not path.exists():
         raise UserError(
-            f"no checkpoint {path} in {path.parent.resolve()}: make it with `{options.command('train.py')}`, "
+            f"no checkpoint {path} in {path.parent.absolute()}: make it with `{options.command('train.py')}`, "
             "or give its folder by --weights_path"
         )
     model, content = inference.load_model(path, role, options.dataset, runtime.device)
@@ -161,7 +161,7 @@ def compare(options: config.TestOptions, runtime: Runtime) -> None:
     """Evaluate every finished checkpoint of these images and publish their table; UserError where there is none."""
     contents = find_checkpoints(options, runtime)
     nothing = UserError(
-        f"no finished checkpoint of {options.dataset} in {options.weights_path.resolve()}: "
+        f"no finished checkpoint of {options.dataset} in {options.weights_path.absolute()}: "
         f"make them with `python train.py --all True --dataset {options.dataset}`, or give --weights_path"
     )
     if not contents:

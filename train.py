@@ -209,10 +209,10 @@ def begin(run: Run, count: int) -> None:
         f"{runtime.precision}, {chosen}"
     )
     if runtime.is_main:
-        keep_previous(options.checkpoint_path)
         header = {"run": options.run_name, "evaluated_on": options.split, "identity": run.identity.facts}
         header["versions"] = checkpoint.versions()
         run.log.begin(header, keep_old=not exists)  # an unfinished run's is worth less than what was kept before
+        keep_previous(options.checkpoint_path)
     run.save()
 
 

@@ -294,7 +294,7 @@ def publish(contents: list[dict], options: Options, name: str) -> None:
     stem = f"{options.spec.prefix}{name}{options.trial_suffix}"
     paths = [options.plots_path / f"{stem}{suffix}" for suffix in (".md", ".json")]
     with writing(paths[0]) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="replace")  # a file's name may be no text
     write_json(paths[1], results)
     images = contents[0]["identity"]["images"]
     if logs := find_logs(options.plots_path, options.dataset, options.subset, options.holdout, images):

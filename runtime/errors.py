@@ -83,6 +83,8 @@ def known_failure(error: Exception) -> str | None:
         return "not enough memory: give train.py a smaller --batch_size, or --device cpu where another one is full"
     if "C++ compiler" in text or "InvalidCxxCompiler" in text:
         return "--compile True needs a C++ compiler, and none was found: install one (g++), or leave --compile out"
+    if isinstance(error, PermissionError) and error.filename:
+        return f"can't use {error.filename}: {reason(error)}; give another path"
     if isinstance(error, OSError) and error.filename is None and refuses(sys.stdout):
         drop(sys.stdout)
         return f"can't write to standard output: {reason(error)}; what was saved before is whole"

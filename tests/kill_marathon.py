@@ -1,6 +1,7 @@
 """Kill runs of every kind at many moments; each, started again, must end as the run that nobody touched.
 
     python tests/kill_marathon.py [DATA_PATH [KILLS]]     20 kills, with the digits in ./data where not told otherwise
+    python tests/kill_marathon.py DATA_PATH KILLS 2       of a run of two processes under torchrun: any one by SIGKILL
 
 It prints a line a kill, and exits with code 1 where one differs. tests/training/test_resume.py does a few of the same
 kills, of smaller models.
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -105,12 +107,14 @@ def kill_and_go_on(start: Callable[[], Started], folder: Path, name: str, moment
     reach(folder, name, run)
     os.kill(run.pid, number)
     done = run.end()
-    expected = -number if number == signal.SIGKILL else 128 + number
-    assert done.returncode == expected, f"exit code {done.returncode}, not {expected}: {done.stderr}"
+    expected = (-number, 1) if number == signal.SIGKILL else (128 + number,)  # torchrun's is 1
+    assert done.returncode in expected, f"exit code {done.returncode}, not of {expected}: {done.stderr}"
     if number != signal.SIGKILL:
         assert len(done.stderr.splitlines()) == 1, done.stderr
         assert "stopped; go on with `python train.py --" in done.stderr
     assert finished.read_bytes() == FINISHED_BEFORE or reach is finished_checkpoint, "the earlier result is gone"
+    if reach is finished_checkpoint and not finished.with_name(f"{name}.last.pt").exists():
+        return  # it was another process that was killed, and this one had no more to do than to finish
     done = start().end()
     assert done.returncode == 0, done.stderr
     assert finished.with_name(f"{name}.pt.previous").read_bytes() == FINISHED_BEFORE, "the earlier result is gone"
@@ -145,14 +149,20 @@ def assert_same_result(folder: Path, name: str, expected: tuple[dict, list[dict]
 
 
 class Command:
-    """`python train.py ...`, started in a folder."""
+    """`python train.py ...`, or `torchrun train.py ...` in several processes, started in a folder."""
 
-    def __init__(self, folder: Path, arguments: list[str]) -> None:
+    def __init__(self, folder: Path, arguments: list[str], processes: int) -> None:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         self.process = subprocess.Popen(
-            [sys.executable, REPOSITORY / "train.py", *arguments],
+            [sys.executable, *launcher * (processes > 1), REPOSITORY / "train.py", *arguments],
             cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
-        self.pid = self.process.pid
+
+    @property
+    def pid(self) -> int:
+        """Of several processes any one's, whose end torchrun answers with that of all."""
+        pid = self.process.pid
+        return int(random.choice(Path(f"/proc/{pid}/task/{pid}/children").read_text().split() or [pid]))
 
     def alive(self) -> bool:
         return self.process.poll() is None
@@ -162,27 +172,29 @@ class Command:
         return subprocess.CompletedProcess([], self.process.returncode, "", errors)
 
 
-def main(data_path: str = str(REPOSITORY / "data"), kills: str = "20") -> int:
+def main(data_path: str = str(REPOSITORY / "data"), kills: str = "20", processes: str = "1") -> int:
     random.seed(0)
-    identical = 0
+    identical, start, alone = 0, partial(Command, processes=int(processes)), processes == "1"
+    runs = list(RUNS) if alone else [STUDENT]
+    moments = [moment for moment, (_, number) in MOMENTS.items() if alone or number == signal.SIGKILL]
     with tempfile.TemporaryDirectory() as scratch:
         expected, teacher = {}, Path(scratch, TEACHER, "weights", f"{TEACHER}.pt")
-        for name in sorted(RUNS, key=lambda name: name != TEACHER):
+        for name in sorted(runs, key=lambda name: name != TEACHER):
             folder = Path(scratch, name)
             arguments = [*RUNS[name], *COMMON, f"--data_path={Path(data_path).resolve()}"]
             arguments += [f"--teacher={teacher}"] * (name == DISTILLED)
             folder.mkdir()
             began = time.monotonic()
-            done = Command(folder, arguments).end()
+            done = start(folder, arguments).end()
             assert done.returncode == 0, done.stderr
             expected[name] = arguments, result(folder, name)
             print(f"{name}: the uninterrupted run took {time.monotonic() - began:.0f} s", flush=True)
         for number in range(int(kills)):
-            name, moment = list(RUNS)[number % len(RUNS)], list(MOMENTS)[number // len(RUNS) % len(MOMENTS)]
+            name, moment = runs[number % len(runs)], moments[number // len(runs) % len(moments)]
             arguments, wanted = expected[name]
             with tempfile.TemporaryDirectory(dir=scratch) as folder:
                 try:
-                    kill_and_go_on(lambda a=arguments, f=folder: Command(f, a), Path(folder), name, moment)
+                    kill_and_go_on(partial(start, Path(folder), arguments), Path(folder), name, moment)
                     assert_same_result(Path(folder), name, wanted)
                     identical, verdict = identical + 1, "identical"
                 except (AssertionError, RuntimeError, OSError) as error:

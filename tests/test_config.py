@@ -36,6 +36,14 @@ def test_hyphens_and_underscores_are_the_same():
     assert str(hyphens.weights_path) == "a-b", "a value's hyphens are its own"
 
 
+def test_a_folder_that_is_gone_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()
+    with pytest.raises(SystemExit, match="2"):
+        parse_test([])
+    assert capsys.readouterr().err == "test.py: error: the current folder is gone: go to another one\n"
+
+
 def test_defaults():
     options = parse_train([])
     assert (options.tto, options.kd, options.temp, options.alpha) == (False, False, (5.0,), 0.9)

@@ -23,6 +23,7 @@ from damages import (
     hostile,
     in_weights,
     replace_batch,
+    text,
 )
 
 import config
@@ -128,6 +129,13 @@ CASES = [
     case("weights is read-only", FORKED, f"train.py {QUICK}", "weights: permission",
          folder_with_mode("weights", 0o555)),
     case("plots is read-only", FORKED, f"train.py {QUICK}", "plots: permission", folder_with_mode("plots", 0o555)),
+    case("weights closed to us", FORKED, "train.py --kd True", "weights/teacher.pt: permission",
+         folder_with_mode("weights", 0o600)),
+    case("weights is a loop", FORKED, "test.py --compare True", "no finished checkpoint",
+         lambda folder: (folder / "weights").symlink_to("weights")),
+    case("log is a folder", FORKED, f"train.py {QUICK}", "can't write plots/digits_student_subset40.jsonl",
+         lambda folder: [(folder / "plots" / "digits_student_subset40.jsonl").mkdir(parents=True),
+                         in_weights("digits_student_subset40.pt", text)(folder)]),
     case("nothing to resume", FORKED, f"train.py {QUICK} --resume True", "--resume True: there is no unfinished run"),
     case("holdout of all", FORKED, f"train.py {QUICK} --holdout 40", "--holdout 40 leaves none of the 40"),
     # The teacher's checkpoint.

@@ -205,11 +205,13 @@ def test_a_report_that_nobody_can_read_is_no_bug(stdout, code, tells, small_repo
 def test_a_terminal_of_few_letters_keeps_the_table(tmp_path, forked):
     for seed, top1 in ((42, 10.0), (43, 20.0)):
         save_run(tmp_path, f"--seed={seed} --dataset=digits", top1=top1, model=tiny_student())
+    save_run(tmp_path, "--dataset=digits", name="digits_\udce9.pt", model=tiny_student())  # no name in any language
     words = ["--dataset=digits", "--subset=40", "--compare", "--device=cpu", "--weights_path=.", "--data_path=."]
     done = forked("test.py", *words, folder=tmp_path, tiny=True, stdout="ascii")
     assert done.returncode == 0, done.stderr
     assert "% ? " in done.stdout and "saved " in done.stdout and done.stdout.isascii()
-    assert "% ± " in (tmp_path / "plots" / "digits_comparison_subset40.md").read_text(encoding="utf-8")
+    table = (tmp_path / "plots" / "digits_comparison_subset40.md").read_text(encoding="utf-8")
+    assert "% ± " in table and "digits_?.pt" in table
 
 
 # ---------------------------------------------------------------------------------------------- pictures

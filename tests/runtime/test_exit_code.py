@@ -31,6 +31,7 @@ def raising(error: Exception):
         (SaidElsewhere(143), 143, ""),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."), 2, "a smaller --batch_size"),
         (MemoryError(), 2, "not enough memory"),
+        (PermissionError(errno.EACCES, "Permission denied", "w/a.pt"), 2, "can't use w/a.pt: Permission denied; "),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate"), 2, "--batch_size"),
         (RuntimeError("InvalidCxxCompiler: No working C++ compiler found in config.cpp.cxx"), 2, "leave --compile out"),
     ],

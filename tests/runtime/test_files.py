@@ -70,6 +70,11 @@ def test_what_a_new_run_replaces_stays_as_the_previous_one(tmp_path):
     assert checkpoint.load(tmp_path / "teacher.pt.previous")["epoch"] == 2
 
 
+def test_a_name_that_is_too_long_for_a_temporary_is_said(tmp_path):
+    with pytest.raises(UserError, match="File name too long"), writing(tmp_path / (250 * "x")) as temporary:
+        temporary.write_text("whole")
+
+
 @pytest.mark.parametrize("name", ["x**y", "[a]", "a b?", "..x", "-n", "ä", "100%"])
 def test_a_name_is_a_name_and_no_pattern(name, tmp_path):
     path = tmp_path / name
