@@ -322,7 +322,7 @@ class TestOptions(Options):
     image: tuple[Path, ...] | None = option(
         None, "pictures to classify instead of the test set (default: none)", file_name, nargs="+"
     )
-    json: Path | None = option(None, "file for the report's numbers (default: none)", file_name)
+    json: Path | None = option(None, "file for the report's numbers, .json (default: none)", file_name)
     export: Path | None = option(None, "file for the model as a torch.export program, .pt2 (default: none)", file_name)
 
 
@@ -378,7 +378,7 @@ class Parser(argparse.ArgumentParser):
         except BrokenPipeError:
             os._exit(128 + 13)
         except OSError as error:
-            print(f"{self.prog}: error: can't write to standard output: {error.strerror}", file=sys.stderr, flush=True)
+            self._print_message(f"{self.prog}: error: can't write to standard output: {error.strerror}\n", sys.stderr)
             os._exit(2)
 
 
