@@ -426,7 +426,7 @@ class TestOptions(Options):
         None, "temperatures at which to draw the probabilities of --image or of four test images (default: none)",
         number(float, at_least=0.01, at_most=1000), nargs="+",
     )  # fmt: skip
-    json: Path | None = option(None, "file for the report's numbers (default: none)", file_name)
+    json: Path | None = option(None, "file for the report's numbers, .json (default: none)", file_name)
     export: Path | None = option(None, "file for the model as a torch.export program, .pt2 (default: none)", file_name)
 
 
@@ -487,7 +487,7 @@ class Parser(argparse.ArgumentParser):
         except BrokenPipeError:
             os._exit(128 + 13)
         except OSError as error:
-            print(f"{self.prog}: error: can't write to standard output: {error.strerror}", file=sys.stderr, flush=True)
+            self._print_message(f"{self.prog}: error: can't write to standard output: {error.strerror}\n", sys.stderr)
             os._exit(2)
 
 
