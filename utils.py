@@ -1,5 +1,6 @@
 """CIFAR-10 in memory, the distillation loss, the metrics and the curves: functions of tensors and paths."""
 
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torchvision
 
 from datasets import CROPS, OFFSETS, PAD, SIDE, DatasetSpec
 from datasets.digits import cached_digits
+from datasets.pictures import square
 from runtime.device import Runtime
 from runtime.errors import Stopped, UserError
 from runtime.files import writing
@@ -74,7 +76,10 @@ def read_images(spec: DatasetSpec, folder: Path, halves: set[str]) -> dict[str, 
 
 
 def read_torchvision(spec: DatasetSpec, folder: Path, halves: list[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Pixels and labels of each half, downloaded by torchvision where they are not there, MD5-checked."""
+    """Pixels and labels of each half, downloaded by torchvision where they are not there, MD5-checked.
+
+    What is not 32 x 32 pixels of RGB already becomes so as pictures do.
+    """
     dataset_class = getattr(torchvision.datasets, spec.torchvision_class)
 
     class CheckedOnce(dataset_class):
@@ -86,16 +91,31 @@ def read_torchvision(spec: DatasetSpec, folder: Path, halves: list[str]) -> dict
             CheckedOnce.whole = CheckedOnce.whole or super()._check_integrity()
             return CheckedOnce.whole
 
-    needed = folder / dataset_class.base_folder
+    CheckedOnce.__name__ = dataset_class.__name__  # which some name their folder after
+    by_split = "split" in inspect.signature(dataset_class).parameters
+    needed, url = folder / getattr(dataset_class, "base_folder", ""), getattr(dataset_class, "url", "its source")
+    put = f"put {dataset_class.filename} into {folder}, " if hasattr(dataset_class, "filename") else ""
     try:
-        sets = {half: CheckedOnce(folder, train=half == "train", download=True) for half in halves}
-        return {half: (found.data, np.asarray(found.targets, dtype=np.int64)) for half, found in sets.items()}
+        asked = {half: {"split": half} if by_split else {"train": half == "train"} for half in halves}
+        return {half: as_arrays(CheckedOnce(folder, download=True, **which)) for half, which in asked.items()}
     except Exception as error:  # a network, a disk or an archive fails in many ways
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"no whole {spec.torchvision_class} in {needed}, and no download from {dataset_class.url}: {why}; "
-            f"run again with a network, put {dataset_class.filename} into {folder}, or give its folder by --data_path"
+            f"no whole {spec.torchvision_class} in {needed}, and no download from {url}: {why}; "
+            f"run again with a network, {put}or give its folder by --data_path"
         ) from error
+
+
+def as_arrays(found: torchvision.datasets.VisionDataset) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels (N, 32, 32, 3) uint8 and labels (N,) int64 of a data set that gives pictures and classes' numbers."""
+    pixels = getattr(found, "data", None)
+    if isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.shape[1:] == (SIDE, SIDE, 3):
+        return pixels, np.asarray(found.targets, dtype=np.int64)
+    pixels, labels = np.empty((len(found), SIDE, SIDE, 3), np.uint8), np.empty(len(found), np.int64)
+    for i in range(len(found)):
+        picture, labels[i] = found[i]
+        pixels[i] = square(picture)
+    return pixels, labels
 
 
 class Views:

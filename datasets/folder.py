@@ -87,6 +87,8 @@ def find_files(root: Path) -> tuple[list[str], list[File]]:
             if half == "train" or os.path.isdir(folder / name):
                 files += [(half, label, path) for path in walk(str(folder / name))]
     refuse_empty(root, classes, np.array([label for half, label, _ in files if half == "train"], dtype=np.int64))
+    if "test" in halves and files[-1][0] == "train":
+        raise UserError(f"{test} has no picture: put some in, or remove it")
     return classes, files
 
 

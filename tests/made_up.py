@@ -5,7 +5,9 @@ import shlex
 from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 from config import TrainOptions, parse_train
@@ -84,6 +86,25 @@ def random_images(count: int, seed: int = 0) -> Images:
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (count, SIDE, SIDE, 3), generator=generator, dtype=torch.uint8)
     return Images(pixels, torch.randint(0, CLASSES, (count,), generator=generator))
+
+
+FOLDER_CLASSES = ("$x$ & \\frac", "naïve chat", "日本")  # in the order of their names
+
+
+def draw(path: Path, seed: int, size: tuple[int, int] = (40, 50)) -> None:
+    """A picture of noise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def lay_out(root: Path, train: int = 20, test: int = 4) -> Path:
+    """A folder of three classes with so many pictures each, all different, for --dataset folder."""
+    for half, count in (("train", train), ("test", test)):
+        for label, name in enumerate(FOLDER_CLASSES):
+            for i in range(count):
+                draw(root / half / name / f"{i}.png", seed=1000 * label + i + 500 * (half == "test"))
+    return root
 
 
 class TinyTeacher(nn.Module):

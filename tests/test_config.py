@@ -4,14 +4,14 @@ import os
 import shlex
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from conftest import REPOSITORY, assert_one_line, run_script
 
 import config
 from config import parse_test, parse_train
-from datasets import DATASETS
+from datasets import DATASETS, Recipe
 
 TRUE, FALSE = ("True", "true", "TRUE", "yes", "Yes", "1"), ("False", "false", "FALSE", "no", "No", "0")
 
@@ -173,7 +173,7 @@ def test_all_gives_the_teacher_its_own_recipe_and_the_students_the_users(dataset
     teacher, *students = parse_train([*same, *words, "--seed=43", "--alpha=0.5", "--temp", "20"]).runs()
     recipe = DATASETS[dataset].recipes["teacher", optimizer]
     assert {name: getattr(teacher, name) for name in config.RECIPE_OPTIONS} == asdict(recipe)
-    alone = parse_train(["--tto", *same[1:]])
+    (alone,) = parse_train(["--tto", *same[1:]]).runs()
     assert teacher.result_options() == alone.result_options() and teacher.checkpoint_path == alone.checkpoint_path
     assert [student.seed for student in students] == [43, 43] and [s.temp for s in students] == [(5.0,), (20.0,)]
     for student in students:
@@ -201,6 +201,26 @@ def test_each_loss_has_its_own_temperatures_and_weights():
     assert parse_train(["--kd", "--alpha=0.3"]).result_options() == parse_train(
         ["--kd", "--kd_weight=0.3", "--ce_weight=0.7"]
     ).result_options()  # fmt: skip
+
+
+def test_a_folder_has_its_recipe_when_its_images_are_counted():
+    options = parse_train(["--dataset=folder", "--data_path=d", "--flip=False", "--lr=0.5"])
+    words = shlex.split(options.command("train.py", every=True))
+    assert words[2:] == ["--dataset", "folder", "--data_path", "d", "--lr", "0.5", "--flip", "False"]
+    spec = replace(DATASETS["folder"], recipes={("student", "muon"): Recipe(num_epochs=3, lr=0.1, batch_size=7)})
+    (run,) = options.runs(spec)
+    assert (run.num_epochs, run.batch_size, run.lr, run.head_lr) == (3, 7, 0.5, 1.0)
+    assert run.command("test.py") == "python test.py --dataset folder --data_path d"
+
+
+def test_a_data_sets_own_mirroring_is_the_same_run_said_or_not():
+    for dataset, own in (("cifar10", True), ("digits", False), ("folder", True)):
+        usual, said, other = (
+            parse_train([f"--dataset={dataset}", *words]) for words in ([], [f"--flip={own}"], [f"--flip={not own}"])
+        )
+        assert usual.result_options() == said.result_options() and "flip" not in usual.result_options()
+        assert other.result_options()["flip"] is not own and other.spec.flip is not own and said.spec == usual.spec
+    assert parse_train(["--dataset=digits", "--flip=True", "--views=162"]).spec.views == 162
 
 
 def test_only_what_shapes_a_result_is_told_of_it():
