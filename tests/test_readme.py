@@ -112,6 +112,21 @@ def test_what_is_quoted_of_the_first_version_is_in_its_logs():
     assert f"{gain['mean']:+.2f} points (95 % interval {gain['ci'][0]:+.2f} to {gain['ci'][1]:+.2f})" in text
 
 
+def test_what_is_quoted_of_a_shorter_teacher_is_in_its_logs():
+    folder, text = REPOSITORY / "plots", " ".join(PAGES["results.md"].split())
+
+    def last(name: str) -> float:
+        return read_log(folder / f"{name}.jsonl")[1][-1]["test"]["top1"]
+
+    names = [f"student_kd_t5{seed}" for seed in ("", "_seed43", "_seed44")]
+    shorter = [last(f"teacher_8_epochs/{name}") for name in names]
+    without = [last(name.replace("_kd_t5", "")) for name in names]
+    gains = [paired_gain(tops, without)["mean"] for tops in (shorter, [last(name) for name in names])]
+    assert f"({last('teacher_8_epochs/teacher'):.2f} %, logs in" in text
+    assert f"{statistics.mean(shorter):.2f} % on average, a gain of {gains[0]:+.2f} points" in text
+    assert f"({last('teacher'):.2f} %) gives {gains[1]:+.2f}." in text
+
+
 def test_every_trial_of_the_recipe_is_what_its_log_says():
     trials = list((REPOSITORY / "plots" / "trials").glob("*.jsonl"))
     assert len(trials) >= 7
