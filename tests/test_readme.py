@@ -127,6 +127,20 @@ def test_what_is_quoted_of_a_shorter_teacher_is_in_its_logs():
     assert f"({last('teacher'):.2f} %) gives {gains[1]:+.2f}." in text
 
 
+def test_the_comparison_of_losses_is_what_its_logs_say():
+    without = [path for path in sorted((REPOSITORY / "plots").glob("digits_student*.jsonl")) if "_kd_" not in path.stem]
+    contents = []
+    for path in [*without, *sorted((REPOSITORY / "plots" / "losses").glob("*.jsonl"))]:
+        header, lines = read_log(path)
+        contents.append({"identity": Identity(header["identity"]), "metrics": lines[-1]["test"], "path": path})
+    found = collect(contents)
+    assert len(found["gains"]) == 8
+    tops = {row["model"]: f"{row['top1']:.2f}% ± {row['top1_sd']:.2f}" for row in found["rows"]}
+    for gain in found["gains"]:
+        points = "{:+.2f} ({:+.2f} to {:+.2f})".format(gain["mean"], *gain["ci"])
+        assert f"| {tops[gain['model']]} | {points} |" in PAGES["losses.md"]
+
+
 def test_every_trial_of_the_recipe_is_what_its_log_says():
     trials = list((REPOSITORY / "plots" / "trials").glob("*.jsonl"))
     assert len(trials) >= 7
