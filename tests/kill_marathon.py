@@ -49,8 +49,11 @@ class Started(Protocol):
 
 
 def wait(condition: Callable[[], bool], run: Started) -> None:
-    """Look often, as some moments are short; RuntimeError where the run ends before."""
+    """Look often, as some moments are short; RuntimeError where the run ends before, or none comes in five minutes."""
+    deadline = time.monotonic() + 300
     while not condition():
+        if time.monotonic() > deadline:
+            raise RuntimeError("the moment did not come")
         if not run.alive():
             raise RuntimeError(f"the run ended before the moment came: {run.end().stderr}")
         time.sleep(0.0005)
