@@ -105,7 +105,7 @@ def test_a_refused_write_leaves_what_was_there(file_size, tells, tmp_path, digit
 def test_no_room_for_the_teacher_cache_costs_the_cache_alone(tmp_path, digits, start_script):
     save_run(tmp_path / "weights", "--tto --dataset=digits --subset=2000", model=TinyTeacher())
     # 2,000 x 162 x 11 numbers of 2 bytes are 7.1 MB: more than any other file that the run writes.
-    words = quick(digits, "--kd", "--subset=2000", "--num_epochs=1000")
+    words = quick(digits, "--kd", "--subset=2000", "--num_epochs=1000", "--views=81")
     script = start_script(*words, folder=tmp_path, file_size=6_000_000, tiny=True)
     wait(lambda: "going on without it" in script.read("stdout"), script)
     os.kill(script.pid, signal.SIGTERM)
