@@ -1,4 +1,4 @@
-"""CIFAR-10 in memory, the distillation loss, the metrics and the curves: functions of tensors and paths."""
+"""Images in memory, the distillation loss, the metrics and the curves: functions of tensors and paths."""
 
 import inspect
 from dataclasses import dataclass
