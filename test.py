@@ -85,7 +85,7 @@ def find_teacher(options: config.TestOptions) -> Path | None:
 
 
 def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
-    """Print the report of one checkpoint and write its figures and files."""
+    """Print the report of one checkpoint and write its figures and files; an export needs no folder of images."""
     options, path = with_checkpoint(options)
     model, content = load(options, path, options.role, runtime)
     run, spec = content["identity"], content["spec"]
@@ -93,16 +93,15 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
     for folder in {options.plots_path, *(file.parent for file in (options.json, options.export) if file)}:
         make_folder(folder)  # what can't be written is said before an evaluation, not after it
     runtime = as_trained(options, runtime, run)
-    if options.export and not options.json and not (options.spec.is_known or os.path.isdir(options.data_path)):
+    there = options.spec.is_known or os.path.isdir(options.data_path / "train")
+    if options.export and not options.json and not there:
         saved = export(model, options.export, spec) if runtime.is_main else ""
-        return runtime.print(f"saved {saved}; not evaluated, for there is no folder {options.data_path}")
+        return runtime.print(f"saved {saved}; not evaluated, for there is no {options.data_path / 'train'}")
     found, images, notes = load_held_out(options, runtime)
     notes += compare_images(found, content, path)
-    labels = images.labels.cpu()
-    logits = all_logits(model, images, spec, runtime)
+    labels, logits = images.labels.cpu(), all_logits(model, images, spec, runtime)
     numbers = measure(logits, labels)
-    teacher, extra = None, {}
-    fidelity_text = f"fidelity to the teacher: left out, there is no {options.teacher_path}"
+    teacher, extra, fidelity_text = None, {}, f"fidelity to the teacher: left out, there is no {options.teacher_path}"
     if teacher_path:
         teacher, extra, fidelity_text = compare_with_teacher(options, runtime, content, images, logits)
     if not runtime.is_main:

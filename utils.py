@@ -1,4 +1,4 @@
-"""CIFAR-10 in memory, the distillation loss, the metrics and the curves: functions of tensors and paths."""
+"""Images in memory, the distillation loss, the metrics and the curves: functions of tensors and paths."""
 
 import inspect
 from dataclasses import dataclass
@@ -66,6 +66,8 @@ def load_images(
 
 def read_images(spec: DatasetSpec, folder: Path, halves: set[str]) -> dict[str, Images]:
     """The whole training set ("train") or test set ("test"), each if asked for."""
+    if not spec.is_known:
+        raise UserError("--dataset folder is for train.py and test.py, which read the folder first")
     if spec.halves:
         read = spec.halves
     elif spec.torchvision_class is None:

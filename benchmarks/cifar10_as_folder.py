@@ -1,6 +1,6 @@
 """Write CIFAR-10 as pictures of odd sizes, for --dataset folder to be held against --dataset cifar10.
 
-    python benchmarks/cifar10_as_folder.py FOLDER                  all 60,000 images, some 240 MB
+    python benchmarks/cifar10_as_folder.py FOLDER                  all 60,000 images, some 270 MB
     python benchmarks/cifar10_as_folder.py FOLDER --images 2000    the 2,000 and 400 of --subset 2000
     python benchmarks/cifar10_as_folder.py FOLDER --resized        pictures of which the very pixels do not come back
 

@@ -88,7 +88,7 @@ def random_images(count: int, seed: int = 0) -> Images:
     return Images(pixels, torch.randint(0, CLASSES, (count,), generator=generator))
 
 
-FOLDER_CLASSES = ("$x$ & \\frac", "naïve chat", "日本")  # in the order of their names
+FOLDER_CLASSES = ("$\\frac$ & x", "naïve chat", "日本")  # in the order of their names
 
 
 def draw(path: Path, seed: int, size: tuple[int, int] = (40, 50)) -> None:

@@ -4,13 +4,16 @@ import json
 import math
 import sys
 
+import numpy as np
 import pytest
 from conftest import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
+import cifar10_as_folder
 import time_to_accuracy as bench
 
+from datasets.pictures import square
 from runtime.errors import UserError
 
 OURS = [(10.0, 20.0), (40.0, 60.0)]  # seconds, top-1 in percent
@@ -37,6 +40,18 @@ def test_no_time_is_extrapolated():
     assert bench.time_to(OURS, 19.9) == (0, 10)
     assert bench.time_to(OURS, 60.1) == (40, math.inf)
     assert bench.time_to([(5.0, 30.0)], 30) == (5, 5)
+
+
+def test_the_middle_of_a_picture_of_cifar10_is_the_image():
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)
+    pictures = [cifar10_as_folder.picture_of(image, False, generator) for image in pixels]
+    assert all(np.array_equal(square(picture), image) for picture, image in zip(pictures, pixels, strict=True))
+    sizes = {picture.size for picture in pictures}
+    assert len(sizes) > 20 and all(min(size) == 32 for size in sizes)
+    smooth = np.arange(32 * 32 * 3, dtype=np.uint8).reshape(32, 32, 3) // 8
+    larger = cifar10_as_folder.picture_of(smooth, True, generator)
+    assert min(larger.size) > 32
 
 
 def cells(text: str) -> list[list[str]]:
