@@ -31,8 +31,16 @@ class LossRow:
     ce_weight: float
 
 
+ALPHA = 0.9
+
+
+def ce_weight_of(alpha: float) -> float:
+    """What --alpha leaves the cross-entropy: 0.1, not 0.09999999999999998, beside 0.9."""
+    return round(1 - alpha, 12)
+
+
 LOSSES = {
-    "kd": LossRow("kd", (5.0, 20.0), (0.9,), 0.1),
+    "kd": LossRow("kd", (5.0, 20.0), (ALPHA,), ce_weight_of(ALPHA)),
     "ls": LossRow("ls", (2.0,), (9.0,), 0.1),
     "dkd": LossRow("dkd", (4.0,), (1.0, 8.0), 1.0),
     "ttm": LossRow("ttm", (10.0,), (45.0,), 1.0),
@@ -291,7 +299,7 @@ class TrainOptions(Options):
     )  # fmt: skip
     seeds: int = option(1, "with --all: number of seeds of the students, paired", number(int, 1, at_most=1000))
     alpha: float = option(
-        0.9, "with --loss kd, in short: weight of the KL term, 0 to 1; 1 - alpha is the cross-entropy's",
+        ALPHA, "with --loss kd, in short: weight of the KL term, 0 to 1; 1 - alpha is the cross-entropy's",
         number(float, at_least=0, at_most=1),
     )  # fmt: skip
     kd_weight: tuple[float, ...] | None = option(
@@ -362,7 +370,7 @@ class TrainOptions(Options):
         if not self.kd:
             return {}
         if self.loss == ("kd",):
-            return {"kd_weight": (self.alpha,), "ce_weight": round(1 - self.alpha, 12)}  # 0.1, not 0.09999999999999998
+            return {"kd_weight": (self.alpha,), "ce_weight": ce_weight_of(self.alpha)}
         row = LOSSES[self.loss[0]]
         return {"kd_weight": row.kd_weights, "ce_weight": row.ce_weight}
 
@@ -549,7 +557,7 @@ def check_company(parser: Parser, given: dict) -> None:
 
 def check_weights(parser: Parser, options: TrainOptions) -> None:
     """Exit with code 2 where the weights are none of the losses'."""
-    if options.alpha != TrainOptions.alpha and options.loss != ("kd",):
+    if options.alpha != ALPHA and options.loss != ("kd",):
         parser.error("--alpha weighs --loss kd alone: give --kd_weight and --ce_weight instead")
     given = options.kd_weight is not None or options.ce_weight is not None
     if given and len(options.loss) > 1:

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 from datasets import DatasetSpec
+from datasets.folder import find_dataset
 from datasets.pictures import bombs_refused, read_picture
 from evaluation import figures, inference, report
 from evaluation.comparison import as_trained, compare_images, load_held_out, measure_all, told
@@ -97,7 +98,8 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
     if options.export and not options.json and not there:
         saved = export(model, options.export, spec) if runtime.is_main else ""
         return runtime.print(f"saved {saved}; not evaluated, for there is no {options.data_path / 'train'}")
-    found, images, notes = load_held_out(options, runtime)
+    found, notes = find_dataset(options.spec, options.data_path, options.skip_broken, runtime)
+    images = load_held_out(options, found, runtime)
     notes += compare_images(found, content, path)
     labels, logits = images.labels.cpu(), all_logits(model, images, spec, runtime)
     numbers = measure(logits, labels)
@@ -165,10 +167,10 @@ def compare(options: config.TestOptions, runtime: Runtime) -> None:
     )
     if not contents:
         raise nothing
-    found, images, notes = load_held_out(options, runtime)
+    found, notes = find_dataset(options.spec, options.data_path, options.skip_broken, runtime)
     for note in notes:
         runtime.print(note)
-    shown = measure_all(contents, found, images, options, runtime, cost=True)
+    shown = measure_all(contents, found, options, runtime, cost=True)
     if not shown:
         raise nothing
     if runtime.is_main:
@@ -204,7 +206,8 @@ def read_pictures(options: config.TestOptions, runtime: Runtime) -> tuple[np.nda
     if options.image:
         with bombs_refused():
             return np.stack([read_picture(path) for path in options.image]), [path.name for path in options.image]
-    found, images, _ = load_held_out(options, runtime)
+    found, _ = find_dataset(options.spec, options.data_path, options.skip_broken, runtime)
+    images = load_held_out(options, found, runtime)
     labels = images.labels.tolist()
     rows = sorted(labels.index(label) for label in set(labels))[:4]
     return images.pixels[rows].cpu().numpy(), [f"{found.classes[labels[row]]} ({options.split} {row})" for row in rows]

@@ -22,7 +22,7 @@ if __name__ == "__main__":
 import torch
 
 from datasets import DatasetSpec
-from datasets.folder import read_folder
+from datasets.folder import find_dataset
 from evaluation.comparison import measure_all
 from evaluation.figures import find_logs, plot_comparison
 from evaluation.inference import load_model
@@ -148,17 +148,6 @@ def load_teacher(
     return teacher, checkpoint.fingerprint(teacher.state_dict())
 
 
-def find_dataset(options: config.TrainOptions, runtime: Runtime, stop: StopSignal) -> DatasetSpec:
-    """The data set's row; of a folder, which has to be read for it, with its images."""
-    if options.spec.is_known:
-        return options.spec
-    with main_first(runtime):
-        spec, notes = read_folder(options.data_path, options.spec.flip, options.skip_broken, runtime, stop)
-    for note in notes:
-        runtime.print(note)
-    return spec
-
-
 def train(
     options: config.TrainOptions,
     runtime: Runtime,
@@ -253,7 +242,9 @@ def main(argv: list[str] | None = None) -> int:
 def train_all(options: config.TrainOptions) -> None:
     """The run asked for, or with --all every run that is not finished yet, and then the table."""
     with StopSignal() as stop, start(options.device, options.precision, options.deterministic) as runtime:
-        spec = find_dataset(options, runtime, stop)
+        spec, notes = find_dataset(options.spec, options.data_path, options.skip_broken, runtime, stop)
+        for note in notes:
+            runtime.print(note)
         teacher, teacher_id = None, ""
         for run_options in options.runs(spec):
             run_options = replace(run_options, precision=runtime.precision)
@@ -264,17 +255,11 @@ def train_all(options: config.TrainOptions) -> None:
             else:
                 train(run_options, runtime, stop, teacher, teacher_id, spec)
         if options.all:
-            publish_all(options, spec, runtime)
-
-
-def publish_all(options: config.TrainOptions, spec: DatasetSpec, runtime: Runtime) -> None:
-    """Evaluate what --all trained and publish its table."""
-    paths = [run.checkpoint_path for run in options.runs(spec)]
-    contents = [checkpoint.load(path) | {"path": path} for path in paths]
-    (images,) = load_images(spec, options.data_path, options.split, subset=options.subset, holdout=options.holdout)
-    contents = measure_all(contents, spec, images.to(runtime.device), options, runtime)
-    if runtime.is_main:
-        publish(contents, options, "results")
+            paths = [run.checkpoint_path for run in options.runs(spec)]
+            contents = [checkpoint.load(path) | {"path": path} for path in paths]
+            contents = measure_all(contents, spec, options, runtime)
+            if runtime.is_main:
+                publish(contents, options, "results")
 
 
 def is_finished(

@@ -21,11 +21,25 @@ from datasets.pictures import bombs_refused, read_picture
 from runtime.device import Runtime
 from runtime.errors import Stopped, UserError, reason
 from runtime.files import writing
+from runtime.processes import main_first
 from runtime.progress import Progress
 from runtime.signals import StopSignal
 
 KEPT_ASIDE = 10  # without DIR/test, one image of so many is kept aside
 File = tuple[str, int, str]  # its half ("train" or "test"), its class's number, its path
+
+
+def find_dataset(
+    spec: DatasetSpec, root: Path, skip_broken: bool, runtime: Runtime, stop: StopSignal | None = None
+) -> tuple[DatasetSpec, list[str]]:
+    """A data set's row; of a folder, which has to be read for it, with its images and what is to be said of them.
+
+    Raises what `read_folder` raises.
+    """
+    if spec.is_known:
+        return spec, []
+    with main_first(runtime):
+        return read_folder(root, spec.flip, skip_broken, runtime, stop)
 
 
 def read_folder(
@@ -131,7 +145,7 @@ def listing_key(root: Path, files: list[File]) -> str:
 
 
 def load_packed(path: Path, key: str) -> dict[str, np.ndarray] | None:
-    """What `save_packed` wrote, or None where it is missing, damaged, or of other files."""
+    """What `read_folder` wrote, or None where it is missing, damaged, or of other files."""
     with suppress(Exception), np.load(path) as stored:  # a damaged file raises nearly anything
         if str(stored["key"]) == key:
             return dict(stored)

@@ -3,9 +3,8 @@
 from dataclasses import replace
 from pathlib import Path
 
-from config import Options, TestOptions
+from config import Options
 from datasets import DatasetSpec
-from datasets.folder import read_folder
 from evaluation.inference import load_model, measure_cost
 from evaluation.measures import fidelity, measure
 from evaluation.report import TOPS
@@ -24,14 +23,11 @@ def as_trained(options: Options, runtime: Runtime, run: Identity) -> Runtime:
     return runtime
 
 
-def load_held_out(options: TestOptions, runtime: Runtime) -> tuple[DatasetSpec, Images, list[str]]:
-    """The data set as it is found, its test images, or those of a holdout, on the device, and what is to be said."""
-    spec, notes = options.spec, []
+def load_held_out(options: Options, spec: DatasetSpec, runtime: Runtime) -> Images:
+    """The test images of a data set, or those of a holdout, on the device."""
     with main_first(runtime):
-        if not spec.is_known:
-            spec, notes = read_folder(options.data_path, spec.flip, options.skip_broken, runtime)
         (images,) = load_images(spec, options.data_path, options.split, subset=options.subset, holdout=options.holdout)
-    return spec, images.to(runtime.device), notes
+    return images.to(runtime.device)
 
 
 def told(classes: tuple[str, ...]) -> str:
@@ -50,21 +46,22 @@ def compare_images(found: DatasetSpec, content: dict, path: Path) -> list[str]:
 
 
 def measure_all(
-    contents: list[dict], found: DatasetSpec, images: Images, options: Options, runtime: Runtime, cost: bool = False
+    contents: list[dict], found: DatasetSpec, options: Options, runtime: Runtime, cost: bool = False
 ) -> list[dict]:
     """Checkpoints, teachers first, each with its `path`, with what is `measured` of them, with `cost` their speed too.
 
-    `images` of the data set `found` are what they are measured on. What can't be loaded, or was trained on other ones,
-    is named and left out. A student is compared with its own teacher, if that is among them, and one without KD with
+    They are measured on images of the data set `found`. What can't be loaded, or was trained on other ones, is named
+    and left out. A student is compared with its own teacher, if that is among them, and one without KD with
     the first teacher.
     """
+    images = load_held_out(options, found, runtime)
     labels = images.labels.cpu()
     shown, teachers = [], {}  # the logits of each teacher, by its fingerprint
     for content in contents:
         run, path = content["identity"], content["path"]
         try:
-            for other_images in compare_images(found, content, path):
-                raise UserError(other_images)
+            if other_images := compare_images(found, content, path):
+                raise UserError(other_images[0])
             model, _ = load_model(path, run["role"], run["dataset"], runtime.device)
         except UserError as error:  # of another version, or of weights that are no such model's
             runtime.print(f"left out: {error}")
@@ -78,7 +75,7 @@ def measure_all(
         elif teacher := run["teacher"] if run["kd"] else next(iter(teachers), None):
             numbers |= fidelity(logits, teachers[teacher], labels) if teacher in teachers else {}
         content["metrics"] = {key: 100 * numbers[key] for key in TOPS if key in numbers}
-        content["measured"] = numbers | {key: content[key] for key in ("seconds",) if key in content}
+        content["measured"] = numbers | ({"seconds": content["seconds"]} if "seconds" in content else {})
         if cost and runtime.is_main:
             content["measured"] |= measure_cost(model, path, its_runtime).medians()
     return shown

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 
-from config import LOSSES, plain
+from config import LOSSES, ce_weight_of, plain
 
 MACHINE = {"torch", "device", "world_size"}  # what changes the last bits of a run and nothing else
 LOSS = {"loss", "temp", "kd_weight", "nckd_weight", "ce_weight"}  # what two ways to distil differ in
@@ -31,7 +31,7 @@ class Identity:
         if self["kd"] and "alpha" in self.facts:  # of a version that knew one loss
             facts = dict(self.facts)
             alpha = facts.pop("alpha")
-            weights = {"loss": "kd", "kd_weight": alpha, "ce_weight": round(1 - alpha, 12)}
+            weights = {"loss": "kd", "kd_weight": alpha, "ce_weight": ce_weight_of(alpha)}
             object.__setattr__(self, "facts", facts | weights)
         needed = NEEDED | (OF_KD if self["kd"] else {})
         for name, kind in {**KINDS, **needed}.items():

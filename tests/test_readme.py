@@ -3,6 +3,7 @@
 import re
 import shlex
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,12 +35,20 @@ def table(text: str) -> dict[str, dict[str, str]]:
     return {row[0]: dict(zip(head, row, strict=True)) for row in rows}
 
 
+def run_of_log(path: Path) -> dict:
+    """What `collect` needs of a run, from its log."""
+    header, lines = read_log(path)
+    return {"identity": Identity(header["identity"]), "metrics": lines[-1]["test"], "path": path}
+
+
+def last(name: str) -> float:
+    """The last line's top-1 (%) of a log in plots/, of any version."""
+    return read_log(REPOSITORY / "plots" / f"{name}.jsonl")[1][-1]["test"]["top1"]
+
+
 def logged(dataset: str) -> list[dict]:
     """What `collect` needs of the runs whose logs a table was read from."""
-    contents = []
-    for path in find_logs(SOURCES[dataset][1], dataset):
-        header, lines = read_log(path)
-        contents.append({"identity": Identity(header["identity"]), "metrics": lines[-1]["test"], "path": path})
+    contents = [run_of_log(path) for path in find_logs(SOURCES[dataset][1], dataset)]
     return sorted(contents, key=lambda content: (content["identity"]["role"] != "teacher", content["identity"]["seed"]))
 
 
@@ -95,28 +104,27 @@ def test_a_shipped_student_is_as_good_as_its_log_says(name, cifar10):
 
 
 def test_what_is_quoted_of_the_first_version_is_in_its_logs():
-    folder, text = REPOSITORY / "plots" / "first_version", " ".join((PAGES["results.md"] + PAGES["cache.md"]).split())
-
-    def last(name: str) -> float:
-        return read_log(folder / f"{name}.jsonl")[1][-1]["test"]["top1"]
+    text = " ".join((PAGES["results.md"] + PAGES["cache.md"]).split())
 
     trials = ("teacher_3_epochs_head_lr_1", "teacher_3_epochs", "teacher_6_epochs")
-    teachers, students = ([f"{last(f'{trial}/{run}'):.2f}" for trial in trials] for run in ("teacher", "student_kd_t5"))
-    assert f"{last('teacher_6_epochs/student'):.2f} % without KD" in text
+    teachers, students = (
+        [f"{last(f'first_version/{trial}/{run}'):.2f}" for trial in trials] for run in ("teacher", "student_kd_t5")
+    )
+    assert f"{last('first_version/teacher_6_epochs/student'):.2f} % without KD" in text
     assert f"teachers of {teachers[0]}, {teachers[1]} and {teachers[2]} %" in text
     assert f"students of {students[0]}, {students[1]} and {students[2]} % at T = 5" in text
     seeds = ("", "_seed43", "_seed44")
-    sides = [[last(f"digits_{w}_cache/digits_student_kd_t5{seed}") for seed in seeds] for w in ("with", "without")]
+    sides = [
+        [last(f"first_version/digits_{w}_cache/digits_student_kd_t5{seed}") for seed in seeds]
+        for w in ("with", "without")
+    ]
     gain = paired_gain(*sides)
     assert f"ended at {statistics.mean(sides[0]):.2f} % and {statistics.mean(sides[1]):.2f} %" in text
     assert f"{gain['mean']:+.2f} points (95 % interval {gain['ci'][0]:+.2f} to {gain['ci'][1]:+.2f})" in text
 
 
 def test_what_is_quoted_of_a_shorter_teacher_is_in_its_logs():
-    folder, text = REPOSITORY / "plots", " ".join(PAGES["results.md"].split())
-
-    def last(name: str) -> float:
-        return read_log(folder / f"{name}.jsonl")[1][-1]["test"]["top1"]
+    text = " ".join(PAGES["results.md"].split())
 
     names = [f"student_kd_t5{seed}" for seed in ("", "_seed43", "_seed44")]
     shorter = [last(f"teacher_8_epochs/{name}") for name in names]
@@ -129,11 +137,7 @@ def test_what_is_quoted_of_a_shorter_teacher_is_in_its_logs():
 
 def test_the_comparison_of_losses_is_what_its_logs_say():
     without = [path for path in sorted((REPOSITORY / "plots").glob("digits_student*.jsonl")) if "_kd_" not in path.stem]
-    contents = []
-    for path in [*without, *sorted((REPOSITORY / "plots" / "losses").glob("*.jsonl"))]:
-        header, lines = read_log(path)
-        contents.append({"identity": Identity(header["identity"]), "metrics": lines[-1]["test"], "path": path})
-    found = collect(contents)
+    found = collect([run_of_log(path) for path in [*without, *sorted((REPOSITORY / "plots/losses").glob("*.jsonl"))]])
     assert len(found["gains"]) == 8
     tops = {row["model"]: f"{row['top1']:.2f}% ± {row['top1_sd']:.2f}" for row in found["rows"]}
     for gain in found["gains"]:

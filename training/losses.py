@@ -45,16 +45,20 @@ def dkd(student: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor, tem
     return temp**2 * divergence(*binary).mean(), temp**2 * divergence(*among).mean()
 
 
+def to_softened_teacher(student: torch.Tensor, teacher: torch.Tensor, temp: float) -> torch.Tensor:
+    """KL(teacher_T || student_1) of each image (B,)."""
+    return divergence(F.log_softmax(teacher / temp, dim=1), F.log_softmax(student, dim=1))
+
+
 def ttm(student: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor, temp: float) -> Terms:
     """Transformed teacher matching: KL(teacher_T || student_1) (Zheng & Yang, ICLR 2024, section 3)."""
-    return (divergence(F.log_softmax(teacher / temp, dim=1), F.log_softmax(student, dim=1)).mean(),)
+    return (to_softened_teacher(student, teacher, temp).mean(),)
 
 
 def wttm(student: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor, temp: float) -> Terms:
     """TTM, each image weighted by the sum of its teacher's probabilities to the 1/T (the same, section 4)."""
     weight = (F.log_softmax(teacher, dim=1) / temp).exp().sum(1)
-    of_image = divergence(F.log_softmax(teacher / temp, dim=1), F.log_softmax(student, dim=1))
-    return ((weight * of_image).mean(),)
+    return ((weight * to_softened_teacher(student, teacher, temp)).mean(),)
 
 
 LOSSES: dict[str, Callable[..., Terms]] = {"kd": kd, "ls": ls, "dkd": dkd, "ttm": ttm, "wttm": wttm}
