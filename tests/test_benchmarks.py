@@ -6,15 +6,19 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
 import cifar10_as_folder
+import levers
 import time_to_accuracy as bench
 
+from datasets import DATASETS
 from datasets.pictures import square
 from runtime.errors import UserError
+from utils import Images
 
 OURS = [(10.0, 20.0), (40.0, 60.0)]  # seconds, top-1 in percent
 UP_AND_DOWN = [(1.0, 10.0), (10.0, 50.0), (100.0, 40.0), (1000.0, 60.0)]
@@ -52,6 +56,32 @@ def test_the_middle_of_a_picture_of_cifar10_is_the_image():
     smooth = np.arange(32 * 32 * 3, dtype=np.uint8).reshape(32, 32, 3) // 8
     larger = cifar10_as_folder.picture_of(smooth, True, generator)
     assert min(larger.size) > 32
+
+
+def test_a_lever_is_told_by_its_mean_and_its_paired_gain():
+    def result(variant, seed, *top1):
+        return {"variant": variant, "seed": seed, "top1": dict(zip(levers.READINGS, top1, strict=True))}
+
+    results = [
+        result("recipe", 42, 80, 80, 81, 82),
+        result("recipe", 43, 82, 82, 82, 82),
+        result("cutout", 42, 79, 80, 80, 81),
+        result("cutout", 43, 79, 80, 80, 81),
+    ]
+    assert cells(levers.results_table(results)) == [
+        ["recipe", "81.00% (+0.00 ± 0.00)", "81.00% (+0.00 ± 0.00)", "81.50% (+0.50 ± 0.71)", "82.00% (+1.00 ± 1.41)"],
+        ["cutout", "79.00% (-2.00 ± 1.41)", "80.00% (-1.00 ± 1.41)", "80.00% (-1.00 ± 1.41)", "81.00% (+0.00 ± 1.41)"],
+    ]
+
+
+def test_a_cut_out_square_is_of_the_mean_colour_and_no_larger_than_asked():
+    images = Images(torch.full((64, 32, 32, 3), 255, dtype=torch.uint8), torch.zeros(64, dtype=torch.int64))
+    views = levers.ViewsWithHoles(images, DATASETS["digits"])
+    batch, _ = views.batch(torch.arange(64), torch.full((64,), 80))  # the middle crop
+    holes = (batch == 0).all(1)
+    assert all(hole.any(1).sum() * hole.any(0).sum() == hole.sum() for hole in holes)
+    assert holes.sum((1, 2)).max() == levers.HOLE**2
+    assert holes.sum((1, 2)).min() < levers.HOLE**2  # one at the border
 
 
 def cells(text: str) -> list[list[str]]:
