@@ -119,15 +119,12 @@ def percent(metrics: dict[str, float]) -> dict[str, float]:
     return {name: 100 * value if name.startswith("top") else value for name, value in metrics.items()}
 
 
-def load_teacher(
-    options: config.TrainOptions, runtime: Runtime, spec: DatasetSpec | None = None
-) -> tuple[torch.nn.Module, str]:
+def load_teacher(options: config.TrainOptions, spec: DatasetSpec, runtime: Runtime) -> tuple[torch.nn.Module, str]:
     """The teacher in evaluation mode, without gradients, and the fingerprint of its weights.
 
     UserError where there is none, or where it was trained on images that this run keeps aside, or on other ones than
     those of `spec`, the data set as it was read.
     """
-    spec = spec or options.spec
     path = options.teacher_path
     if not path.exists():
         names = ("dataset", "data_path", "skip_broken", "weights_path", "plots_path", "subset", "holdout", "flip")
@@ -150,14 +147,13 @@ def load_teacher(
 
 def train(
     options: config.TrainOptions,
+    spec: DatasetSpec,
     runtime: Runtime,
     stop: StopSignal,
-    teacher=None,
-    teacher_id: str = "",
-    spec: DatasetSpec | None = None,
+    teacher: torch.nn.Module | None,
+    teacher_id: str,
 ) -> None:
     """One run from its options to its checkpoint, log and figures, going on with an unfinished one."""
-    spec = spec or options.spec
     with main_first(runtime):
         images, held_out = load_images(
             spec, options.data_path, "train", options.split, subset=options.subset, holdout=options.holdout
@@ -249,11 +245,11 @@ def train_all(options: config.TrainOptions) -> None:
         for run_options in options.runs(spec):
             run_options = replace(run_options, precision=runtime.precision)
             if run_options.kd and teacher is None:  # one for all students
-                teacher, teacher_id = load_teacher(run_options, runtime, spec)
-            if options.all and is_finished(run_options, runtime, teacher_id, spec):
+                teacher, teacher_id = load_teacher(run_options, spec, runtime)
+            if options.all and is_finished(run_options, spec, runtime, teacher_id):
                 runtime.print(f"{run_options.run_name}: finished before, kept")
             else:
-                train(run_options, runtime, stop, teacher, teacher_id, spec)
+                train(run_options, spec, runtime, stop, teacher, teacher_id)
         if options.all:
             paths = [run.checkpoint_path for run in options.runs(spec)]
             contents = [checkpoint.load(path) | {"path": path} for path in paths]
@@ -262,15 +258,13 @@ def train_all(options: config.TrainOptions) -> None:
                 publish(contents, options, "results")
 
 
-def is_finished(
-    options: config.TrainOptions, runtime: Runtime, teacher_id: str, spec: DatasetSpec | None = None
-) -> bool:
+def is_finished(options: config.TrainOptions, spec: DatasetSpec, runtime: Runtime, teacher_id: str) -> bool:
     """Whether the very run of these options is finished; of the teacher, which --all does not shape, any one."""
     path = options.checkpoint_path
     if options.resume == "False" or options.resume_path.exists() or not path.exists():
         return False
     found = checkpoint.load(path, role=options.role, dataset=options.dataset)["identity"]
-    wanted = identity_of(options, runtime, teacher_id, spec)
+    wanted = identity_of(options, spec, runtime, teacher_id)
     if options.tto:
         return all(found[name] == wanted[name] for name in ("subset", "holdout", "images", "flip"))
     return found == wanted

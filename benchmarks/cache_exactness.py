@@ -37,7 +37,7 @@ def difference(name: str, logits: torch.Tensor, reference: torch.Tensor, temp: f
 
 def measure(options: config.TrainOptions, runtime: Runtime) -> None:
     """Print the table; UserError where there is no teacher."""
-    teacher, _ = load_teacher(options, runtime)
+    teacher, _ = load_teacher(options, options.spec, runtime)
     images = load_images(options.spec, options.data_path, "train")[0][:IMAGES].to(runtime.device)
     views = Views(images, options.spec)
     cache = TeacherCache(None, teacher, views, len(options.spec.classes), runtime)

@@ -119,7 +119,7 @@ class Bench:
 
     def settings(self, training: Training) -> dict:
         """All that a training's result hangs on, as JSON knows it."""
-        facts = identity_of(self.our_options(training), self.runtime).facts
+        facts = identity_of(self.our_options(training), self.spec, self.runtime).facts
         if training.side == "plain":
             shared = ("role", "architecture", "dataset", "num_epochs", "seed", "holdout", "torch", "device")
             facts = {name: facts[name] for name in shared}

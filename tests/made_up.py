@@ -33,7 +33,8 @@ def facts_of(command: str = "", teacher: str = "", **changes) -> dict:
 
     What is changed to None is left out.
     """
-    facts = identity_of(options_of(command), CPU, teacher).facts | changes
+    options = options_of(command)
+    facts = identity_of(options, options.spec, CPU, teacher).facts | changes
     return {name: value for name, value in facts.items() if value is not None or name not in changes}
 
 

@@ -181,30 +181,34 @@ CHANGES = {
 }  # fmt: skip
 
 
+def finished(options, teacher: str) -> bool:
+    return train.is_finished(options, options.spec, CPU, teacher)
+
+
 @pytest.mark.parametrize(
     "command, fact", [("--kd", None), *(("--kd", fact) for fact in CHANGES), ("", None), ("", "views"), ("", "torch")]
 )
 def test_all_keeps_only_an_equal_run(command, fact, tmp_path):
     options = replace(options_of(command), weights_path=tmp_path)
     teacher = TEACHER if options.kd else ""
-    assert not train.is_finished(options, CPU, teacher), "there is none"
+    assert not finished(options, teacher), "there is none"
     changes = {fact: CHANGES[fact]} if fact else {}
     path = save_run(tmp_path, command, **{"teacher": teacher, "model": tiny_student()} | changes)
-    assert train.is_finished(options, CPU, teacher) == (not changes)
+    assert finished(options, teacher) == (not changes)
     if not changes:
-        assert checkpoint.load(path)["identity"] == identity_of(options, CPU, teacher)
-        assert not train.is_finished(replace(options, resume="False"), CPU, teacher)
+        assert checkpoint.load(path)["identity"] == identity_of(options, options.spec, CPU, teacher)
+        assert not finished(replace(options, resume="False"), teacher)
         options.resume_path.write_bytes(b"an unfinished run, with or without the same options")
-        assert not train.is_finished(options, CPU, teacher)
+        assert not finished(options, teacher)
 
 
 def test_all_keeps_any_teacher_of_the_same_images(tmp_path):
     for command, kept in (("--num_epochs=2 --lr=0.01", True), ("--subset=40", False), ("--holdout=8", False)):
         save_run(tmp_path, f"--tto {command}", name="teacher.pt", model=TinyTeacher())
-        assert train.is_finished(replace(options_of("--tto"), weights_path=tmp_path), CPU, "") == kept
+        assert finished(replace(options_of("--tto"), weights_path=tmp_path), "") == kept
     save_run(tmp_path, "", name="teacher.pt", model=tiny_student())
     with pytest.raises(UserError, match="holds role student"):
-        train.is_finished(replace(options_of("--tto"), weights_path=tmp_path), CPU, "")
+        finished(replace(options_of("--tto"), weights_path=tmp_path), "")
 
 
 def test_all_distils_the_teacher_that_is_there(learn, tmp_path, capfd):

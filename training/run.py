@@ -21,14 +21,12 @@ from utils import Views
 METRICS = ("loss", "ce", "kl", "top1", "top5")
 
 
-def identity_of(
-    options: TrainOptions, runtime: Runtime, teacher_id: str = "", spec: DatasetSpec | None = None
-) -> Identity:
+def identity_of(options: TrainOptions, spec: DatasetSpec, runtime: Runtime, teacher_id: str = "") -> Identity:
     """All that shapes the result of a run with resolved options here, of the teacher with this fingerprint.
 
-    `spec` is the data set's, where it says more than its row.
+    `spec` is the data set's, of a folder as it was read.
     """
-    role, spec = options.role, spec or options.spec
+    role = options.role
     return Identity(
         {
             "role": role,
@@ -72,7 +70,7 @@ class Run:
             self.forward = DistributedDataParallel(self.forward)
         self.log = RunLog(options.log_path)
         self.epoch = 0
-        self.identity = identity_of(options, runtime, teacher_id, self.spec)
+        self.identity = identity_of(options, self.spec, runtime, teacher_id)
         self.begin_epoch()
 
     @property
