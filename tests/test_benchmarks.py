@@ -74,6 +74,13 @@ def test_a_lever_is_told_by_its_mean_and_its_paired_gain():
     ]
 
 
+def test_what_is_said_of_levers_is_what_their_trial_found():
+    results = json.loads((REPOSITORY / "plots" / "trials" / "levers_student.json").read_text())["results"]
+    page = (REPOSITORY / "docs" / "recipe.md").read_text()
+    for row in cells(levers.results_table(results)):
+        assert f"| {' | '.join(row)} |" in page
+
+
 def test_a_cut_out_square_is_of_the_mean_colour_and_no_larger_than_asked():
     images = Images(torch.full((64, 32, 32, 3), 255, dtype=torch.uint8), torch.zeros(64, dtype=torch.int64))
     views = levers.ViewsWithHoles(images, DATASETS["digits"])

@@ -21,10 +21,18 @@ from runtime.log import read_log
 from utils import evaluate, load_images
 
 PAGES = {page.name: page.read_text() for page in (REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md"))}
-# Where the table of a data set stands, and the logs that it was read from.
-SOURCES = {
-    "cifar10": (PAGES["README.md"], REPOSITORY / "plots"),
-    "digits": (PAGES["results.md"].split("## CIFAR-10")[0], REPOSITORY / "plots"),
+
+
+def section(page: str, heading: str) -> str:
+    """What stands on a page below a heading, up to the next one."""
+    return PAGES[page].partition(f"\n{heading}\n")[2].partition("\n#")[0]
+
+
+# Where the table of a data set stands.
+RESULTS = {
+    "cifar10": section("README.md", "### CIFAR-10"),
+    "cifar100": section("README.md", "### CIFAR-100"),
+    "digits": section("results.md", "## Digits"),
 }
 
 
@@ -47,14 +55,14 @@ def last(name: str) -> float:
 
 
 def logged(dataset: str) -> list[dict]:
-    """What `collect` needs of the runs whose logs a table was read from."""
-    contents = [run_of_log(path) for path in find_logs(SOURCES[dataset][1], dataset)]
+    """What `collect` needs of the runs of a data set, from their logs."""
+    contents = [run_of_log(path) for path in find_logs(REPOSITORY / "plots", dataset)]
     return sorted(contents, key=lambda content: (content["identity"]["role"] != "teacher", content["identity"]["seed"]))
 
 
-@pytest.mark.parametrize("dataset", SOURCES)
+@pytest.mark.parametrize("dataset", RESULTS)
 def test_every_number_of_the_results_is_its_logs_last_line(dataset):
-    results, said = collect(logged(dataset)), table(SOURCES[dataset][0])
+    results, said = collect(logged(dataset)), table(RESULTS[dataset])
     assert said.keys() == {row["model"] for row in results["rows"]}
     gains = {gain["model"]: gain for gain in results["gains"]}
     assert gains
@@ -69,19 +77,17 @@ def test_every_number_of_the_results_is_its_logs_last_line(dataset):
         assert cells["Gain of KD, paired, 95% interval"] == text
 
 
-@pytest.mark.parametrize("dataset", SOURCES)
+@pytest.mark.parametrize("dataset", RESULTS)
 def test_every_run_of_the_results_is_as_long_as_said(dataset):
-    said = table(SOURCES[dataset][0])
+    said = table(RESULTS[dataset])
     for content in logged(dataset):
         assert str(content["identity"]["num_epochs"]) == said[content["identity"].title]["Epochs"]
 
 
-@pytest.mark.parametrize("dataset", SOURCES)
+@pytest.mark.parametrize("dataset", RESULTS)
 def test_the_quoted_commands_are_those_of_the_logs(dataset):
     planned = {}
-    text = SOURCES[dataset][0]
-    quoted = text.split("## Commands")[0].split("## Results")[-1]
-    for command in re.findall(r"^python train\.py .+$", quoted, re.MULTILINE):
+    for command in re.findall(r"^python train\.py .+$", RESULTS[dataset], re.MULTILINE):
         for run in config.parse_train(shlex.split(command)[2:]).runs():
             planned.setdefault(run.run_name, run.result_options())  # --all keeps the teacher that was made before
     made = {content["path"].stem: content["identity"] for content in logged(dataset)}
@@ -143,6 +149,18 @@ def test_the_comparison_of_losses_is_what_its_logs_say():
     for gain in found["gains"]:
         points = "{:+.2f} ({:+.2f} to {:+.2f})".format(gain["mean"], *gain["ci"])
         assert f"| {tops[gain['model']]} | {points} |" in PAGES["losses.md"]
+
+
+def test_what_is_said_of_the_weight_of_kd_is_in_its_logs():
+    text = " ".join(PAGES["losses.md"].split())
+
+    def tops(name: str) -> list[float]:
+        return [line["test"]["top1"] for line in read_log(REPOSITORY / "plots" / f"cifar100_{name}.jsonl")[1]]
+
+    kd, control = tops("student_kd_t5"), tops("student")
+    assert f"({kd[3]:.2f} against {control[3]:.2f} % after 4 epochs, seed 42)" in text
+    assert f"({kd[4]:.2f} against {control[4]:.2f} %)" in text
+    assert f"a teacher of {last('cifar100_teacher'):.2f} %" in text
 
 
 def test_every_trial_of_the_recipe_is_what_its_log_says():
