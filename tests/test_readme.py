@@ -49,9 +49,14 @@ def run_of_log(path: Path) -> dict:
     return {"identity": Identity(header["identity"]), "metrics": lines[-1]["test"], "path": path}
 
 
+def curve(name: str) -> list[float]:
+    """Each epoch's top-1 (%) in a log in plots/, of any version."""
+    return [line["test"]["top1"] for line in read_log(REPOSITORY / "plots" / f"{name}.jsonl")[1]]
+
+
 def last(name: str) -> float:
-    """The last line's top-1 (%) of a log in plots/, of any version."""
-    return read_log(REPOSITORY / "plots" / f"{name}.jsonl")[1][-1]["test"]["top1"]
+    """The last epoch's."""
+    return curve(name)[-1]
 
 
 def logged(dataset: str) -> list[dict]:
@@ -154,10 +159,7 @@ def test_the_comparison_of_losses_is_what_its_logs_say():
 def test_what_is_said_of_the_weight_of_kd_is_in_its_logs():
     text = " ".join(PAGES["losses.md"].split())
 
-    def tops(name: str) -> list[float]:
-        return [line["test"]["top1"] for line in read_log(REPOSITORY / "plots" / f"cifar100_{name}.jsonl")[1]]
-
-    kd, control = tops("student_kd_t5"), tops("student")
+    kd, control = curve("cifar100_student_kd_t5"), curve("cifar100_student")
     assert f"({kd[3]:.2f} against {control[3]:.2f} % after 4 epochs, seed 42)" in text
     assert f"({kd[4]:.2f} against {control[4]:.2f} %)" in text
     assert f"a teacher of {last('cifar100_teacher'):.2f} %" in text
