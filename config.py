@@ -331,6 +331,10 @@ class TrainOptions(Options):
         None, f"the last layer's learning rate, as a fraction of --lr {by_recipe('head_lr')}",
         number(float, above=0), shapes_result=True,
     )  # fmt: skip
+    norm_lr: float | None = option(
+        None, f"batch norm's learning rate, as a fraction of --lr {by_recipe('norm_lr')}",
+        number(float, above=0), shapes_result=True,
+    )  # fmt: skip
     weight_decay: float | None = option(
         None, "L2 penalty on the last layer's weights, with sgd on all but those of batch norm "
         f"{by_recipe('weight_decay')}",

@@ -102,8 +102,7 @@ def end_epoch(run: Run, teacher: TeacherCache | None, held_out, stop: StopSignal
         line["teacher_cache_hits"] = teacher.hit_rate()
     if runtime.is_main:
         run.log.append(line)
-    run.epoch += 1
-    run.begin_epoch()
+    run.begin_epoch(run.epoch + 1)
     train = line["train"]
     top5 = f" top5 {held['top5']:.2f}%" if "top5" in held else ""
     hits = f", teacher cache hits {100 * line['teacher_cache_hits']:.1f}%" if teacher else ""

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import config
 from evaluation.report import table
 from runtime.device import Runtime
+from runtime.errors import exit_code
 from runtime.files import writing
 from runtime.processes import start
 from runtime.signals import StopSignal
@@ -119,8 +120,7 @@ class Trial:
             start_as_whitening(run.model, views, seed)
         while run.epoch < options.num_epochs:
             train_epoch(run, views, None, stop)
-            run.epoch += 1
-            run.begin_epoch()
+            run.begin_epoch(run.epoch + 1)
         top1 = [self.top1(run.model), 0.0, 0.0, self.top1(WithMirrors(run.model))]
         for place, model in ((1, run.model), (2, run.averaged)):
             with self.runtime.autocast():
@@ -147,25 +147,15 @@ def results_table(results: list[dict]) -> str:
     return table(["trained", *READINGS], rows)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the trials of `argv` (None: the command line); further options are train.py's."""
-    parser = config.Parser("levers.py", allow_abbrev=False, description=__doc__.partition("\n")[0])
-    parser.add_argument("--role", choices=("teacher", "student"), default="teacher", help="(default: teacher)")
-    parser.add_argument("--images", type=config.number(int, at_least=LARGE_BATCH), default=5_000)
-    parser.add_argument("--seeds", type=config.number(int, at_least=1), default=3)
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS[1:], default=VARIANTS[1:])
-    parser.add_argument("--json", type=config.file_name, help="file for the results")
-    arguments, further = parser.parse_known_args(argv)
-    options = config.parse_train([*further, f"--tto={arguments.role == 'teacher'}"])
-    results = []
-    with start(options.device, options.precision, options.deterministic) as runtime:
-        trial = Trial(arguments, options, runtime)
-        with contextlib.redirect_stdout(sys.stderr):  # progress is no part of the table
-            for seed in range(options.seed, options.seed + arguments.seeds):
-                for variant in (VARIANTS[0], *arguments.variants):
-                    result = {"variant": variant, "seed": seed, "top1": trial.read(variant, seed)}
-                    print(result)
-                    results.append(result)
+def compare(arguments: argparse.Namespace, options: config.TrainOptions, runtime: Runtime) -> None:
+    """Do the trials, print the table and keep the results."""
+    trial, results = Trial(arguments, options, runtime), []
+    with contextlib.redirect_stdout(sys.stderr):  # progress is no part of the table
+        for seed in range(options.seed, options.seed + arguments.seeds):
+            for variant in (VARIANTS[0], *arguments.variants):
+                result = {"variant": variant, "seed": seed, "top1": trial.read(variant, seed)}
+                print(result, flush=True)
+                results.append(result)
     print(
         f"{arguments.role}, {len(trial.images):,} images, {options.num_epochs} epochs, {len(trial.held_out):,} kept "
         f"aside, {arguments.seeds} seeds: mean top-1 (and over the recipe as it ends)\n\n{results_table(results)}"
@@ -174,7 +164,24 @@ def main(argv: list[str] | None = None) -> int:
         with writing(arguments.json) as temporary:
             settings = {"role": arguments.role, "images": len(trial.images), "num_epochs": options.num_epochs}
             temporary.write_text(json.dumps(settings | {"results": results}, indent=1) + "\n")
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the trials of `argv` (None: the command line), whose further options are train.py's; the exit code."""
+    parser = config.Parser("levers.py", allow_abbrev=False, description=__doc__.partition("\n")[0])
+    parser.add_argument("--role", choices=("teacher", "student"), default="teacher", help="(default: teacher)")
+    parser.add_argument("--images", type=config.number(int, at_least=LARGE_BATCH), default=5_000)
+    parser.add_argument("--seeds", type=config.number(int, at_least=1), default=3)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS[1:], default=VARIANTS[1:])
+    parser.add_argument("--json", type=config.file_name, help="file for the results")
+    arguments, further = parser.parse_known_args(argv)
+    options = config.parse_train([*further, f"--tto={arguments.role == 'teacher'}"])
+
+    def work() -> None:
+        with start(options.device, options.precision, options.deterministic) as runtime:
+            compare(arguments, options, runtime)
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

@@ -87,9 +87,7 @@ class Bench:
             if cache == "cold":
                 for path in options.weights_path.glob("*.cache"):
                     path.unlink()
-            else:
-                run.epoch += not cache  # warm: the same views again
-            run.begin_epoch()
+            run.begin_epoch(run.epoch if cache else run.epoch + 1)  # with a cache the same views again
             logits = train.make_cache(run, teacher, views) if cache else None
             self.runtime.synchronize()
             start = time.perf_counter()

@@ -148,8 +148,7 @@ class Bench:
         while run.epoch < options.num_epochs:
             train_epoch(run, views, None, stop)
             seconds += run.seconds
-            run.epoch += 1
-            run.begin_epoch()
+            run.begin_epoch(run.epoch + 1)
         return run.model, seconds
 
     def train_plain(self, training: Training, images: Images) -> tuple[nn.Module, float]:

@@ -18,6 +18,7 @@ class Recipe:
     num_epochs: int
     lr: float  # peak
     head_lr: float = 1.0  # the last layer's learning rate, as a fraction of lr
+    norm_lr: float = 1.0  # batch norm's
     batch_size: int = 256  # over all devices
     weight_decay: float = 5e-4
     views: int | None = None  # an image is seen in; None: all
@@ -82,12 +83,10 @@ class DatasetSpec:
 
 CIFAR_RECIPES = {
     ("teacher", "muon"): Recipe(num_epochs=16, lr=0.1, head_lr=0.025),
-    ("student", "muon"): Recipe(num_epochs=30, lr=0.1, views=16),
+    ("student", "muon"): Recipe(num_epochs=30, lr=0.1, head_lr=20.0, norm_lr=30.0, views=16),
     ("teacher", "sgd"): Recipe(num_epochs=60, lr=0.05, head_lr=0.05, batch_size=128),
     ("student", "sgd"): Recipe(num_epochs=60, lr=0.1, batch_size=128),
 }
-# A last layer of 100 classes learns slowly: each has a tenth of the images.
-CIFAR100_RECIPES = CIFAR_RECIPES | {("student", "muon"): Recipe(num_epochs=30, lr=0.1, head_lr=20.0, views=16)}
 CIFAR100_CLASSES = """
 apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
 caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish
@@ -110,7 +109,7 @@ DATASETS = {
         classes=tuple(CIFAR100_CLASSES.split()),
         mean=(0.5071, 0.4865, 0.4409),
         std=(0.2673, 0.2564, 0.2762),
-        recipes=CIFAR100_RECIPES,
+        recipes=CIFAR_RECIPES,
         torchvision_class="CIFAR100",
         train_images=50_000,
         prefix="cifar100_",

@@ -28,11 +28,13 @@ class Identity:
 
     def __post_init__(self) -> None:
         """ValueError where a fact is of the wrong kind or out of bounds, or one that all runs have is missing."""
-        if self["kd"] and "alpha" in self.facts:  # of a version that knew one loss
-            facts = dict(self.facts)
+        facts = dict(self.facts)
+        if self["kd"] and "alpha" in facts:  # of a version that knew one loss
             alpha = facts.pop("alpha")
-            weights = {"loss": "kd", "kd_weight": alpha, "ce_weight": ce_weight_of(alpha)}
-            object.__setattr__(self, "facts", facts | weights)
+            facts |= {"loss": "kd", "kd_weight": alpha, "ce_weight": ce_weight_of(alpha)}
+        if "head_lr" in facts:  # perhaps of a version in which batch norm had no rate of its own
+            facts.setdefault("norm_lr", 1.0)
+        object.__setattr__(self, "facts", facts)
         needed = NEEDED | (OF_KD if self["kd"] else {})
         for name, kind in {**KINDS, **needed}.items():
             value = self[name]

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from made_up import facts_of
 
+from config import TrainOptions
 from models import build_model
 from runtime import checkpoint
 from training.optimizer import make_optimizer
@@ -126,7 +127,7 @@ def resume_state(facts: dict | None = None, **changes) -> Callable[[Path], None]
 
     def prepare(path: Path) -> None:
         model = build_model("student", 10)
-        optimizer = make_optimizer(model, "muon", 0.1, 1.0, 5e-4, torch.float32)
+        optimizer = make_optimizer(model, TrainOptions().resolved(), torch.float32)
         state = {
             "model": model.state_dict(), "epoch": 0, "step": 0, "seconds": 0.0, "totals": torch.zeros(5),
             "log": "{}\n", "optimizer": optimizer.state_dict(),

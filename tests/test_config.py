@@ -161,7 +161,15 @@ def test_all_plans_every_run_once():
 @pytest.mark.parametrize("dataset", DATASETS)
 @pytest.mark.parametrize("optimizer", config.OPTIMIZERS)
 def test_all_gives_the_teacher_its_own_recipe_and_the_students_the_users(dataset, optimizer):
-    words = ["--num_epochs=1", "--lr=9", "--head_lr=0.7", "--batch_size=3", "--views=2", "--weight_decay=0.1"]
+    words = [
+        "--num_epochs=1",
+        "--lr=9",
+        "--head_lr=0.7",
+        "--norm_lr=7",
+        "--batch_size=3",
+        "--views=2",
+        "--weight_decay=0.1",
+    ]
     same = [
         "--all",
         f"--dataset={dataset}",
@@ -177,8 +185,9 @@ def test_all_gives_the_teacher_its_own_recipe_and_the_students_the_users(dataset
     assert teacher.result_options() == alone.result_options() and teacher.checkpoint_path == alone.checkpoint_path
     assert [student.seed for student in students] == [43, 43] and [s.temp for s in students] == [(5.0,), (20.0,)]
     for student in students:
-        assert (student.num_epochs, student.lr, student.head_lr, student.batch_size) == (1, 9, 0.7, 3)
-        assert (student.views, student.weight_decay, student.holdout, student.subset) == (2, 0.1, 8, 40)
+        assert (student.num_epochs, student.batch_size, student.lr) == (1, 3, 9)
+        assert (student.head_lr, student.norm_lr, student.views, student.weight_decay) == (0.7, 7, 2, 0.1)
+        assert (student.holdout, student.subset) == (8, 40)
         assert student.teacher_path == teacher.checkpoint_path
 
 

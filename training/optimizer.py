@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from config import TrainOptions
+
 SGD_MOMENTUM = 0.9
 MUON_MOMENTUM = 0.6
 # Of a quintic that is steep at zero: three steps bring singular values near one, not to it (Jordan et al., 2024).
@@ -82,30 +84,28 @@ class Muon(torch.optim.SGD):
                 weight.grad.copy_(step)
 
 
-def make_optimizer(
-    model: nn.Module, optimizer: str, lr: float, head_lr: float, weight_decay: float, dtype: torch.dtype
-) -> torch.optim.Optimizer:
-    """The optimizer "muon" or "sgd" of a model with `.features` and a `.classifier`, whose rate is `head_lr` of `lr`.
+def make_optimizer(model: nn.Module, options: TrainOptions, dtype: torch.dtype) -> torch.optim.Optimizer:
+    """What resolved options say, Muon or SGD, of a model with `.features` and a `.classifier`.
 
     SGD's weight decay spares biases and batch norm (He et al., 2019, section 3.1), Muon's the convolutions too, whose
-    norm is kept; `dtype` is that of its orthogonalisation. The last layer may learn at a rate of its own: its inputs
-    are all positive, so that its steps add up.
+    norm is kept; `dtype` is that of its orthogonalisation. Batch norm and the last layer have rates of their own,
+    since SGD's steps shrink with the gradient and Muon's do not.
     """
     convolutions = [p for p in model.features.parameters() if p.ndim > 1]
     others = [p for p in model.features.parameters() if p.ndim <= 1]
     head = model.classifier
     groups = [
-        {"params": convolutions, "share": 1.0, "weight_decay": weight_decay},
-        {"params": others, "share": 1.0},
-        {"params": [head.weight], "share": head_lr, "weight_decay": weight_decay},
-        {"params": [head.bias], "share": head_lr},
+        {"params": convolutions, "share": 1.0, "weight_decay": options.weight_decay},
+        {"params": others, "share": options.norm_lr},
+        {"params": [head.weight], "share": options.head_lr, "weight_decay": options.weight_decay},
+        {"params": [head.bias], "share": options.head_lr},
     ]
     fused = convolutions[0].device.type != "mps"
-    if optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=SGD_MOMENTUM, nesterov=True, fused=fused)
+    if options.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=options.lr, momentum=SGD_MOMENTUM, nesterov=True, fused=fused)
     # To SGD, whose momentum is then none, an orthogonalised step is just a gradient.
     groups[0] |= {"weight_decay": 0.0, "momentum": 0.0, "nesterov": False, "muon_momentum": MUON_MOMENTUM}
-    return Muon(groups, dtype, lr=lr, momentum=SGD_MOMENTUM, nesterov=True, fused=fused)
+    return Muon(groups, dtype, lr=options.lr, momentum=SGD_MOMENTUM, nesterov=True, fused=fused)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

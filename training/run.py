@@ -61,17 +61,14 @@ class Run:
         self.model.to(runtime.device, memory_format=torch.channels_last)
         if options.sync_bn and world > 1:
             sync_batch_norm(self.model)
-        rates = (options.lr, options.head_lr, options.weight_decay)
-        dtype = runtime.autocast_dtype or torch.float32
-        self.optimizer = make_optimizer(self.model, options.optimizer, *rates, dtype)
+        self.optimizer = make_optimizer(self.model, options, runtime.autocast_dtype or torch.float32)
         self.compiling = options.compile
         self.forward = torch.compile(self.model) if options.compile else self.model
         if world > 1:
             self.forward = DistributedDataParallel(self.forward)
         self.log = RunLog(options.log_path)
-        self.epoch = 0
         self.identity = identity_of(options, self.spec, runtime, teacher_id)
-        self.begin_epoch()
+        self.begin_epoch(0)
 
     @property
     def lr(self) -> float:
@@ -79,9 +76,9 @@ class Run:
         step = min(self.epoch * self.steps + self.step, self.total_steps - 1)
         return learning_rate(step, self.total_steps, self.options.lr)
 
-    def begin_epoch(self) -> None:
-        """Set the epoch's counts to zero."""
-        self.step, self.seconds = 0, 0.0
+    def begin_epoch(self, epoch: int) -> None:
+        """Stand before the first step of an epoch, counted from 0."""
+        self.epoch, self.step, self.seconds = epoch, 0, 0.0
         dtype = torch.float32 if self.runtime.device.type == "mps" else torch.float64
         self.totals = torch.zeros(len(METRICS), dtype=dtype, device=self.runtime.device)
         self.losses = torch.zeros(self.steps, device=self.runtime.device)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from made_up import tiny_student
 
+from config import OPTIMIZERS, TrainOptions
 from models import build_model
 from training.optimizer import (
     COEFFICIENTS,
@@ -20,7 +21,11 @@ from training.optimizer import (
     set_learning_rate,
 )
 
-LR, HEAD_LR, WEIGHT_DECAY = 0.2, 0.1, 0.3
+LR, HEAD_LR, NORM_LR, WEIGHT_DECAY = 0.2, 0.1, 3.0, 0.3
+OPTIONS = {
+    optimizer: TrainOptions(optimizer=optimizer, lr=LR, head_lr=HEAD_LR, norm_lr=NORM_LR, weight_decay=WEIGHT_DECAY)
+    for optimizer in OPTIMIZERS
+}
 
 
 # ---------------------------------------------------------------------------------------------- the learning rate
@@ -110,13 +115,19 @@ def take_steps(model: torch.nn.Module, optimizer, steps: list[list[torch.Tensor]
         optimizer.step()
 
 
+def share_of(name: str, p: torch.Tensor) -> float:
+    """The part of the learning rate that a parameter of a model is meant to have."""
+    if name.startswith("classifier"):
+        return HEAD_LR
+    return 1.0 if p.ndim > 1 else NORM_LR
+
+
 def plain_sgd(model: torch.nn.Module, rate: float, decays_convolutions: bool) -> torch.optim.SGD:
     """torch's SGD over every parameter, a group each."""
     groups = []
     for name, p in model.named_parameters():
         decays = p.ndim > 1 and (decays_convolutions or name.startswith("classifier"))
-        share = HEAD_LR if name.startswith("classifier") else 1.0
-        groups.append({"params": [p], "share": share, "weight_decay": WEIGHT_DECAY if decays else 0.0})
+        groups.append({"params": [p], "share": share_of(name, p), "weight_decay": WEIGHT_DECAY if decays else 0.0})
     return torch.optim.SGD(groups, lr=rate, momentum=SGD_MOMENTUM, nesterov=True)
 
 
@@ -126,7 +137,7 @@ RATES = [0.2, 0.1, 0.05]
 def test_muon_against_a_plain_computation():
     model = tiny_model()
     steps, reference = gradients(model, len(RATES)), copy.deepcopy(model)
-    optimizer = make_optimizer(model, "muon", LR, HEAD_LR, WEIGHT_DECAY, torch.float32)
+    optimizer = make_optimizer(model, OPTIONS["muon"], torch.float32)
     assert isinstance(optimizer, Muon)
     take_steps(model, optimizer, steps, RATES)
     take_steps(reference, plain_sgd(reference, LR, decays_convolutions=False), steps, RATES)
@@ -154,7 +165,7 @@ def test_sgd_is_torchs(role):
     torch.manual_seed(0)
     model = build_model(role) if role == "student" else tiny_model()
     reference, steps = copy.deepcopy(model), gradients(model, len(RATES))
-    optimizer = make_optimizer(model, "sgd", LR, HEAD_LR, WEIGHT_DECAY, torch.float32)
+    optimizer = make_optimizer(model, OPTIONS["sgd"], torch.float32)
     assert type(optimizer) is torch.optim.SGD
     take_steps(model, optimizer, steps, RATES)
     take_steps(reference, plain_sgd(reference, LR, decays_convolutions=True), steps, RATES)
@@ -162,26 +173,26 @@ def test_sgd_is_torchs(role):
         torch.testing.assert_close(p, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "sgd"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_each_parameter_has_the_decay_and_the_rate_that_are_meant_for_it(optimizer):
     with torch.device("meta"):
         model = build_model("teacher")
-    made = make_optimizer(model, optimizer, LR, HEAD_LR, WEIGHT_DECAY, torch.float32)
+    made = make_optimizer(model, OPTIONS[optimizer], torch.float32)
     set_learning_rate(made, 0.5 * LR)
     found = {id(p): group for group in made.param_groups for p in group["params"]}
     assert sum(len(group["params"]) for group in made.param_groups) == len(found) == len(list(model.parameters()))
     for name, p in model.named_parameters():
         head, group = name.startswith("classifier"), found[id(p)]
-        assert group["lr"] == 0.5 * LR * (HEAD_LR if head else 1), name
+        assert group["lr"] == 0.5 * LR * share_of(name, p), name
         decays = p.ndim > 1 and (head or optimizer == "sgd")  # Muon keeps the norm of a convolution
         assert group["weight_decay"] == (WEIGHT_DECAY if decays else 0.0), name
         assert ("muon_momentum" in group) == (optimizer == "muon" and p.ndim == 4), name
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "sgd"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_saved_optimizer_goes_on_to_the_bit(optimizer, tmp_path):
     def make(model):
-        return make_optimizer(model, optimizer, LR, HEAD_LR, WEIGHT_DECAY, torch.float32)
+        return make_optimizer(model, OPTIONS[optimizer], torch.float32)
 
     untouched, stopped = tiny_model(), tiny_model()
     steps = gradients(untouched, len(RATES))
@@ -207,7 +218,8 @@ def test_muon_learns():
     model = tiny_student().to(memory_format=torch.channels_last)
     labels = torch.arange(40) % 10
     images = torch.randn(10, 3, 1, 1)[labels] + 0.3 * torch.randn(40, 3, 32, 32)  # each class of its own colour
-    optimizer = make_optimizer(model, "muon", 0.1, 1.0, 0.0, torch.float32)
+    options = TrainOptions(lr=0.1, head_lr=1.0, norm_lr=1.0, weight_decay=0.0)
+    optimizer = make_optimizer(model, options, torch.float32)
     losses = []
     for _ in range(25):
         loss = torch.nn.functional.cross_entropy(model(images), labels)
