@@ -119,7 +119,7 @@ DATASETS = {
         mean=(0.3102, 0.3113, 0.3128),
         std=(0.1987, 0.1973, 0.1982),
         recipes={
-            ("teacher", "muon"): Recipe(num_epochs=2, lr=0.1, head_lr=0.1, norm_lr=10.0, batch_size=128),
+            ("teacher", "muon"): Recipe(num_epochs=3, lr=0.1, head_lr=0.1, norm_lr=10.0, batch_size=128),
             ("student", "muon"): Recipe(num_epochs=3, lr=0.1, head_lr=3.0, norm_lr=10.0, batch_size=64, views=2),
             ("teacher", "sgd"): Recipe(num_epochs=9, lr=0.05, head_lr=0.05, batch_size=64),
             ("student", "sgd"): Recipe(num_epochs=4, lr=0.1, batch_size=64, views=4),
