@@ -147,22 +147,37 @@ def test_what_is_quoted_of_a_shorter_teacher_is_in_its_logs():
 
 
 def test_the_comparison_of_losses_is_what_its_logs_say():
-    without = [path for path in sorted((REPOSITORY / "plots").glob("digits_student*.jsonl")) if "_kd_" not in path.stem]
-    found = collect([run_of_log(path) for path in [*without, *sorted((REPOSITORY / "plots/losses").glob("*.jsonl"))]])
-    assert len(found["gains"]) == 8
-    tops = {row["model"]: f"{row['top1']:.2f}% ± {row['top1_sd']:.2f}" for row in found["rows"]}
+    found = collect([run_of_log(path) for path in sorted((REPOSITORY / "plots/losses/digits").glob("*.jsonl"))])
+    assert len(found["gains"]) == 10
+    assert f"a teacher of {last('losses/digits/digits_teacher'):.2f} %" in PAGES["losses.md"]
+    tops = {row["model"]: f"{row['top1']:.2f}% ± {row['top1_sd']:.2f}" for row in found["rows"] if "top1_sd" in row}
     for gain in found["gains"]:
         points = "{:+.2f} ({:+.2f} to {:+.2f})".format(gain["mean"], *gain["ci"])
         assert f"| {tops[gain['model']]} | {points} |" in PAGES["losses.md"]
 
 
-def test_what_is_said_of_the_weight_of_kd_is_in_its_logs():
+def test_what_is_said_of_kd_on_cifar100_is_in_its_logs():
     text = " ".join(PAGES["losses.md"].split())
 
+    gains = {gain["model"]: gain["mean"] for gain in collect(logged("cifar100"))["gains"]}
+    temps = [gains[f"Student (with KD, Temp = {temp})"] for temp in (5, 20)]
+    assert f"{temps[0]:+.2f} points at T = 5, within seed noise, and {temps[1]:+.2f} at T = 20" in text
     kd, control = curve("cifar100_student_kd_t5"), curve("cifar100_student")
     assert f"({kd[3]:.2f} against {control[3]:.2f} % after 4 epochs, seed 42)" in text
     assert f"({kd[4]:.2f} against {control[4]:.2f} %)" in text
     assert f"a teacher of {last('cifar100_teacher'):.2f} %" in text
+
+    before = collect([run_of_log(path) for path in (REPOSITORY / "plots/losses/cifar100").glob("*.jsonl")])
+    tops = {row["model"]: row["top1"] for row in before["rows"]}
+    best = max(tops.values())
+    assert f"the student without KD had {tops['Student (w/o KD)']:.2f} %" in text and f"to {best:.2f} %." in text
+    gains = {gain["model"].removeprefix("Student "): gain["mean"] for gain in before["gains"]}
+    t5, t20 = gains["(with KD, Temp = 5)"], gains["(with KD, Temp = 20)"]
+    dkd, matched = gains["(with DKD, Temp = 4, 1 TCKD + 8 NCKD + 1 CE)"], gains["(with KD, Temp = 4, 9 KL + 1 CE)"]
+    assert f"lost {-t5:.2f} (T = 5) and {-t20:.2f} points (T = 20)" in text
+    assert f"DKD at its paper's weights gained {dkd:.2f}" in text and f"gained {matched:.2f}, to" in text
+    now = collect(logged("cifar100"))["rows"][1]["top1"]
+    assert f"has {now:.2f} %, more than any" in text and now > best
 
 
 def test_every_trial_of_the_recipe_is_what_its_log_says():

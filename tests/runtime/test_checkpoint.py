@@ -66,6 +66,7 @@ def test_a_checkpoint_of_the_format_before_still_says_what_it_is(tmp_path):
     assert distilled["temp"] == 5.0 and distilled["teacher"] == "1f3a" * 4
     assert distilled.title == "Student (with KD, Temp = 5)" and student.title == "Student (w/o KD)"
     assert student["torch"] == "2.11" and student["device"] is None
+    assert student["norm_lr"] == distilled["norm_lr"] == 1.0  # as all but the last layer's
     assert student.is_control_of(distilled) and not distilled.is_control_of(student)
     # Nothing that runs here now is its control or goes on with it: where it ran, it does not say.
     here = "--optimizer sgd --num_epochs 5 --batch_size 128 --lr 0.1 --head_lr 1 --views 1"
