@@ -28,11 +28,14 @@ def scaled(recipe: Recipe, images: int) -> Recipe:
     """CIFAR-10's recipe for another number of training images: as many images are seen in all, within bounds.
 
     Not more than four times as many epochs and not less than a quarter, in batches of at most a 64th of the images
-    (a power of two, 32 to the recipe's).
+    (a power of two, 32 to the recipe's). Rates of the last layer and of batch norm above the convolutions' shrink with
+    the batch (Goyal et al., 2017, section 2.1), to those of the convolutions.
     """
     epochs = round(recipe.num_epochs * min(max(50_000 / images, 0.25), 4))
     batch_size = min(max(2 ** int(math.log2(max(images / 64, 1))), 32), recipe.batch_size)
-    return replace(recipe, num_epochs=epochs, batch_size=batch_size)
+    part = batch_size / recipe.batch_size
+    head_lr, norm_lr = (max(rate * part, min(rate, 1.0)) for rate in (recipe.head_lr, recipe.norm_lr))
+    return replace(recipe, num_epochs=epochs, batch_size=batch_size, head_lr=head_lr, norm_lr=norm_lr)
 
 
 @dataclass(frozen=True)
