@@ -315,7 +315,7 @@ class TrainOptions(Options):
         False, "with --all: each other loss than kd beside plain kd at its weights and temperature", boolean
     )
     optimizer: str = option(
-        OPTIMIZERS[0], "muon for the convolutions and SGD for the rest, or sgd for all, each with its own recipe",
+        OPTIMIZERS[0], "muon or sgd, each with its own recipe",
         choices=OPTIMIZERS, shapes_result=True,
     )  # fmt: skip
     num_epochs: int | None = option(
@@ -336,7 +336,7 @@ class TrainOptions(Options):
         number(float, above=0), shapes_result=True,
     )  # fmt: skip
     weight_decay: float | None = option(
-        None, "L2 penalty on the last layer's weights, with sgd on all but those of batch norm "
+        None, "weight decay of the last layer, with sgd of all weights but batch norm's "
         f"{by_recipe('weight_decay')}",
         number(float, at_least=0), shapes_result=True,
     )  # fmt: skip

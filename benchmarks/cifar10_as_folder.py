@@ -84,7 +84,7 @@ def main() -> None:
     equal, count = count_equal(halves, arguments.folder)
     print(f"{equal:,} of {count:,} images come back to the bit; now compare")
     # A small folder has a recipe of its own.
-    same = " --num_epochs 8 --batch_size 64 --head_lr 5 --norm_lr 7.5" if arguments.images else ""
+    same = " --num_epochs 8 --batch_size 64" if arguments.images else ""
     subset = f" --subset {arguments.images}" if arguments.images else ""
     print(f"python train.py --dataset folder --data_path {shlex.quote(str(arguments.folder))}{same}")
     print(f"python train.py --dataset cifar10 --data_path {shlex.quote(str(arguments.data_path))}{subset}{same}")

@@ -20,7 +20,7 @@ class Recipe:
     head_lr: float = 1.0  # the last layer's learning rate, as a fraction of lr
     norm_lr: float = 1.0  # batch norm's
     batch_size: int = 256  # over all devices
-    weight_decay: float = 5e-4
+    weight_decay: float = 0.0
     views: int | None = None  # an image is seen in; None: all
 
 
@@ -28,14 +28,11 @@ def scaled(recipe: Recipe, images: int) -> Recipe:
     """CIFAR-10's recipe for another number of training images: as many images are seen in all, within bounds.
 
     Not more than four times as many epochs and not less than a quarter, in batches of at most a 64th of the images
-    (a power of two, 32 to the recipe's). Rates of the last layer and of batch norm above the convolutions' shrink with
-    the batch (Goyal et al., 2017, section 2.1), to those of the convolutions.
+    (a power of two, 32 to the recipe's).
     """
     epochs = round(recipe.num_epochs * min(max(50_000 / images, 0.25), 4))
     batch_size = min(max(2 ** int(math.log2(max(images / 64, 1))), 32), recipe.batch_size)
-    part = batch_size / recipe.batch_size
-    head_lr, norm_lr = (max(rate * part, min(rate, 1.0)) for rate in (recipe.head_lr, recipe.norm_lr))
-    return replace(recipe, num_epochs=epochs, batch_size=batch_size, head_lr=head_lr, norm_lr=norm_lr)
+    return replace(recipe, num_epochs=epochs, batch_size=batch_size)
 
 
 @dataclass(frozen=True)
@@ -85,10 +82,10 @@ class DatasetSpec:
 
 
 CIFAR_RECIPES = {
-    ("teacher", "muon"): Recipe(num_epochs=16, lr=0.1, head_lr=0.025),
-    ("student", "muon"): Recipe(num_epochs=30, lr=0.1, head_lr=20.0, norm_lr=30.0, views=16),
-    ("teacher", "sgd"): Recipe(num_epochs=60, lr=0.05, head_lr=0.05, batch_size=128),
-    ("student", "sgd"): Recipe(num_epochs=60, lr=0.1, batch_size=128),
+    ("teacher", "muon"): Recipe(num_epochs=16, lr=0.1, head_lr=0.003, norm_lr=0.03),
+    ("student", "muon"): Recipe(num_epochs=30, lr=0.1, head_lr=0.2, norm_lr=0.15, views=16),
+    ("teacher", "sgd"): Recipe(num_epochs=60, lr=0.05, head_lr=0.05, batch_size=128, weight_decay=5e-4),
+    ("student", "sgd"): Recipe(num_epochs=60, lr=0.1, batch_size=128, weight_decay=5e-4),
 }
 CIFAR100_CLASSES = """
 apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
@@ -122,10 +119,10 @@ DATASETS = {
         mean=(0.3102, 0.3113, 0.3128),
         std=(0.1987, 0.1973, 0.1982),
         recipes={
-            ("teacher", "muon"): Recipe(num_epochs=3, lr=0.1, head_lr=0.1, norm_lr=10.0, batch_size=128),
-            ("student", "muon"): Recipe(num_epochs=3, lr=0.1, head_lr=3.0, norm_lr=10.0, batch_size=64, views=2),
-            ("teacher", "sgd"): Recipe(num_epochs=9, lr=0.05, head_lr=0.05, batch_size=64),
-            ("student", "sgd"): Recipe(num_epochs=4, lr=0.1, batch_size=64, views=4),
+            ("teacher", "muon"): Recipe(num_epochs=3, lr=0.1, head_lr=0.05, norm_lr=0.15, batch_size=128),
+            ("student", "muon"): Recipe(num_epochs=3, lr=0.1, head_lr=0.2, norm_lr=0.15, batch_size=64, views=2),
+            ("teacher", "sgd"): Recipe(num_epochs=9, lr=0.05, head_lr=0.05, batch_size=64, weight_decay=5e-4),
+            ("student", "sgd"): Recipe(num_epochs=4, lr=0.1, batch_size=64, weight_decay=5e-4, views=4),
         },
         torchvision_class=None,
         train_images=5_000,

@@ -1,15 +1,17 @@
-"""Muon for the convolutions, SGD for the rest; the learning rate of a step."""
+"""Muon and SGD; the learning rate of a step."""
 
 import torch
 from torch import nn
 
 from config import TrainOptions
 
-SGD_MOMENTUM = 0.9
-MUON_MOMENTUM = 0.6
+MOMENTUM = 0.9
+MUON_MOMENTUM = 0.6  # of its convolutions
 # Of a quintic that is steep at zero: three steps bring singular values near one, not to it (Jordan et al., 2024).
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 3
+# What a run says of its optimizer; one that takes other steps gets a new number.
+VERSIONS = {"muon": "muon/2", "sgd": "sgd"}
 WARM_UP = 0.1  # fraction of all steps
 TINY = 1e-7  # keeps a norm from zero
 
@@ -44,11 +46,13 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
 
 
 class Muon(torch.optim.SGD):
-    """SGD with Nesterov momentum, and in groups with a `muon_momentum` orthogonalised steps (Jordan et al., 2024).
+    """SGD whose every step is orthogonalised (Jordan et al., 2024), so that no gradient's size counts.
 
-    The step of a convolution, seen as a matrix (out, in * 3 * 3), is replaced by the nearest orthogonal matrix, so
-    that all its directions are learnt at one speed, the rare ones too. Before it the weights are brought to norm
-    sqrt(out): batch norm takes their scale out again, and the learning rate is relative to it.
+    A weight is seen as a matrix, of a convolution (out, in * 3 * 3), a vector as one row, and its step is the nearest
+    orthogonal matrix: all directions are learnt at one speed, the rare ones too. A convolution is brought to norm
+    sqrt(out) before it; batch norm takes that scale out again, and the learning rate is relative to it. All others'
+    steps have root mean square 1, times the rate (steepest descent in a norm of the layer's own: Bernstein &
+    Newhouse, 2024).
     """
 
     def __init__(self, groups: list[dict], dtype: torch.dtype, **keywords) -> None:
@@ -60,12 +64,11 @@ class Muon(torch.optim.SGD):
     def step(self, closure=None):
         """One step of all groups."""
         for group in self.param_groups:
-            if "muon_momentum" in group:
-                self.prepare(group["params"], group["muon_momentum"])
-        return super().step(closure)
+            self.prepare(group["params"], group["muon_momentum"])
+        return super().step(closure)  # to which such a step is just a gradient
 
     def prepare(self, weights: list[torch.Tensor], beta: float) -> None:
-        """Bring weights (O, I, H, W) to their norm, and put the steps to take in place of their gradients."""
+        """Put the steps to take in place of the gradients, and bring convolutions (O, I, H, W) to their norm."""
         alike: dict[torch.Size, list[torch.Tensor]] = {}
         for weight in weights:
             state = self.state[weight]
@@ -74,38 +77,41 @@ class Muon(torch.optim.SGD):
             momentum = state["muon_buffer"]
             momentum.mul_(beta).add_(weight.grad)
             weight.grad.add_(momentum, alpha=beta)  # Nesterov's
-            weight.mul_(len(weight) ** 0.5 / weight.norm().clamp(min=TINY))
             alike.setdefault(weight.shape, []).append(weight)
         for shape, those in alike.items():  # matrices of one shape in one product
             # In memory a channels_last weight is (O, H, W, I): that order of columns needs no transposition.
-            matrices = torch.stack([weight.grad.permute(0, 2, 3, 1).flatten(1) for weight in those])
-            steps = orthogonalise(matrices.to(self.dtype)).unflatten(2, (*shape[2:], shape[1])).permute(0, 1, 4, 2, 3)
-            for weight, step in zip(those, steps, strict=True):
-                weight.grad.copy_(step)
+            rows = [w.grad[None] if w.ndim == 1 else w.grad.movedim(1, -1) for w in those]
+            steps = orthogonalise(torch.stack([row.flatten(1) for row in rows]).to(self.dtype))
+            for weight, row, step in zip(those, rows, steps, strict=True):
+                if weight.ndim == 4:
+                    weight.mul_(len(weight) ** 0.5 / weight.norm().clamp(min=TINY))
+                else:
+                    step = step * max(step.shape) ** 0.5
+                weight.grad.copy_(step.view(row.shape).movedim(-1, 1).reshape(shape))
 
 
 def make_optimizer(model: nn.Module, options: TrainOptions, dtype: torch.dtype) -> torch.optim.Optimizer:
     """What resolved options say, Muon or SGD, of a model with `.features` and a `.classifier`.
 
     SGD's weight decay spares biases and batch norm (He et al., 2019, section 3.1), Muon's the convolutions too, whose
-    norm is kept; `dtype` is that of its orthogonalisation. Batch norm and the last layer have rates of their own,
-    since SGD's steps shrink with the gradient and Muon's do not.
+    norm is kept; `dtype` is that of its orthogonalisation.
     """
+    is_muon = options.optimizer == "muon"
     convolutions = [p for p in model.features.parameters() if p.ndim > 1]
     others = [p for p in model.features.parameters() if p.ndim <= 1]
     head = model.classifier
     groups = [
-        {"params": convolutions, "share": 1.0, "weight_decay": options.weight_decay},
+        {"params": convolutions, "share": 1.0, "weight_decay": 0.0 if is_muon else options.weight_decay},
         {"params": others, "share": options.norm_lr},
         {"params": [head.weight], "share": options.head_lr, "weight_decay": options.weight_decay},
         {"params": [head.bias], "share": options.head_lr},
     ]
     fused = convolutions[0].device.type != "mps"
-    if options.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=options.lr, momentum=SGD_MOMENTUM, nesterov=True, fused=fused)
-    # To SGD, whose momentum is then none, an orthogonalised step is just a gradient.
-    groups[0] |= {"weight_decay": 0.0, "momentum": 0.0, "nesterov": False, "muon_momentum": MUON_MOMENTUM}
-    return Muon(groups, dtype, lr=options.lr, momentum=SGD_MOMENTUM, nesterov=True, fused=fused)
+    if not is_muon:
+        return torch.optim.SGD(groups, lr=options.lr, momentum=MOMENTUM, nesterov=True, fused=fused)
+    for group in groups:
+        group["muon_momentum"] = MUON_MOMENTUM if group["params"] is convolutions else MOMENTUM
+    return Muon(groups, dtype, lr=options.lr, fused=fused)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -15,7 +15,7 @@ from runtime.errors import UserError
 from runtime.identity import Identity
 from runtime.log import RunLog
 from runtime.processes import sync_batch_norm
-from training.optimizer import learning_rate, make_optimizer, set_learning_rate
+from training.optimizer import VERSIONS, learning_rate, make_optimizer, set_learning_rate
 from utils import Views
 
 METRICS = ("loss", "ce", "kl", "top1", "top5")
@@ -36,6 +36,7 @@ def identity_of(options: TrainOptions, spec: DatasetSpec, runtime: Runtime, teac
             **({"images": spec.fingerprint} if spec.fingerprint else {}),
             "kd": options.kd,
             **options.result_options(),
+            "optimizer": VERSIONS[options.optimizer],
             **({"teacher": teacher_id} if options.kd else {}),
             "world_size": runtime.world_size,
             "torch": str(torch.__version__),
@@ -137,12 +138,12 @@ class Run:
         """Go on where the resume state was saved; UserError where its run had other options, or it is damaged."""
         path = self.options.resume_path
         state = checkpoint.load(path, role=self.options.role, architecture=self.identity["architecture"])
-        if state["format"] < checkpoint.FORMAT:
+        before = state["identity"]
+        if state["format"] < checkpoint.FORMAT or before["optimizer"] not in VERSIONS.values():
             raise UserError(
                 f"the unfinished run {path} is of an older version of this project, which another recipe trains: "
                 "give --resume False to start anew"
             )
-        before = state["identity"]
         if not before.can_go_on_as(self.identity):
             raise UserError(
                 f"the unfinished run {path} has {before.beside(self.identity)}: "

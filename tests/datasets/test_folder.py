@@ -319,11 +319,3 @@ def test_a_recipe_is_a_number_of_images_seen_within_bounds():
     assert sizes == {2: 32, 2_048: 32, 4_095: 32, 4_096: 64, 16_384: 256, 10**6: 256}
     small = scaled(Recipe(num_epochs=60, lr=0.05, batch_size=128, views=16), 10**6)
     assert (small.batch_size, small.views, small.lr, small.num_epochs) == (128, 16, 0.05, 15)
-
-
-def test_a_smaller_batch_has_smaller_rates_where_they_are_above_the_convolutions():
-    student = Recipe(num_epochs=1, lr=0.1, head_lr=20.0, norm_lr=6.0)
-    rates = [(small.head_lr, small.norm_lr) for small in (scaled(student, images) for images in (16_384, 4_096, 2))]
-    assert rates == [(20.0, 6.0), (5.0, 1.5), (2.5, 1.0)]
-    teacher = scaled(CIFAR_RECIPES["teacher", "muon"], 2)
-    assert (teacher.head_lr, teacher.norm_lr) == (0.025, 1.0)
