@@ -8,12 +8,14 @@ CONFIGURATION_E = ((64, 64), (128, 128), (256,) * 4, (512,) * 4, (512,) * 4)
 
 
 def conv_bn_relu(in_channels: int, out_channels: int, bias: bool) -> list[nn.Module]:
-    """A 3 x 3 convolution that keeps the resolution, batch norm and ReLU."""
-    return [
-        nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=bias),
-        nn.BatchNorm2d(out_channels),
-        nn.ReLU(inplace=True),
-    ]
+    """A 3 x 3 convolution that keeps the resolution, batch norm and ReLU.
+
+    A bias stays zero: batch norm would take it out again, and its gradient is rounding noise.
+    """
+    convolution = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=bias)
+    if bias:
+        convolution.bias.requires_grad_(False)
+    return [convolution, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
 
 
 class Float32Linear(nn.Linear):

@@ -97,8 +97,9 @@ def make_optimizer(model: nn.Module, options: TrainOptions, dtype: torch.dtype) 
     norm is kept; `dtype` is that of its orthogonalisation.
     """
     is_muon = options.optimizer == "muon"
-    convolutions = [p for p in model.features.parameters() if p.ndim > 1]
-    others = [p for p in model.features.parameters() if p.ndim <= 1]
+    trained = [p for p in model.features.parameters() if p.requires_grad]
+    convolutions = [p for p in trained if p.ndim > 1]
+    others = [p for p in trained if p.ndim <= 1]
     head = model.classifier
     groups = [
         {"params": convolutions, "share": 1.0, "weight_decay": 0.0 if is_muon else options.weight_decay},
