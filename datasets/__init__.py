@@ -82,7 +82,7 @@ class DatasetSpec:
 
 
 CIFAR_RECIPES = {
-    ("teacher", "muon"): Recipe(num_epochs=16, lr=0.1, head_lr=0.003, norm_lr=0.03),
+    ("teacher", "muon"): Recipe(num_epochs=16, lr=0.1, head_lr=0.003, norm_lr=0.15),
     ("student", "muon"): Recipe(num_epochs=30, lr=0.1, head_lr=0.2, norm_lr=0.15, views=16),
     ("teacher", "sgd"): Recipe(num_epochs=60, lr=0.05, head_lr=0.05, batch_size=128, weight_decay=5e-4),
     ("student", "sgd"): Recipe(num_epochs=60, lr=0.1, batch_size=128, weight_decay=5e-4),
@@ -119,7 +119,7 @@ DATASETS = {
         mean=(0.3102, 0.3113, 0.3128),
         std=(0.1987, 0.1973, 0.1982),
         recipes={
-            ("teacher", "muon"): Recipe(num_epochs=3, lr=0.1, head_lr=0.05, norm_lr=0.15, batch_size=128),
+            ("teacher", "muon"): Recipe(num_epochs=3, lr=0.1, head_lr=0.003, norm_lr=0.15, batch_size=128),
             ("student", "muon"): Recipe(num_epochs=3, lr=0.1, head_lr=0.2, norm_lr=0.15, batch_size=64, views=2),
             ("teacher", "sgd"): Recipe(num_epochs=9, lr=0.05, head_lr=0.05, batch_size=64, weight_decay=5e-4),
             ("student", "sgd"): Recipe(num_epochs=4, lr=0.1, batch_size=64, weight_decay=5e-4, views=4),

@@ -86,6 +86,7 @@ def test_the_teachers_first_filters_pass_its_channels_on():
         assert len(others) == outputs - inputs and len(convolution.bias) == outputs and not convolution.bias.any()
         if len(others):  # Kaiming's, by the outputs of the whole layer
             assert others.std().item() == pytest.approx((2 / (9 * outputs)) ** 0.5, rel=0.05)
+        assert not convolution.bias.requires_grad, "batch norm would take it out again"
     assert len(convolutions) == 16 and [c.out_channels - c.in_channels for c in convolutions].count(0) == 12
 
 
