@@ -123,6 +123,8 @@ class TinyTeacher(nn.Module):
 
 
 def tiny_student(num_classes: int = CLASSES) -> nn.Module:
-    features = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+    features = nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1)
+    )
     parts = {"features": features, "flatten": nn.Flatten(), "classifier": nn.Linear(8, num_classes)}
     return nn.Sequential(OrderedDict(parts))
