@@ -315,9 +315,8 @@ class TrainOptions(Options):
         False, "with --all: each other loss than kd beside plain kd at its weights and temperature", boolean
     )
     optimizer: str = option(
-        OPTIMIZERS[0], "muon or sgd, each with its own recipe",
-        choices=OPTIMIZERS, shapes_result=True,
-    )  # fmt: skip
+        OPTIMIZERS[0], "muon or sgd, each with its own recipe", choices=OPTIMIZERS, shapes_result=True
+    )
     num_epochs: int | None = option(
         None, f"epochs, of a folder the more the fewer images it has {by_recipe('num_epochs')}",
         number(int, at_least=1), shapes_result=True,

@@ -83,8 +83,7 @@ def main() -> None:
     write_pictures(halves, arguments.folder, arguments.resized)
     equal, count = count_equal(halves, arguments.folder)
     print(f"{equal:,} of {count:,} images come back to the bit; now compare")
-    # A small folder has a recipe of its own.
-    same = " --num_epochs 8 --batch_size 64" if arguments.images else ""
+    same = " --num_epochs 8 --batch_size 64" if arguments.images else ""  # a small folder has a recipe of its own
     subset = f" --subset {arguments.images}" if arguments.images else ""
     print(f"python train.py --dataset folder --data_path {shlex.quote(str(arguments.folder))}{same}")
     print(f"python train.py --dataset cifar10 --data_path {shlex.quote(str(arguments.data_path))}{subset}{same}")
