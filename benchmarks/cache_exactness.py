@@ -14,11 +14,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from ours import on_device
+
 import config
 from evaluation.report import table
 from runtime.device import Runtime, device_title
-from runtime.errors import exit_code
-from runtime.processes import start
 from train import load_teacher
 from training.teacher_cache import SIZES, TeacherCache
 from utils import Views, load_images
@@ -58,12 +58,7 @@ def measure(options: config.TrainOptions, runtime: Runtime) -> None:
 def main() -> int:
     """The exit code."""
     options = config.parse_train(["--kd", "True", *sys.argv[1:]])
-
-    def work() -> None:
-        with start(options.device, options.precision) as runtime:
-            measure(options, runtime)
-
-    return exit_code(work)
+    return on_device(options, lambda runtime: measure(options, runtime))
 
 
 if __name__ == "__main__":

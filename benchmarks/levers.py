@@ -11,7 +11,6 @@ image and its mirror image, which is another measure and no better model. Nothin
 
 import argparse
 import contextlib
-import json
 import statistics
 import sys
 from dataclasses import replace
@@ -24,14 +23,11 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from ours import on_device, train_whole
+
 import config
-from evaluation.report import table
+from evaluation.report import table, write_json
 from runtime.device import Runtime
-from runtime.errors import exit_code
-from runtime.files import writing
-from runtime.processes import start
-from runtime.signals import StopSignal
-from train import train_epoch
 from training.run import Run
 from utils import Images, Views, evaluate, load_images
 
@@ -115,12 +111,10 @@ class Trial:
             options = replace(options, batch_size=LARGE_BATCH)
         kind = ViewsWithHoles if variant == "cutout" else Views
         views = kind(self.images, options.spec, options.views)
-        run, stop = AveragingRun(options, self.runtime, views), StopSignal()
+        run = AveragingRun(options, self.runtime, views)
         if variant == "whitened":
             start_as_whitening(run.model, views, seed)
-        while run.epoch < options.num_epochs:
-            train_epoch(run, views, None, stop)
-            run.begin_epoch(run.epoch + 1)
+        train_whole(run, views)
         top1 = [self.top1(run.model), 0.0, 0.0, self.top1(WithMirrors(run.model))]
         for place, model in ((1, run.model), (2, run.averaged)):
             with self.runtime.autocast():
@@ -161,9 +155,8 @@ def compare(arguments: argparse.Namespace, options: config.TrainOptions, runtime
         f"aside, {arguments.seeds} seeds: mean top-1 (and over the recipe as it ends)\n\n{results_table(results)}"
     )
     if arguments.json:
-        with writing(arguments.json) as temporary:
-            settings = {"role": arguments.role, "images": len(trial.images), "num_epochs": options.num_epochs}
-            temporary.write_text(json.dumps(settings | {"results": results}, indent=1) + "\n")
+        settings = {"role": arguments.role, "images": len(trial.images), "num_epochs": options.num_epochs}
+        write_json(arguments.json, settings | {"results": results})
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -176,12 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=config.file_name, help="file for the results")
     arguments, further = parser.parse_known_args(argv)
     options = config.parse_train([*further, f"--tto={arguments.role == 'teacher'}"])
-
-    def work() -> None:
-        with start(options.device, options.precision, options.deterministic) as runtime:
-            compare(arguments, options, runtime)
-
-    return exit_code(work)
+    return on_device(options, lambda runtime: compare(arguments, options, runtime))
 
 
 if __name__ == "__main__":

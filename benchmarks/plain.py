@@ -17,6 +17,8 @@ from utils import Images
 
 # -------------------------------------------------------------------------------------------- the usual loop
 
+MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4  # of its SGD, as kuangliu/pytorch-cifar and weiaicunzai/pytorch-cifar100 have it
+
 
 class PilImages(Dataset):
     """Images (N, 32, 32, 3) uint8 one by one through PIL, as torchvision.datasets.CIFAR10 gives them."""

@@ -1,6 +1,6 @@
 """How fast this project trains, beside what it is compared with, measured in the same run.
 
-    python benchmarks/throughput.py                       the table, in about half an hour on two cores
+    python benchmarks/throughput.py                       the table, in a quarter of an hour on two cores
     python benchmarks/throughput.py --quick               a rough one in a few minutes
     python benchmarks/throughput.py --json rows.json      the rows, hardware and versions as JSON too
     python benchmarks/throughput.py --device cuda         further options are train.py's
@@ -12,7 +12,6 @@ the machine does meets both sides. Ours is train.py's own loop (loader, optimize
 import argparse
 import contextlib
 import itertools
-import json
 import os
 import resource
 import statistics
@@ -27,16 +26,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from plain import copy, cost, matrix_product, plain_batches, plain_steps, repeated
+from ours import on_device
+from plain import MOMENTUM, WEIGHT_DECAY, copy, cost, matrix_product, plain_batches, plain_steps, repeated
 
 import config
 import train
 from datasets import SIDE
-from evaluation.report import table
+from evaluation.report import table, write_json
 from models import build_model
 from runtime import checkpoint
 from runtime.device import Runtime, device_title, processor
-from runtime.processes import start
 from runtime.signals import StopSignal
 from training.losses import LOSSES
 from training.optimizer import set_learning_rate
@@ -118,7 +117,7 @@ class Bench:
         """The usual loop for `steps` steps, images a second."""
         device, batch_size = self.runtime.device, self.options[role].batch_size
         model, batches = build_model(role).to(device), self.usual_batches(role)
-        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, weight_decay=5e-4)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
         teacher = build_model("teacher").to(device).eval() if kd else None
 
         def job() -> float:
@@ -295,34 +294,47 @@ def do_work(bench: Bench, work: str) -> None:
     bench.runtime.print(str(result))
 
 
-def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+def rows_table(rows: list[dict]) -> str:
+    """The Markdown table of all rows."""
+    cells = []
+    for row in rows:
+        rates = [f"{row[side]:,.{0 if row[side] >= 1000 else 2}f}" for side in ("ours", "theirs")]
+        cells.append([row["name"], *rates, row["unit"], f"{row['ratio']:.3g}"])
+    return table(["ours / theirs", "ours", "theirs", "unit", "ratio"], cells)
+
+
+def report(bench: Bench, json_path: Path | None) -> None:
+    """Measure everything, print the table and keep the rows."""
+    rows = measure(bench, sys.argv)
+    hardware = {"processor": processor(), "cores": os.cpu_count(), "device": device_title(bench.runtime)}
+    print(f"{hardware['processor']}, {hardware['cores']} cores; {hardware['device']}; torch {torch.__version__}\n")
+    print(rows_table(rows))
+    if json_path:
+        facts = {"hardware": hardware, "versions": checkpoint.versions(), "quick": bench.quick}
+        write_json(json_path, {"rows": rows, **facts})
+
+
+def main() -> int:
+    """The exit code."""
+    parser = config.Parser("throughput.py", allow_abbrev=False, description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a few minutes: few steps and repeats")
-    parser.add_argument("--json", type=Path, help="file for the rows, the hardware and the versions")
+    parser.add_argument("--json", type=config.file_name, help="file for the rows, the hardware and the versions")
     parser.add_argument("--data_path", type=Path, help="folder of the real CIFAR-10 (default: random images)")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     arguments, further = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         words = [*further, f"--weights_path={folder}", f"--plots_path={folder}"]
         options = {"student": config.parse_train(words), "teacher": config.parse_train(["--tto", "True", *words])}
-        with start(options["student"].device, options["student"].precision) as runtime:
+
+        def work(runtime: Runtime) -> None:
             bench = Bench(arguments, options, runtime)
             if arguments.work:
-                return do_work(bench, arguments.work)
-            rows = measure(bench, sys.argv)
-            hardware = {"processor": processor(), "cores": os.cpu_count(), "device": device_title(runtime)}
-    print(f"{hardware['processor']}, {hardware['cores']} cores; {hardware['device']}; torch {torch.__version__}\n")
-    cells = [
-        [r["name"], *(f"{r[side]:,.{0 if r[side] >= 1000 else 2}f}" for side in ("ours", "theirs")), r["unit"]]
-        + [f"{r['ratio']:.3g}"]
-        for r in rows
-    ]
-    print(table(["ours / theirs", "ours", "theirs", "unit", "ratio"], cells))
-    if arguments.json:
-        content = {"rows": rows, "hardware": hardware, "versions": checkpoint.versions(), "quick": arguments.quick}
-        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+                do_work(bench, arguments.work)
+            else:
+                report(bench, arguments.json)
+
+        return on_device(options["student"], work)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -18,11 +18,9 @@ import contextlib
 import itertools
 import json
 import math
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,36 +29,31 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from plain import plain_batches, plain_steps
+from curves import best_points, find, means, plot, points_table, read_results, run_all, targets_table, unreached_text
+from ours import on_device, train_whole
+from plain import MOMENTUM, WEIGHT_DECAY, plain_batches, plain_steps
 
 import config
 from datasets import DatasetSpec
-from evaluation.report import table
 from models import build_model
 from models.vgg import initialise
 from runtime import checkpoint
 from runtime.device import Runtime, device_title
-from runtime.errors import UserError, exit_code, reason
-from runtime.files import locked, writing
-from runtime.processes import start
-from runtime.signals import StopSignal
-from train import train_epoch
+from runtime.errors import UserError
+from runtime.files import locked
 from training.run import Run, identity_of
-from utils import COLOURS, Images, Views, evaluate, load_images, new_axes, save_figure
+from utils import Images, Views, evaluate, load_images
 
-SIDES = {"ours": "ours", "plain": "usual loop"}  # as the tables and the figure call them
 HELD_OUT = 0.1  # of the training set, its last images
 LENGTHS, QUICK_LENGTHS = (1, 2, 4, 8), (1, 2)  # epochs
 QUICK_IMAGES = {"teacher": 1_000, "student": 4_000}
 
-# What both repositories do, and the loops that were copied from them.
-PLAIN_BATCH, PLAIN_MOMENTUM, PLAIN_WEIGHT_DECAY = 128, 0.9, 5e-4
+PLAIN_BATCH = 128  # both repositories', and that of the loops that were copied from them
 # Peak rates: 0.1 is both repositories' for every network; chengyangfu/pytorch-vgg-cifar10 takes half of it for VGGs.
 PLAIN_LR = {"teacher": 0.05, "student": 0.1}
 # Part of all steps in which the rate rises: sixteen layers without a shortcut may get lost where it starts at the peak.
 PLAIN_WARM_UP = {"teacher": 0.1, "student": 0.0}
 SETTLED = ("tto", "kd", "all", "num_epochs", "subset", "holdout", "weights_path", "plots_path")  # options of train.py
-TARGET_STEPS, MOST_TARGETS = (1, 2, 5, 10), 12  # percentage points between two target accuracies, and how many
 
 # ---------------------------------------------------------------------------------------------- trainings
 
@@ -123,8 +116,8 @@ class Bench:
         if training.side == "plain":
             shared = ("role", "architecture", "dataset", "num_epochs", "seed", "holdout", "torch", "device")
             facts = {name: facts[name] for name in shared}
-            facts |= {"optimizer": "sgd", "lr": training.lr, "batch_size": PLAIN_BATCH, "momentum": PLAIN_MOMENTUM}
-            facts |= {"weight_decay": PLAIN_WEIGHT_DECAY, "warm_up": PLAIN_WARM_UP[self.options.role]}
+            facts |= {"optimizer": "sgd", "lr": training.lr, "batch_size": PLAIN_BATCH, "momentum": MOMENTUM}
+            facts |= {"weight_decay": WEIGHT_DECAY, "warm_up": PLAIN_WARM_UP[self.options.role]}
         facts |= {"side": training.side, "images": len(self.images), "versions": checkpoint.versions()}
         return json.loads(json.dumps(facts))
 
@@ -144,11 +137,8 @@ class Bench:
     def train_ours(self, options: config.TrainOptions, images: Images) -> tuple[nn.Module, float]:
         """The model that train.py's loop leaves, and the seconds it counted itself."""
         views = Views(images.to(self.runtime.device), self.spec, options.views)
-        run, stop, seconds = Run(options, self.runtime, views), StopSignal(), 0.0
-        while run.epoch < options.num_epochs:
-            train_epoch(run, views, None, stop)
-            seconds += run.seconds
-            run.begin_epoch(run.epoch + 1)
+        run = Run(options, self.runtime, views)
+        seconds = train_whole(run, views)
         return run.model, seconds
 
     def train_plain(self, training: Training, images: Images) -> tuple[nn.Module, float]:
@@ -156,9 +146,7 @@ class Bench:
         torch.manual_seed(training.seed)
         device, role, steps = self.runtime.device, self.options.role, len(images) // PLAIN_BATCH
         model = plain_model(role, len(self.spec.classes)).to(device)
-        optimizer = torch.optim.SGD(
-            model.parameters(), lr=training.lr, momentum=PLAIN_MOMENTUM, weight_decay=PLAIN_WEIGHT_DECAY
-        )
+        optimizer = torch.optim.SGD(model.parameters(), lr=training.lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
         total, warm_up = steps * training.epochs, PLAIN_WARM_UP[role]
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: plain_factor(step, total, warm_up))
         with contextlib.closing(plain_batches(images, self.spec, PLAIN_BATCH, device)) as endless, default_float32():
@@ -190,184 +178,6 @@ def default_float32():
         torch.backends.cudnn.allow_tf32 = before
 
 
-# ---------------------------------------------------------------------------------------------- results on disk
-
-
-def read_results(path: Path | None) -> list[dict]:
-    """The trainings that a former run finished: {"settings", "seconds", "top1"} each; UserError for another file."""
-    if path is None or not path.exists():
-        return []
-    try:
-        results = json.loads(path.read_text())["trainings"]
-        if not all(result.keys() == {"settings", "seconds", "top1"} for result in results):
-            raise ValueError("other keys")
-        return results
-    except OSError as error:
-        raise UserError(f"can't read {path}: {reason(error)}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} holds no results of this benchmark: give another file by --json") from error
-
-
-def write_results(path: Path | None, results: list[dict]) -> None:
-    """Keep all results, atomically."""
-    if path is not None:
-        with writing(path) as temporary:
-            temporary.write_text(json.dumps({"trainings": results}, indent=1) + "\n")
-
-
-def run_all(wanted: list[dict], train: Callable[[int], dict[str, float]], path: Path | None) -> list[dict]:
-    """The results of all wanted settings, in their order; `train` gets the place of each that is not on disk yet."""
-    results = read_results(path)
-    for place, settings in enumerate(wanted):
-        title = f"{SIDES[settings['side']]}, {settings['num_epochs']} epochs, rate {settings['lr']:g}, seed "
-        title += f"{settings['seed']} ({place + 1} of {len(wanted)})"
-        found = find(results, settings)
-        if found is None:
-            print(title, flush=True)
-            found = {"settings": settings, **train(place)}
-            results.append(found)
-            write_results(path, results)
-        print(f"{title}: {found['seconds']:.1f} s, held-out top1 {100 * found['top1']:.2f}%", flush=True)
-    return [find(results, settings) for settings in wanted]
-
-
-def find(results: list[dict], settings: dict) -> dict | None:
-    """The result with these very settings, or None."""
-    return next((result for result in results if result["settings"] == settings), None)
-
-
-# ---------------------------------------------------------------------------------------------- tables and figure
-
-
-@dataclass(frozen=True)
-class Point:
-    """Trainings that differ in the seed alone: their seconds and their top-1 (%), one a seed."""
-
-    side: str
-    epochs: int
-    lr: float
-    seconds: tuple[float, ...]
-    top1: tuple[float, ...]
-
-    @property
-    def mean(self) -> tuple[float, float]:
-        """Mean seconds and mean top-1."""
-        return statistics.mean(self.seconds), statistics.mean(self.top1)
-
-
-def best_points(results: list[dict]) -> dict[str, list[Point]]:
-    """Each side's points from short to long, of the rates that were tried at a length the best one's."""
-    groups: dict[tuple, list[dict]] = {}
-    for result in results:
-        settings = result["settings"]
-        groups.setdefault((settings["side"], settings["num_epochs"], settings["lr"]), []).append(result)
-    best: dict[tuple, Point] = {}
-    for (side, epochs, lr), those in groups.items():
-        point = Point(side, epochs, lr, tuple(r["seconds"] for r in those), tuple(100 * r["top1"] for r in those))
-        rival = best.get((side, epochs))
-        if rival is None or point.mean[1] > rival.mean[1]:
-            best[side, epochs] = point
-    return {side: sorted((p for p in best.values() if p.side == side), key=lambda p: p.epochs) for side in SIDES}
-
-
-def time_to(curve: list[tuple[float, float]], target: float) -> tuple[float, float]:
-    """The least and the most seconds to a top-1, by a curve of (seconds, top-1) from short to long trainings.
-
-    Between two points straight in top-1 over log seconds, and both the same; outside of them nothing is invented:
-    below the first point it took no longer than that, above all of them it takes longer than the last.
-    """
-    reached = next((i for i, (_, top1) in enumerate(curve) if top1 >= target), None)
-    if reached is None:
-        return curve[-1][0], math.inf
-    seconds, top1 = curve[reached]
-    if top1 == target:
-        return seconds, seconds
-    if reached == 0:
-        return 0.0, seconds
-    before, lower = curve[reached - 1]
-    part = (target - lower) / (top1 - lower)
-    found = before * (seconds / before) ** part
-    return found, found
-
-
-def bounds_text(low: float, high: float, pattern: str) -> str:
-    """A number known between bounds: itself, above the lower, below the upper, or unknown."""
-    if low == high:
-        return pattern.format(low)
-    if low > 0 and high < math.inf:
-        return f"{pattern.format(low)} to {pattern.format(high)}"
-    if low > 0:
-        return f"> {pattern.format(low)}"
-    return f"< {pattern.format(high)}" if high < math.inf else "unknown"
-
-
-def targets(*curves: list[tuple[float, float]]) -> list[int]:
-    """Round accuracies (%) between the lowest and the highest of all curves, not too many of them."""
-    values = [top1 for curve in curves for _, top1 in curve]
-    for step in TARGET_STEPS:
-        found = list(range(math.ceil(min(values) / step) * step, math.floor(max(values)) + 1, step))
-        if len(found) <= MOST_TARGETS:
-            break
-    return found
-
-
-def points_table(points: dict[str, list[Point]]) -> str:
-    """Every point of both sides: mean over the seeds, and its standard deviation where there are several."""
-    rows = []
-    for side, those in points.items():
-        for point in those:
-            seconds, top1 = point.mean
-            spread = f" ± {statistics.stdev(point.top1):.2f}" if len(point.top1) > 1 else ""
-            cells = [SIDES[side], f"{point.epochs}", f"{point.lr:g}", f"{seconds:,.1f}", f"{top1:.2f}%{spread}"]
-            rows.append(cells)
-    return table(["side", "epochs", "peak rate", "seconds", "held-out top-1"], rows)
-
-
-def targets_table(ours: list[tuple[float, float]], plain: list[tuple[float, float]]) -> str:
-    """The seconds of both curves to each target accuracy, and how many times longer the usual loop takes."""
-    rows = []
-    for target in targets(ours, plain):
-        (our_low, our_high), (plain_low, plain_high) = time_to(ours, target), time_to(plain, target)
-        ratio = plain_low / our_high, plain_high / our_low if our_low else math.inf
-        times = [bounds_text(low, high, "{:,.1f}") for low, high in ((our_low, our_high), (plain_low, plain_high))]
-        rows.append([f"{target}%", *times, bounds_text(*ratio, "{:.2f}")])
-    return table(["held-out top-1", "ours, s", "usual loop, s", "usual loop / ours"], rows) if rows else ""
-
-
-def unreached_text(ours: list[tuple[float, float]], plain: list[tuple[float, float]]) -> str:
-    """What one side's trainings never reach of the other's accuracies, in a sentence, or nothing."""
-    best = {"ours": max(ours, key=lambda point: point[1]), "plain": max(plain, key=lambda point: point[1])}
-    behind, ahead = sorted(best, key=lambda side: best[side][1])
-    if best[behind][1] == best[ahead][1]:
-        return ""
-    seconds = {"ours": ours, "plain": plain}[behind][-1][0]
-    return (
-        f"The side '{SIDES[behind]}' reached {best[behind][1]:.2f}% at most, in trainings of up to {seconds:,.1f} s: "
-        f"of its time to more, up to the other side's {best[ahead][1]:.2f}%, only a bound is known."
-    )
-
-
-def plot(points: dict[str, list[Point]], title: str, path: Path) -> Path:
-    """Draw top-1 (%) over the seconds of training, a curve a side and a dot a training; the figure's path."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    axes = new_axes(title, "top-1 on images kept aside (%)")
-    axes.set(xscale="log", xlabel="seconds of training")
-    axes.margins(0.1)  # room for the points' names
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-    axes.xaxis.set_major_formatter("{x:,g}")
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    for colour, (side, those) in zip(COLOURS, points.items(), strict=False):
-        seconds, top1 = zip(*(point.mean for point in those), strict=True)
-        axes.plot(seconds, top1, color=colour, marker="o", label=SIDES[side])
-        for point in those:
-            axes.plot(point.seconds, point.top1, ".", color=colour, alpha=0.5)
-            x, y = point.mean
-            words = f"{point.epochs} epoch{'s' if point.epochs > 1 else ''}"
-            axes.annotate(words, (x, y), (0, -13), textcoords="offset points", ha="center", fontsize=7, color=colour)
-    return save_figure(axes, path)
-
-
 # ---------------------------------------------------------------------------------------------- the command
 
 
@@ -375,7 +185,7 @@ def build_parser() -> config.Parser:
     """The parser of this script's own options."""
     whole = config.number(int, at_least=1)
     parser = config.Parser("time_to_accuracy.py", allow_abbrev=False, description=__doc__.partition("\n")[0])
-    parser.add_argument("--role", choices=tuple(PLAIN_LR), default="student", help="(default: student)")
+    parser.add_argument("--role", choices=tuple(PLAIN_LR), default="teacher", help="(default: teacher)")
     parser.add_argument("--lengths", type=whole, nargs="+", help="epochs of the trainings (default: 1 2 4 8)")
     parser.add_argument("--seeds", type=whole, default=1, help="trainings of each kind (default: 1)")
     parser.add_argument(
@@ -427,7 +237,7 @@ def compare(arguments, options: config.TrainOptions, runtime: Runtime) -> None:
             bench.warm_up()
         results = run_all(wanted, lambda place: bench.train(trainings[place]), arguments.json)
     points = best_points(results)
-    ours, plain = ([point.mean for point in points[side]] for side in SIDES)
+    ours, plain = means(points)
     rates = ", ".join(f"{lr:g}" for lr in arguments.plain_lr)
     what = f"{options.role} on {len(bench.images):,} images of {options.dataset}"
     print(
@@ -445,12 +255,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the benchmark with `argv` (None: the command line); the exit code."""
     with tempfile.TemporaryDirectory() as folder:
         arguments, options = parse(argv, folder)
-
-        def work() -> None:
-            with start(options.device, options.precision, options.deterministic) as runtime:
-                compare(arguments, options, runtime)
-
-        return exit_code(work)
+        return on_device(options, lambda runtime: compare(arguments, options, runtime))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ from conftest import REPOSITORY
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
 import cifar10_as_folder
+import curves
 import levers
+import throughput
 import time_to_accuracy as bench
 
 from datasets import DATASETS
@@ -37,13 +39,13 @@ UP_AND_DOWN = [(1.0, 10.0), (10.0, 50.0), (100.0, 40.0), (1000.0, 60.0)]
     ],
 )
 def test_the_time_to_a_target_is_straight_on_log_seconds(curve, target, expected):
-    assert bench.time_to(curve, target) == pytest.approx((expected, expected))
+    assert curves.time_to(curve, target) == pytest.approx((expected, expected))
 
 
 def test_no_time_is_extrapolated():
-    assert bench.time_to(OURS, 19.9) == (0, 10)
-    assert bench.time_to(OURS, 60.1) == (40, math.inf)
-    assert bench.time_to([(5.0, 30.0)], 30) == (5, 5)
+    assert curves.time_to(OURS, 19.9) == (0, 10)
+    assert curves.time_to(OURS, 60.1) == (40, math.inf)
+    assert curves.time_to([(5.0, 30.0)], 30) == (5, 5)
 
 
 def test_the_middle_of_a_picture_of_cifar10_is_the_image():
@@ -91,6 +93,16 @@ def test_a_cut_out_square_is_of_the_mean_colour_and_no_larger_than_asked():
     assert holes.sum((1, 2)).min() < levers.HOLE**2  # one at the border
 
 
+def test_the_tables_of_speed_are_those_of_their_runs():
+    folder, page = REPOSITORY / "plots" / "speed", cells((REPOSITORY / "docs" / "speed.md").read_text())
+    texts = [throughput.rows_table(json.loads((folder / "throughput.json").read_text())["rows"])]
+    for path in folder.glob("time_to_accuracy_*.json"):
+        points = curves.best_points(curves.read_results(path))
+        texts += [curves.points_table(points), curves.targets_table(*curves.means(points))]
+    assert len(texts) >= 3
+    assert all(row in page for text in texts for row in cells(text))
+
+
 def cells(text: str) -> list[list[str]]:
     """The rows of a Markdown table, without its head."""
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()[2:]]
@@ -98,7 +110,7 @@ def cells(text: str) -> list[list[str]]:
 
 def test_the_ratio_is_a_bound_where_a_side_was_not_there():
     slow = [(50.0, 30.0), (200.0, 40.0)]
-    assert cells(bench.targets_table(OURS, slow)) == [
+    assert cells(curves.targets_table(OURS, slow)) == [
         ["20%", "10.0", "< 50.0", "< 5.00"],
         ["25%", "11.9", "< 50.0", "< 4.20"],
         ["30%", "14.1", "50.0", "3.54"],
@@ -109,14 +121,14 @@ def test_the_ratio_is_a_bound_where_a_side_was_not_there():
         ["55%", "33.6", "> 200.0", "> 5.95"],
         ["60%", "40.0", "> 200.0", "> 5.00"],
     ]
-    assert cells(bench.targets_table([(10.0, 35.0)], [(50.0, 20.0)]))[0][1:] == ["< 10.0", "50.0", "> 5.00"]
-    assert bench.bounds_text(0, math.inf, "{}") == "unknown"
+    assert cells(curves.targets_table([(10.0, 35.0)], [(50.0, 20.0)]))[0][1:] == ["< 10.0", "50.0", "> 5.00"]
+    assert curves.bounds_text(0, math.inf, "{}") == "unknown"
 
 
 def test_a_side_that_stays_behind_is_named():
-    text = bench.unreached_text(OURS, [(50.0, 30.0), (200.0, 40.0)])
+    text = curves.unreached_text(OURS, [(50.0, 30.0), (200.0, 40.0)])
     assert "'usual loop' reached 40.00% at most, in trainings of up to 200.0 s" in text and "60.00%" in text
-    assert bench.unreached_text(OURS, OURS) == ""
+    assert curves.unreached_text(OURS, OURS) == ""
 
 
 @pytest.mark.parametrize(
@@ -124,7 +136,7 @@ def test_a_side_that_stays_behind_is_named():
     [(20, 22, [20, 21, 22]), (19.5, 22.2, [20, 21, 22]), (10, 90, [*range(10, 91, 10)]), (40.2, 40.7, [])],
 )
 def test_targets_are_round_and_few(lowest, highest, expected):
-    assert bench.targets([(1.0, lowest)], [(1.0, highest)]) == expected
+    assert curves.targets([(1.0, lowest)], [(1.0, highest)]) == expected
 
 
 def result(side: str, epochs: int, lr: float, seed: int, seconds: float, top1: float) -> dict:
@@ -137,7 +149,7 @@ def test_the_best_rate_of_the_usual_loop_counts_at_each_length():
     for epochs, rates in ((1, {0.1: (0.2, 0.3), 0.05: (0.3, 0.4)}), (2, {0.1: (0.6, 0.6), 0.05: (0.1, 0.9)})):
         for lr, tops in rates.items():
             results += [result("plain", epochs, lr, 42 + i, 20 * epochs, top1) for i, top1 in enumerate(tops)]
-    assert cells(bench.points_table(bench.best_points(results))) == [
+    assert cells(curves.points_table(curves.best_points(results))) == [
         ["ours", "1", "0.1", "11.0", "52.00% ± 2.83"],
         ["usual loop", "1", "0.05", "20.0", "35.00% ± 7.07"],
         ["usual loop", "2", "0.1", "40.0", "60.00% ± 0.00"],
@@ -168,11 +180,11 @@ def test_what_is_done_is_not_done_again(tmp_path):
         return {"seconds": 10.0 + place, "top1": 0.5}
 
     with pytest.raises(KeyboardInterrupt):
-        bench.run_all(wanted, train, path)
-    assert [r["seconds"] for r in bench.run_all(wanted, train, path)] == [10, 11, 12]
+        curves.run_all(wanted, train, path)
+    assert [r["seconds"] for r in curves.run_all(wanted, train, path)] == [10, 11, 12]
     assert called == [0, 1, 1, 2]
-    bench.run_all(wanted, train, path)
-    bench.run_all([wanted[1] | {"lr": 0.2}], train, path)  # other settings are another training
+    curves.run_all(wanted, train, path)
+    curves.run_all([wanted[1] | {"lr": 0.2}], train, path)  # other settings are another training
     assert called == [0, 1, 1, 2, 0]
     assert len(json.loads(path.read_text())["trainings"]) == 4
 
@@ -182,7 +194,7 @@ def test_a_file_that_is_none_of_its_own_is_left_alone(content, tmp_path):
     path = tmp_path / "other.json"
     path.write_text(content)
     with pytest.raises(UserError, match="holds no results of this benchmark"):
-        bench.read_results(path)
+        curves.read_results(path)
 
 
 def test_a_small_run_and_again(digits, tmp_path, capfd):
