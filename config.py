@@ -31,7 +31,7 @@ class LossRow:
     ce_weight: float
 
 
-ALPHA = 0.9
+ALPHA, USUAL_TEMP = 0.9, 5.0  # of plain KD
 
 
 def ce_weight_of(alpha: float) -> float:
@@ -40,7 +40,7 @@ def ce_weight_of(alpha: float) -> float:
 
 
 LOSSES = {
-    "kd": LossRow("kd", (5.0, 20.0), (ALPHA,), ce_weight_of(ALPHA)),
+    "kd": LossRow("kd", (USUAL_TEMP, 20.0), (ALPHA,), ce_weight_of(ALPHA)),
     "ls": LossRow("ls", (2.0,), (9.0,), 0.1),
     "dkd": LossRow("dkd", (4.0,), (1.0, 8.0), 1.0),
     "ttm": LossRow("ttm", (10.0,), (45.0,), 1.0),
@@ -251,7 +251,7 @@ class Options:
     @property
     def teacher_path(self) -> Path:
         """The teacher to learn from, or to be compared with: of a trial, one of the same images."""
-        return self.teacher or self.weights_path / f"{self.spec.prefix}teacher{self.trial_suffix}.pt"
+        return self.teacher or replace(self, tto=True, kd=False, seed=DEFAULT_SEED).checkpoint_path
 
     @property
     def split(self) -> str:
@@ -293,13 +293,14 @@ class TrainOptions(Options):
     """Options of train.py. `None` stands for what the recipe of data set, role and optimizer says, until resolved."""
 
     all: bool = option(
-        False, "everything: teacher, students without and with KD, evaluation, table; the options of training are the "
+        False, "everything: teacher, students without and with KD, evaluation, table; --num_epochs to --views are the "
         "students', the teacher has its own recipe, or was trained before by --tto True",
         boolean,
     )  # fmt: skip
     seeds: int = option(1, "with --all: number of seeds of the students, paired", number(int, 1, at_most=1000))
-    alpha: float = option(
-        ALPHA, "with --loss kd, in short: weight of the KL term, 0 to 1; 1 - alpha is the cross-entropy's",
+    alpha: float | None = option(
+        None, "with --loss kd, in short: weight of the KL term, 0 to 1; 1 - alpha is the cross-entropy's "
+        f"(default: {ALPHA})",
         number(float, at_least=0, at_most=1),
     )  # fmt: skip
     kd_weight: tuple[float, ...] | None = option(
@@ -315,8 +316,9 @@ class TrainOptions(Options):
         False, "with --all: each other loss than kd beside plain kd at its weights and temperature", boolean
     )
     optimizer: str = option(
-        OPTIMIZERS[0], "muon or sgd, each with its own recipe", choices=OPTIMIZERS, shapes_result=True
-    )
+        OPTIMIZERS[0], "muon or sgd, each with its own recipe, of which muon's is told here",
+        choices=OPTIMIZERS, shapes_result=True,
+    )  # fmt: skip
     num_epochs: int | None = option(
         None, f"epochs, of a folder the more the fewer images it has {by_recipe('num_epochs')}",
         number(int, at_least=1), shapes_result=True,
@@ -373,7 +375,8 @@ class TrainOptions(Options):
         if not self.kd:
             return {}
         if self.loss == ("kd",):
-            return {"kd_weight": (self.alpha,), "ce_weight": ce_weight_of(self.alpha)}
+            alpha = ALPHA if self.alpha is None else self.alpha
+            return {"kd_weight": (alpha,), "ce_weight": ce_weight_of(alpha)}
         row = LOSSES[self.loss[0]]
         return {"kd_weight": row.kd_weights, "ce_weight": row.ce_weight}
 
@@ -399,7 +402,7 @@ class TrainOptions(Options):
         """The runs to do, in order: one, or with `all` the teacher, then each seed's students; `spec` as there."""
         if not self.all:
             return [self.resolved(spec)]
-        without_kd = {"temp": (5.0,), "loss": ("kd",)}
+        without_kd = {"temp": (USUAL_TEMP,), "loss": ("kd",)}
         recipe = dict.fromkeys(RECIPE_OPTIONS)  # the user's are the students'
         plan = [self.resolved(spec, tto=True, seed=DEFAULT_SEED, **without_kd, **recipe)]
         for seed in range(self.seed, self.seed + self.seeds):
@@ -417,7 +420,8 @@ class TrainOptions(Options):
         if not self.kd:
             distilling = ("temp", "loss", "kd_weight", "ce_weight", "cache_teacher")
             return {name: value for name, value in values.items() if name not in distilling}
-        weights = dict(zip(("kd_weight", "nckd_weight"), self.kd_weight, strict=False))
+        names = ("kd_weight", "nckd_weight")[: len(self.kd_weight)]
+        weights = dict(zip(names, self.kd_weight, strict=True))
         return values | {"temp": self.temperature, "loss": self.loss_function, **weights}
 
 
@@ -560,9 +564,11 @@ def check_company(parser: Parser, given: dict) -> None:
 
 def check_weights(parser: Parser, options: TrainOptions) -> None:
     """Exit with code 2 where the weights are none of the losses'."""
-    if options.alpha != ALPHA and options.loss != ("kd",):
+    if options.alpha is not None and options.loss != ("kd",):
         parser.error("--alpha weighs --loss kd alone: give --kd_weight and --ce_weight instead")
     given = options.kd_weight is not None or options.ce_weight is not None
+    if given and options.matched:
+        parser.error("--matched True takes each loss at its usual weights: leave --kd_weight and --ce_weight out")
     if given and len(options.loss) > 1:
         parser.error("--kd_weight and --ce_weight are those of one loss: give one --loss, or leave them out")
     count = len(LOSSES[options.loss[0]].kd_weights)
@@ -573,10 +579,12 @@ def check_weights(parser: Parser, options: TrainOptions) -> None:
 def parse_train(argv: list[str] | None = None) -> TrainOptions:
     """The options of train.py from `argv` (None: the command line); a wrong one exits with code 2."""
     parser, options = parse("train.py", TrainOptions, argv)
+    check_weights(parser, options)
     if options.matched:
         added = tuple(f"kd_as_{loss}" for loss in options.loss if f"kd_as_{loss}" in MATCHED)
+        if not added:
+            parser.error("--matched True means something with another --loss than kd: give one, or leave it out")
         options = replace(options, loss=tuple(dict.fromkeys(options.loss + added)), matched=False)
-    check_weights(parser, options)
     if options.all and options.resume == "True":
         parser.error("--all goes on with what is unfinished by itself: leave --resume out, or False to start anew")
     if options.seed + options.seeds - 1 > LARGEST:
@@ -589,6 +597,8 @@ def parse_train(argv: list[str] | None = None) -> TrainOptions:
 def parse_test(argv: list[str] | None = None) -> TestOptions:
     """The options of test.py from `argv` (None: the command line); a wrong one exits with code 2."""
     parser, options = parse("test.py", TestOptions, argv)
+    if options.soften and options.teacher and not options.tto:
+        parser.error("--soften asks one model: give --tto True to ask the teacher, or leave --teacher out")
     if options.export and options.export.suffix != ".pt2":
         parser.error(f"--export writes a .pt2 file, not {options.export}")
     if options.json and options.json.suffix not in ("", ".json"):  # a checkpoint, perhaps, that would be lost

@@ -31,7 +31,7 @@ from datasets import DatasetSpec
 from datasets.folder import find_dataset
 from datasets.pictures import bombs_refused, read_picture
 from evaluation import figures, inference, report
-from evaluation.comparison import as_trained, compare_images, load_held_out, measure_all, told
+from evaluation.comparison import as_trained, check_classes, compare_images, load_held_out, logits_of, measure_all
 from evaluation.measures import fidelity, measure
 from models import ARCHITECTURES
 from runtime import checkpoint
@@ -40,7 +40,7 @@ from runtime.errors import UserError, exit_code
 from runtime.files import make_folder
 from runtime.identity import DISTILLATION
 from runtime.processes import start
-from utils import Images, all_logits
+from utils import Images
 
 
 def load(
@@ -56,8 +56,8 @@ def load(
             "or give its folder by --weights_path"
         )
     model, content = inference.load_model(path, role, options.dataset, runtime.device)
-    if classes is not None and content["spec"].classes != classes:
-        raise UserError(f"{path} knows the classes {told(content['spec'].classes)}, not {told(classes)}")
+    if classes is not None:
+        check_classes(classes, content, path)
     return model, content
 
 
@@ -72,7 +72,8 @@ def with_checkpoint(options: config.TestOptions) -> tuple[config.TestOptions, Pa
     if run["role"] not in ARCHITECTURES or run["dataset"] not in config.DATASETS:
         raise UserError(f"{options.checkpoint} holds a {run['role']} of {run['dataset']}, which this version knows not")
     facts = {name: run[name] for name in ("dataset", "seed", "subset", "kd")}
-    facts |= {"tto": run["role"] == "teacher", "holdout": run["holdout"] or 0, "temp": (run["temp"] or 5.0,)}
+    facts |= {"tto": run["role"] == "teacher", "holdout": run["holdout"] or 0}
+    facts["temp"] = (run["temp"] or config.USUAL_TEMP,)
     return replace(options, **facts), options.checkpoint
 
 
@@ -91,23 +92,24 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
     model, content = load(options, path, options.role, runtime)
     run, spec = content["identity"], content["spec"]
     teacher_path = None if options.tto else find_teacher(options)
-    for folder in {options.plots_path, *(file.parent for file in (options.json, options.export) if file)}:
+    files = [file for file in (options.json, options.export) if file and not report.is_written_through(file)]
+    for folder in {options.plots_path, *(file.parent for file in files)}:
         make_folder(folder)  # what can't be written is said before an evaluation, not after it
-    runtime = as_trained(options, runtime, run)
     there = options.spec.is_known or os.path.isdir(options.data_path / "train")
     if options.export and not options.json and not there:
         saved = export(model, options.export, spec) if runtime.is_main else ""
         return runtime.print(f"saved {saved}; not evaluated, for there is no {options.data_path / 'train'}")
     found, notes = find_dataset(options.spec, options.data_path, options.skip_broken, runtime)
     images = load_held_out(options, found, runtime)
-    notes += compare_images(found, content, path)
-    labels, logits = images.labels.cpu(), all_logits(model, images, spec, runtime)
+    notes += compare_images(options, found, content, path)
+    labels, logits = images.labels.cpu(), logits_of(model, content, images, options, runtime)
     numbers = measure(logits, labels)
     teacher, extra, fidelity_text = None, {}, f"fidelity to the teacher: left out, there is no {options.teacher_path}"
     if teacher_path:
-        teacher, extra, fidelity_text = compare_with_teacher(options, runtime, content, images, logits)
+        teacher, extra, fidelity_text = compare_with_teacher(options, runtime, content, found, images, logits)
     if not runtime.is_main:
         return
+    runtime = as_trained(options, runtime, run)
     cost = inference.measure_cost(model, path, runtime)
     teacher_cost = teacher and inference.measure_cost(teacher, teacher_path, runtime)
     title, stem = f"{run.title} on {options.dataset}", options.plots_path / path.stem
@@ -135,22 +137,27 @@ def export(model: torch.nn.Module, path: Path, spec: DatasetSpec) -> str:
 
 
 def compare_with_teacher(
-    options: config.TestOptions, runtime: Runtime, student: dict, images: Images, logits: torch.Tensor
+    options: config.TestOptions,
+    runtime: Runtime,
+    student: dict,
+    found: DatasetSpec,
+    images: Images,
+    logits: torch.Tensor,
 ) -> tuple[torch.nn.Module, dict, str]:
     """The teacher, the student's fidelity to it, and the table; beside KD, the student without it as a control."""
     labels, run, classes = images.labels.cpu(), student["identity"], student["spec"].classes
     teacher, content = load(options, options.teacher_path, "teacher", runtime, classes)
-    teacher_logits = all_logits(teacher, images, content["spec"], runtime)
+    notes = compare_images(options, found, content, options.teacher_path)
+    teacher_logits = logits_of(teacher, content, images, options, runtime)
     extra = fidelity(logits, teacher_logits, labels)
-    columns, notes = {"this student": extra}, []
+    columns = {"this student": extra}
     control = replace(options, kd=False).checkpoint_path
     if options.kd and control.exists():
         # Agreement grows with accuracy alone: what KD adds is seen beside the student that had no teacher.
         model, content = load(options, control, "student", runtime, classes)
         if content["identity"].is_control_of(run):
-            columns["without KD"] = fidelity(
-                all_logits(model, images, content["spec"], runtime), teacher_logits, labels
-            )
+            its_logits = logits_of(model, content, images, options, runtime)
+            columns["without KD"] = fidelity(its_logits, teacher_logits, labels)
         else:
             notes.append(f"{control} is not its control: it has {content['identity'].beside(run, DISTILLATION)}")
     if options.kd and run["teacher"] != checkpoint.fingerprint(teacher.state_dict()):
@@ -161,9 +168,10 @@ def compare_with_teacher(
 def compare(options: config.TestOptions, runtime: Runtime) -> None:
     """Evaluate every finished checkpoint of these images and publish their table; UserError where there is none."""
     contents = find_checkpoints(options, runtime)
+    command = options.command("train.py").replace("train.py", "train.py --all True", 1)
     nothing = UserError(
         f"no finished checkpoint of {options.dataset} in {options.weights_path.absolute()}: "
-        f"make them with `python train.py --all True --dataset {options.dataset}`, or give --weights_path"
+        f"make them with `{command}`, or give --weights_path"
     )
     if not contents:
         raise nothing

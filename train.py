@@ -121,27 +121,30 @@ def percent(metrics: dict[str, float]) -> dict[str, float]:
 def load_teacher(options: config.TrainOptions, spec: DatasetSpec, runtime: Runtime) -> tuple[torch.nn.Module, str]:
     """The teacher in evaluation mode, without gradients, and the fingerprint of its weights.
 
-    UserError where there is none, or where it was trained on images that this run keeps aside, or on other ones than
-    those of `spec`, the data set as it was read.
+    UserError where there is none, or where it can't teach on `spec`, the data set as it was read.
     """
     path = options.teacher_path
+    names = ("dataset", "data_path", "skip_broken", "weights_path", "plots_path", "subset", "holdout", "flip")
+    same = {name: getattr(options, name) for name in names}
+    command = config.TrainOptions(tto=True, temp=(config.USUAL_TEMP,), **same).command("train.py", every=True)
     if not path.exists():
-        names = ("dataset", "data_path", "skip_broken", "weights_path", "plots_path", "subset", "holdout", "flip")
-        same = {name: getattr(options, name) for name in names}
-        command = config.TrainOptions(tto=True, temp=(5.0,), **same).command("train.py", every=True)
         raise UserError(f"no teacher {path}: train one with `{command}`")
     teacher, content = load_model(path, "teacher", options.dataset, runtime.device)
-    if content["identity"]["images"] != spec.fingerprint:
-        raise UserError(
-            f"the teacher {path} was trained on other images than {options.data_path} holds now: train it anew, "
-            "or give each folder of images a --weights_path of its own"
-        )
-    if content["identity"].has_seen_holdout(options.subset, options.holdout, spec.train_images):
-        raise UserError(
-            f"--holdout {options.holdout}: the teacher {path} was trained on images that this run keeps aside; "
-            "train one with `python train.py --tto True` and the same --holdout"
-        )
+    if why := unfit(content, options, spec):
+        raise UserError(f"the teacher {path} was trained {why}: train one with `{command}`")
     return teacher, checkpoint.fingerprint(teacher.state_dict())
+
+
+def unfit(content: dict, options: config.TrainOptions, spec: DatasetSpec) -> str:
+    """Why the teacher of a checkpoint can't teach on these images, in words, or none."""
+    run = content["identity"]
+    if run["images"] != spec.fingerprint:
+        return f"on other images than {options.data_path} holds now"
+    if content["spec"].description() != spec.description():
+        return "with other classes, another normalisation or another --flip"
+    if run.has_seen_holdout(options.subset, options.holdout, spec.train_images):
+        return f"on images that --holdout {options.holdout} keeps aside"
+    return ""
 
 
 def train(
@@ -252,21 +255,20 @@ def train_all(options: config.TrainOptions) -> None:
         if options.all:
             paths = [run.checkpoint_path for run in options.runs(spec)]
             contents = [checkpoint.load(path) | {"path": path} for path in paths]
-            contents = measure_all(contents, spec, options, runtime)
+            contents = measure_all(contents, spec, options, runtime, stop)
             if runtime.is_main:
                 publish(contents, options, "results")
 
 
 def is_finished(options: config.TrainOptions, spec: DatasetSpec, runtime: Runtime, teacher_id: str) -> bool:
-    """Whether the very run of these options is finished; of the teacher, which --all does not shape, any one."""
+    """Whether the very run of these options is finished; of the teacher, which --all does not shape, any that fits."""
     path = options.checkpoint_path
     if options.resume == "False" or options.resume_path.exists() or not path.exists():
         return False
-    found = checkpoint.load(path, role=options.role, dataset=options.dataset)["identity"]
-    wanted = identity_of(options, spec, runtime, teacher_id)
+    content = checkpoint.load(path, role=options.role, dataset=options.dataset)
     if options.tto:
-        return all(found[name] == wanted[name] for name in ("subset", "holdout", "images", "flip"))
-    return found == wanted
+        return not unfit(content, options, spec)
+    return content["identity"] == identity_of(options, spec, runtime, teacher_id)
 
 
 if __name__ == "__main__":

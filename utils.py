@@ -270,8 +270,7 @@ def all_logits(
         if stop is not None and stop.number and runtime.world_size == 1:
             raise Stopped(stop.number)
     logits = torch.zeros(len(images), len(spec.classes), dtype=torch.float64)
-    if parts:
-        logits[rows] = torch.cat(parts).cpu().double()
+    logits[rows] = torch.cat(parts).cpu().double()
     logits = runtime.total(logits)  # another process's rows are zeros here
     if not logits.isfinite().all():
         raise UserError("the model answers with numbers that are not finite: train it anew with a lower --lr")

@@ -3,6 +3,8 @@
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from config import Options
 from datasets import DatasetSpec
 from evaluation.inference import load_model, measure_cost
@@ -13,6 +15,7 @@ from runtime.device import Runtime
 from runtime.errors import UserError
 from runtime.identity import Identity
 from runtime.processes import main_first
+from runtime.signals import StopSignal
 from utils import Images, all_logits, load_images
 
 
@@ -35,24 +38,52 @@ def told(classes: tuple[str, ...]) -> str:
     return ", ".join(classes[:5]) + (f", ... ({len(classes)})" if len(classes) > 5 else "")
 
 
-def compare_images(found: DatasetSpec, content: dict, path: Path) -> list[str]:
-    """What is to be said where a checkpoint was trained on other images; UserError where they are of other classes."""
-    if found.classes != content["spec"].classes:
-        raise UserError(
-            f"{path} knows the classes {told(content['spec'].classes)}, and there are {told(found.classes)}"
-        )
-    same = found.fingerprint == content["identity"]["images"]
-    return [] if same else [f"{path} was trained on other images than there are now"]
+def check_classes(classes: tuple[str, ...], content: dict, path: Path) -> None:
+    """UserError where a checkpoint's classes are others."""
+    if content["spec"].classes != classes:
+        raise UserError(f"{path} knows the classes {told(content['spec'].classes)}, not {told(classes)}")
+
+
+def compare_images(options: Options, found: DatasetSpec, content: dict, path: Path) -> list[str]:
+    """What is to be said where a checkpoint was trained on other images than those of `found`.
+
+    UserError where they are of other classes, or where it was trained on some that the options keep aside.
+    """
+    check_classes(found.classes, content, path)
+    run = content["identity"]
+    if run.has_seen_holdout(options.subset, options.holdout, found.train_images):
+        raise UserError(f"--holdout {options.holdout}: {path} was trained on some of these images; give another one")
+    return [] if found.fingerprint == run["images"] else [f"{path} was trained on other images than there are now"]
+
+
+def logits_of(
+    model: torch.nn.Module,
+    content: dict,
+    images: Images,
+    options: Options,
+    runtime: Runtime,
+    stop: StopSignal | None = None,
+) -> torch.Tensor:
+    """A loaded checkpoint's logits (N, C) of images, normalised and in the precision that it was trained with.
+
+    Raises what `all_logits` raises.
+    """
+    return all_logits(model, images, content["spec"], as_trained(options, runtime, content["identity"]), stop)
 
 
 def measure_all(
-    contents: list[dict], found: DatasetSpec, options: Options, runtime: Runtime, cost: bool = False
+    contents: list[dict],
+    found: DatasetSpec,
+    options: Options,
+    runtime: Runtime,
+    stop: StopSignal | None = None,
+    cost: bool = False,
 ) -> list[dict]:
     """Checkpoints, teachers first, each with its `path`, with what is `measured` of them, with `cost` their speed too.
 
-    They are measured on images of the data set `found`. What can't be loaded, or was trained on other ones, is named
-    and left out. A student is compared with its own teacher, if that is among them, and one without KD with
-    the first teacher.
+    They are measured on images of the data set `found`. What can't be loaded, or was trained on other ones or on these,
+    is named and left out. A student is compared with its own teacher, if that is among them, and one without KD with
+    the first teacher. Stopped where a signal came.
     """
     images = load_held_out(options, found, runtime)
     labels = images.labels.cpu()
@@ -60,15 +91,14 @@ def measure_all(
     for content in contents:
         run, path = content["identity"], content["path"]
         try:
-            if other_images := compare_images(found, content, path):
+            if other_images := compare_images(options, found, content, path):
                 raise UserError(other_images[0])
             model, _ = load_model(path, run["role"], run["dataset"], runtime.device)
         except UserError as error:  # of another version, or of weights that are no such model's
             runtime.print(f"left out: {error}")
             continue
         shown.append(content)
-        its_runtime = as_trained(options, runtime, run)
-        logits = all_logits(model, images, content["spec"], its_runtime)
+        logits = logits_of(model, content, images, options, runtime, stop)
         numbers = measure(logits, labels)
         if run["role"] == "teacher":
             teachers[checkpoint.fingerprint(model.state_dict())] = logits
@@ -77,5 +107,5 @@ def measure_all(
         content["metrics"] = {key: 100 * numbers[key] for key in TOPS if key in numbers}
         content["measured"] = numbers | ({"seconds": content["seconds"]} if "seconds" in content else {})
         if cost and runtime.is_main:
-            content["measured"] |= measure_cost(model, path, its_runtime).medians()
+            content["measured"] |= measure_cost(model, path, as_trained(options, runtime, run)).medians()
     return shown

@@ -86,9 +86,10 @@ def plot_pictures(pixels: list, names: list[str], answers: dict, classes: tuple[
         left.axis("off")
         likeliest = next(iter(answers.values()))[i].topk(min(CLASSES_SHOWN, len(classes))).indices
         shown = likeliest.sort().values
-        for k, (model, probabilities) in enumerate(answers.items()):
+        bars = zip(itertools.cycle(COLOURS), answers.items(), strict=False)
+        for k, (colour, (model, probabilities)) in enumerate(bars):
             places = [j + (k - (len(answers) - 1) / 2) * height for j in range(len(shown))]
-            right.barh(places, (100 * probabilities[i, shown]).numpy(), height, color=COLOURS[k], label=model)
+            right.barh(places, (100 * probabilities[i, shown]).numpy(), height, color=colour, label=model)
         right.set(xlim=(0, 100), yticks=range(len(shown)))
         right.set_yticklabels([drawable(classes[j]) for j in shown.tolist()], parse_math=False)
         right.tick_params(labelsize=8)

@@ -131,13 +131,18 @@ def is_stdout(path: Path) -> bool:
     return False
 
 
+def is_written_through(path: Path) -> bool:
+    """Whether `path` is a device, a pipe or this process's own output, to which nothing is renamed."""
+    return is_stdout(path) or (path.exists() and not path.is_file())
+
+
 def write_json(path: Path, content: dict) -> Path:
     """Write plain values to `path` as JSON: atomically, or through it where it is a device or a pipe."""
     text = json.dumps(content, indent=1) + "\n"
     if is_stdout(path):  # a file, perhaps, that the rest of the report goes into, too
         print(text, end="")
         return path
-    if path.exists() and not path.is_file():
+    if is_written_through(path):
         try:
             path.write_text(text)
         except OSError as error:

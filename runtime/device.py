@@ -47,7 +47,7 @@ class Runtime:
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
         """The sum over all processes, in float64 on the CPU."""
-        summed = values.detach().to("cpu", torch.float64, copy=True)
+        summed = values.detach().cpu().to(torch.float64, copy=True)  # MPS knows no float64
         if self.world_size > 1:
             dist.all_reduce(summed)
         return summed
@@ -84,12 +84,13 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; try cpu")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: not available on this machine; try --device cpu")
-    if kind != "cuda":
+    if kind == "cpu":
         return torch.device(name)
-    processes, devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1 if index else torch.cuda.device_count()
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    devices = torch.cuda.device_count() if kind == "cuda" and not index else 1
     if processes > devices:
-        raise UserError(f"{processes} processes need a CUDA device each, --device {name} gives {devices}; try cpu")
-    return torch.device("cuda", int(index or os.environ.get("LOCAL_RANK", 0)))
+        raise UserError(f"{processes} processes need a device each, --device {name} gives {devices}; try --device cpu")
+    return torch.device("cuda", int(index or os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
 
 
 def has_fast_bf16(device: torch.device) -> bool:
@@ -114,5 +115,7 @@ def device_title(runtime: Runtime) -> str:
     """The device in words."""
     if runtime.device.type == "cuda":
         return torch.cuda.get_device_name(runtime.device)
+    if runtime.device.type == "mps":
+        return f"{processor()}, MPS"
     threads = torch.get_num_threads()
     return f"{processor()}, {threads} thread{'s' if threads > 1 else ''}"

@@ -13,9 +13,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import made_up
+import numpy as np
 import pytest
 
+import models
 from datasets import DATASETS
+from evaluation import inference
 from utils import load_images
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -59,6 +63,17 @@ def tiny(cifar10, folders) -> list[str]:
     """The options of a run of seconds: 2 epochs of 5 steps over 40 real images, on the CPU in float32."""
     size = ["--subset=40", "--num_epochs=2", "--batch_size=8", "--device=cpu", "--precision=fp32"]
     return [*size, f"--data_path={cifar10}", *folders]
+
+
+TINY_MODELS = {"teacher": made_up.TinyTeacher, "student": made_up.tiny_student}
+
+
+@pytest.fixture
+def tiny_models(monkeypatch):
+    """Models of a few thousand weights under the names of the real ones, whose speed nobody measures."""
+    for role, builder in TINY_MODELS.items():
+        monkeypatch.setitem(models.BUILDERS, role, builder)
+    monkeypatch.setattr(inference, "pass_seconds", lambda *arguments: np.array([0.01, 0.02, 0.03]))
 
 
 def run_script(name: str, *arguments: str, timeout: float = 300, **keywords) -> subprocess.CompletedProcess:
@@ -113,9 +128,7 @@ def assert_one_line(done: subprocess.CompletedProcess, tells: str) -> None:
 # Importing torch takes seconds, a run here less: `start_script` forks from a process that did it once, and
 # runs the script in the fork as `__main__`, with an argv, outputs, signals and an exit code of its own.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    ["conftest", "made_up", "train", "test", "matplotlib.backends.backend_agg", "matplotlib.figure"]
-)
+FORKS.set_forkserver_preload(["conftest", "train", "test", "matplotlib.backends.backend_agg", "matplotlib.figure"])
 
 
 @dataclass
@@ -208,11 +221,7 @@ def run_as_main(
         os.close(1)
         sys.stdout = None  # as the interpreter has it then
     if tiny:
-        import made_up
-
-        import models
-
-        models.BUILDERS |= {"teacher": made_up.TinyTeacher, "student": made_up.tiny_student}
+        models.BUILDERS |= TINY_MODELS
     if url is not None:
         torchvision.datasets.CIFAR10.url = url
     if file_size is not None:  # Python ignores SIGXFSZ, so that a write beyond it is an OSError, as on a full disk

@@ -153,7 +153,7 @@ RESUME_DAMAGES |= {
     "other options": (
         resume_state({"num_epochs": 9, "subset": 50}), "subset 50, not 40; num_epochs 9, not 1.*--resume False",
     ),
-    "another optimizer": (resume_state({"optimizer": "sgd"}), "optimizer sgd, not muon.*--resume False"),
+    "another optimizer": (resume_state({"optimizer": "sgd/2"}), "optimizer sgd/2, not muon.*--resume False"),
     "the optimizer's older version": (resume_state({"optimizer": "muon"}), "older version of this .*--resume False"),
     "another teacher's": (
         resume_state({"teacher": "0123456789abcdef"}), "teacher 0123456789abcdef, not None.*--resume False",

@@ -66,6 +66,18 @@ def save_run(
     return path
 
 
+def format_1(kd: bool = False, **changes) -> dict:
+    """What a run left before there was Muon."""
+    options = {"seed": 42, "subset": None, "holdout": 0, "precision": "fp32", "num_epochs": 5, "batch_size": 128}
+    options |= {"lr": 0.1, "head_lr": 1.0, "weight_decay": 5e-4, "views": 1, "sync_bn": False, "compile": False}
+    options |= {"temp": [5.0], "alpha": 0.9, "cache_teacher": True} if kd else {}
+    return {
+        "format": 1, "role": "student", "architecture": "student_cnn/1", "num_classes": 10, "dataset": "cifar10",
+        "kd": kd, "teacher": "1f3a" * 4 if kd else "", "options": options, "epoch": 5,
+        "versions": {"torch": "2.11"}, "metrics": {"top1": 80.0, "top5": 99.0}, "model": {"weight": torch.zeros(3)},
+    } | changes  # fmt: skip
+
+
 def fingerprint_of(path: Path) -> str:
     """What a student says of the teacher in a file."""
     return checkpoint.fingerprint(checkpoint.load(path)["model"])

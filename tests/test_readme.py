@@ -212,6 +212,15 @@ def test_every_figure_and_every_link_is_there():
     assert figures >= 6
 
 
+COMMANDS = {line for text in PAGES.values() for line in re.findall(r"^python (?:train|test)\.py.*", text, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_every_command_can_be_typed(command):
+    _, script, *words = shlex.split(command, comments=True)
+    (config.parse_train if script == "train.py" else config.parse_test)(words)
+
+
 def test_readme_is_short_and_docs_hold_the_option_table():
     assert PAGES["README.md"].count("\n") <= 180
     assert config.option_table() in PAGES["options.md"]

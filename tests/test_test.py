@@ -1,19 +1,26 @@
 """test.py: which checkpoint it evaluates, what it says of it, and which ones it compares."""
 
+import contextlib
 import json
+import os
 import shlex
 import signal
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from made_up import TinyTeacher, fingerprint_of, options_of, random_images, save_run, tiny_student, write_log
+from made_up import CPU, TinyTeacher, fingerprint_of, options_of, random_images, save_run, tiny_student, write_log
 from PIL import Image
 
-import models
 import test as test_script
-from evaluation import comparison, inference
+from evaluation import comparison, inference, report
+from runtime import checkpoint
+from runtime.errors import Stopped
+from runtime.signals import StopSignal
 
+BF16 = torch.bfloat16
 KEYS = [
     "checkpoint", "role", "images", "loss", "top1", "top5", "top1_ci", "per_class", "confusion", "ece",
     "parameters", "macs", "bytes", "latency_ms", "images_per_second", "agreement", "kl_to_teacher", "contingency",
@@ -21,7 +28,7 @@ KEYS = [
 
 
 @pytest.fixture
-def evaluate(tmp_path, monkeypatch):
+def evaluate(tiny_models, tmp_path, monkeypatch):
     """A function that runs test.py over made-up images, with tiny models and few timed passes; its exit code."""
     asked = []
 
@@ -29,10 +36,7 @@ def evaluate(tmp_path, monkeypatch):
         asked.append((splits, which))
         return [random_images(20) for _ in splits]
 
-    monkeypatch.setitem(models.BUILDERS, "teacher", TinyTeacher)
-    monkeypatch.setitem(models.BUILDERS, "student", tiny_student)
     monkeypatch.setattr(comparison, "load_images", load_images)
-    monkeypatch.setattr(inference, "pass_seconds", lambda *arguments: np.array([0.01, 0.02, 0.03]))
     monkeypatch.setattr(test_script.figures, "plot_reliability", lambda logits, labels, title, path: path)
     monkeypatch.setattr(test_script.figures, "plot_confusion", lambda numbers, classes, title, path: path)
     folders = [f"--weights_path={tmp_path}", f"--plots_path={tmp_path / 'plots'}", "--device=cpu"]
@@ -99,6 +103,36 @@ def test_another_teacher_than_its_own_is_said_to_be_one(tmp_path, evaluate, capf
     assert "not the teacher" not in capfd.readouterr().out
     assert evaluate("--kd", f"--teacher={tmp_path / 'none.pt'}") == 2
     assert "check its name, or leave --teacher out" in capfd.readouterr().err
+
+
+def test_what_has_seen_the_images_kept_aside_is_not_evaluated_on_them(tmp_path, evaluate, capfd):
+    seen, fair = save_run(tmp_path, "--tto"), save_run(tmp_path, "--tto --holdout=8")
+    save_run(tmp_path, "--holdout=8")
+    for words in ("--tto --holdout=8", "--holdout=8"):
+        assert evaluate(*words.split(), f"--teacher={seen}") == 2
+        error = capfd.readouterr().err
+        assert f"--holdout 8: {seen} was trained on some of these images" in error and error.count("\n") == 1
+        assert evaluate(*words.split(), f"--teacher={fair}") == 0
+    assert evaluate("--compare", "--holdout=8", f"--teacher={seen}") == 0
+    assert f"left out: --holdout 8: {seen} was trained" in (output := capfd.readouterr().out)
+    assert output.count("Student") == 1 and "Teacher" not in output
+    assert evaluate("--compare", "--holdout=8", "--subset=100") == 2, "all were trained on the first 100 images"
+
+
+def test_each_model_is_asked_in_the_precision_of_its_training(tmp_path, evaluate, monkeypatch):
+    save_run(tmp_path, "--tto --precision=fp32")
+    save_run(tmp_path, "--precision=bf16")
+    monkeypatch.setattr(test_script, "start", lambda *_: contextlib.nullcontext(replace(CPU, autocast_dtype=BF16)))
+    asked = []
+
+    def all_logits(model, images, spec, runtime, stop=None):
+        asked.append((type(model), runtime.precision))
+        return torch.eye(10)[images.labels] + 0.0
+
+    monkeypatch.setattr(comparison, "all_logits", all_logits)
+    assert evaluate() == 0 and evaluate("--compare") == 0
+    kinds = {type(tiny_student()): "bf16", TinyTeacher: "fp32"}
+    assert len(asked) == 4 and all(precision == kinds[kind] for kind, precision in asked)
 
 
 def test_report_without_a_teacher_leaves_fidelity_out(tmp_path, report_of, capfd):
@@ -178,6 +212,21 @@ def small_report(digits, tmp_path, forked):
     save_run(tmp_path, "--dataset=digits", name="digits_student_subset40.pt", subset=40, model=tiny_student())
     words = ["--dataset=digits", "--subset=40", f"--data_path={digits}", "--device=cpu"]
     return lambda *more, **how: forked("test.py", *words, "--weights_path=.", *more, folder=tmp_path, tiny=True, **how)
+
+
+def test_only_a_file_is_replaced(tmp_path):
+    assert report.is_written_through(Path("/dev/null")) and report.is_written_through(tmp_path)
+    (tmp_path / "r.json").touch()
+    assert not report.is_written_through(tmp_path / "r.json") and not report.is_written_through(tmp_path / "new.json")
+
+
+def test_a_pipe_in_a_folder_of_others_is_written_to(small_report, tmp_path):
+    (tmp_path / "closed").mkdir()
+    os.mkfifo(tmp_path / "closed" / "pipe")
+    (tmp_path / "closed").chmod(0o555)
+    reader = os.open(tmp_path / "closed" / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    assert small_report("--json=closed/pipe").returncode == 0
+    assert json.loads(os.read(reader, 1 << 16))["images"] == 8
 
 
 def test_json_stands_beside_the_report(small_report):
@@ -328,6 +377,13 @@ def test_with_a_teacher_its_own_students_and_those_without_are_shown(place, tmp_
     assert "holds role student" in capfd.readouterr().err
     assert evaluate("--compare", "True", f"--teacher={tmp_path / 'none.pt'}") == 2
     assert "no checkpoint" in capfd.readouterr().err
+
+
+def test_a_stop_is_heeded_while_many_are_evaluated(tmp_path, evaluate):
+    path, options = save_run(tmp_path), test_script.config.parse_test([])
+    content = checkpoint.load(path) | {"path": path}
+    with pytest.raises(Stopped):
+        comparison.measure_all([content], options.spec, options, CPU, StopSignal(number=15))
 
 
 def test_two_checkpoints_of_one_kind_are_both_shown(tmp_path, compare):

@@ -4,16 +4,14 @@ import json
 import shlex
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from conftest import snapshot
-from made_up import CPU, TinyTeacher, fingerprint_of, options_of, save_run, tiny_student
+from made_up import CPU, TinyTeacher, fingerprint_of, format_1, options_of, save_run, tiny_student
 
-import models
 import test as test_script
 import train
-from evaluation import inference
+from datasets import DATASETS
 from runtime import checkpoint
 from runtime.errors import Stopped, UserError
 from runtime.log import read_log
@@ -23,10 +21,8 @@ SIZE = ["--subset=40", "--batch_size=8", "--num_epochs=1"]
 
 
 @pytest.fixture
-def learn(digits, tmp_path, monkeypatch):
+def learn(digits, tiny_models, tmp_path, monkeypatch):
     """A function that runs train.py over 40 digits in the test's folder; its exit code."""
-    monkeypatch.setitem(models.BUILDERS, "teacher", TinyTeacher)
-    monkeypatch.setitem(models.BUILDERS, "student", tiny_student)
     monkeypatch.setattr(train, "plot_curves", lambda *_: [])
     monkeypatch.setattr(train, "plot_comparison", lambda logs, path: path)
     monkeypatch.chdir(tmp_path)
@@ -51,7 +47,6 @@ def learn(digits, tmp_path, monkeypatch):
     ],
 )
 def test_what_is_told_to_come_next_evaluates_what_was_trained(command, name, learn, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(inference, "pass_seconds", lambda *arguments: np.array([0.01, 0.02, 0.03]))
     monkeypatch.setattr(test_script.figures, "plot_reliability", lambda logits, labels, title, path: path)
     monkeypatch.setattr(test_script.figures, "plot_confusion", lambda numbers, classes, title, path: path)
     options = options_of(f"--dataset=digits {' '.join(SIZE)} {command}")
@@ -85,22 +80,24 @@ def test_a_trial_replaces_nothing_of_the_whole_set(learn, tmp_path):
     assert len(list((tmp_path / "weights").glob("*.pt"))) == 3 + 3
 
 
-def test_temperatures_that_are_nearly_alike_have_files_of_their_own():
-    one, other = (options_of(f"--kd --temp {temp}") for temp in ("5", "5.0000001"))
-    for name in ("checkpoint_path", "log_path", "resume_path"):
-        assert getattr(one, name) != getattr(other, name)
-
-
 def test_the_teacher_of_a_holdout_has_not_seen_it(learn, tmp_path, capfd):
     seen = "--tto --dataset=digits --subset=40"
     save_run(tmp_path, seen, name="seen.pt", model=TinyTeacher())
     assert learn("--kd", "--holdout=10", "--teacher=seen.pt") == 2
     error = capfd.readouterr().err
-    assert "--holdout 10: the teacher seen.pt was trained on images that this run keeps aside" in error
+    assert "the teacher seen.pt was trained on images that --holdout 10 keeps aside" in error
+    assert "`python train.py --tto True --dataset digits " in error and "--subset 40 --holdout 10`" in error
     assert error.count("\n") == 1 and not (tmp_path / "weights").exists()
     save_run(tmp_path, f"{seen} --holdout=10", name="unseen.pt", model=TinyTeacher())
     assert learn("--kd", "--holdout=10", "--teacher=unseen.pt") == 0
     assert learn("--kd", "--teacher=seen.pt") == 0, "without a holdout there is nothing to be seen"
+
+
+def test_a_teacher_of_an_older_version_teaches(learn, tmp_path):
+    (tmp_path / "weights").mkdir()
+    old = format_1(role="teacher", architecture="vgg19_bn/1", dataset="digits", model=TinyTeacher().state_dict())
+    torch.save(old, tmp_path / "weights" / "digits_teacher_subset40.pt")
+    assert learn("--kd") == 0
 
 
 # ---------------------------------------------------------------------------------------------- going on
@@ -145,7 +142,7 @@ def test_a_run_goes_on_elsewhere_and_says_that_bits_may_differ(machine, stopped,
     assert finished["world_size"] == 1 and finished["torch"] == torch.__version__
 
 
-@pytest.mark.parametrize("fact, value", [("views", 3), ("optimizer", "sgd"), ("nckd_weight", 0.5), ("sync_bn", True)])
+@pytest.mark.parametrize("fact, value", [("views", 3), ("optimizer", "sgd/2"), ("nckd_weight", 0.5), ("sync_bn", True)])
 def test_another_run_is_not_gone_on_with(fact, value, stopped, learn, capfd):
     change_facts(stopped, **{fact: value, "torch": "2.11.0"})
     before = stopped.read_bytes()
@@ -202,10 +199,21 @@ def test_all_keeps_only_an_equal_run(command, fact, tmp_path):
         assert not finished(options, teacher)
 
 
-def test_all_keeps_any_teacher_of_the_same_images(tmp_path):
-    for command, kept in (("--num_epochs=2 --lr=0.01", True), ("--subset=40", False), ("--holdout=8", False)):
-        save_run(tmp_path, f"--tto {command}", name="teacher.pt", model=TinyTeacher())
-        assert finished(replace(options_of("--tto"), weights_path=tmp_path), "") == kept
+def test_all_keeps_the_very_teachers_that_can_teach(tmp_path):
+    spec = DATASETS["cifar10"]
+    other_mean = replace(spec, mean=(0.5, 0.5, 0.5))
+    for command, changes, wanted, its_spec, tells in (
+        ("--num_epochs=2 --lr=0.01", {}, "", spec, ""),
+        ("--subset=40", {}, "", spec, ""),
+        ("", {}, "--holdout=8", spec, "on images that --holdout 8 keeps aside"),
+        ("", {"images": "77aa"}, "", spec, "on other images than data holds now"),
+        ("", {}, "", other_mean, "another normalisation"),
+        ("", {}, "--flip=False", replace(spec, flip=False), "another --flip"),
+    ):
+        options = replace(options_of(f"--tto {wanted}"), weights_path=tmp_path)
+        path = save_run(tmp_path, f"--tto {command}", name=options.checkpoint_path.name, model=TinyTeacher(), **changes)
+        assert train.is_finished(options, its_spec, CPU, "") == (not tells)
+        assert tells in train.unfit(checkpoint.load(path), options, its_spec)
     save_run(tmp_path, "", name="teacher.pt", model=tiny_student())
     with pytest.raises(UserError, match="holds role student"):
         finished(replace(options_of("--tto"), weights_path=tmp_path), "")

@@ -11,7 +11,7 @@ MUON_MOMENTUM = 0.6  # of its convolutions
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 3
 # What a run says of its optimizer; one that takes other steps gets a new number.
-VERSIONS = {"muon": "muon/2", "sgd": "sgd"}
+VERSIONS = {"muon": "muon/2", "sgd": "sgd/2"}
 WARM_UP = 0.1  # fraction of all steps
 TINY = 1e-7  # keeps a norm from zero
 

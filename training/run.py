@@ -145,9 +145,10 @@ class Run:
                 "give --resume False to start anew"
             )
         if not before.can_go_on_as(self.identity):
+            command = "`python train.py --tto True`" if self.options.tto else "`python train.py`"  # which --all is not
             raise UserError(
-                f"the unfinished run {path} has {before.beside(self.identity)}: "
-                "give the same options to go on with it, or --resume False to start anew"
+                f"the unfinished run {path} has {before.beside(self.identity)}: give {command} "
+                "the same options to go on with it, or --resume False to start anew"
             )
         try:
             self.take_over(state)

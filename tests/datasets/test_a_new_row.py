@@ -6,16 +6,13 @@ import numpy as np
 import pytest
 import torchvision
 from conftest import REPOSITORY
-from made_up import TinyTeacher, tiny_student
 from PIL import Image
 from torchvision.datasets import VisionDataset
 
 import datasets
-import models
 import test as test_script
 import train
 from datasets import DATASETS, DatasetSpec
-from evaluation import inference
 from runtime import checkpoint
 from utils import load_images
 
@@ -55,13 +52,10 @@ def row_of_the_docs() -> DatasetSpec:
 
 
 @pytest.mark.parametrize("stand_in", [DrawnSVHN, Grey])
-def test_a_row_is_all_it_takes(stand_in, tmp_path, monkeypatch, capfd):
+def test_a_row_is_all_it_takes(stand_in, tiny_models, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(torchvision.datasets, "SVHN", stand_in)
     stand_in.__name__ = "Grey" if stand_in is Grey else "SVHN"
     monkeypatch.setitem(DATASETS, "svhn", row_of_the_docs())
-    monkeypatch.setitem(models.BUILDERS, "teacher", TinyTeacher)
-    monkeypatch.setitem(models.BUILDERS, "student", tiny_student)
-    monkeypatch.setattr(inference, "pass_seconds", lambda *arguments: np.array([0.01, 0.02, 0.03]))
     monkeypatch.chdir(tmp_path)
     words = ["--dataset=svhn", "--device=cpu", "--precision=fp32"]
     assert train.main([*words, "--all", "--temp", "5", "--num_epochs=1", "--batch_size=20"]) == 0

@@ -49,14 +49,6 @@ def test_another_seed_draws_other_images_in_another_order(drawn):
     assert not np.array_equal(labels, drawn["train"][1])
 
 
-@pytest.mark.parametrize("split", ["train", "test"])
-@pytest.mark.parametrize("count", [0, 1, 37, 200])
-def test_shapes_and_dtypes(split, count):
-    images, labels = digits.make_digits(split, count)
-    assert images.shape == (count, 32, 32, 3) and images.dtype == np.uint8
-    assert labels.shape == (count,) and labels.dtype == np.int64
-
-
 def test_every_ten_in_a_row_hold_every_class_once_in_no_fixed_order(drawn):
     for _, labels in drawn.values():
         blocks = labels.reshape(-1, 10)
@@ -65,9 +57,11 @@ def test_every_ten_in_a_row_hold_every_class_once_in_no_fixed_order(drawn):
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-@pytest.mark.parametrize("count", [1, 10, 37, 100])
+@pytest.mark.parametrize("count", [0, 1, 10, 37, 100])
 def test_fewer_are_a_prefix_of_more(drawn, split, count):
     images, labels = digits.make_digits(split, count)
+    assert images.shape == (count, 32, 32, 3) and images.dtype == np.uint8
+    assert labels.shape == (count,) and labels.dtype == np.int64
     assert np.array_equal(images, drawn[split][0][:count])
     assert np.array_equal(labels, drawn[split][1][:count])
 

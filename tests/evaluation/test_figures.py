@@ -110,13 +110,14 @@ def test_a_confusion_of_many_classes_stays_readable(count, named, numbers, tmp_p
 
 def test_of_many_classes_the_likeliest_stand_beside_a_picture(drawn, tmp_path):
     classes, generator = tuple(f"${i}" for i in range(100)), torch.Generator().manual_seed(0)
-    student, teacher = torch.rand(2, 1, 100, generator=generator)
+    answers = torch.rand(8, 1, 100, generator=generator)  # more than there are colours
     pixels = [np.zeros((32, 32, 3), np.uint8)]
-    figures.plot_pictures(pixels, ["a.png"], {"Student": student, "Teacher": teacher}, classes, tmp_path / "p.png")
+    by_title = {f"T = {i}": answer for i, answer in enumerate(answers)}
+    figures.plot_pictures(pixels, ["a.png"], by_title, classes, tmp_path / "p.png")
     beside = drawn[0].figure.axes[1]
-    likeliest = sorted(student[0].argsort(descending=True)[:10].tolist())
+    likeliest = sorted(answers[0, 0].argsort(descending=True)[:10].tolist())
     assert [name.get_text() for name in beside.get_yticklabels()] == [f"${i}" for i in likeliest]
-    for bars, answer in zip(beside.containers, (student, teacher), strict=True):
+    for bars, answer in zip(beside.containers, answers, strict=True):
         assert [bar.get_width() for bar in bars] == pytest.approx((100 * answer[0, likeliest]).tolist())
 
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torchvision
-from torch.utils.flop_counter import FlopCounterMode
 
 from datasets import DATASETS, SIDE
+from evaluation.inference import count_macs, count_parameters
 from models import ARCHITECTURES, StudentCNN, build_model, vgg19_bn
 
 
@@ -31,16 +31,10 @@ def test_vgg_features_are_torchvisions():
     assert expected.shape == (2, 512, 1, 1) and expected.std() > 0
 
 
-def cost(model: torch.nn.Module) -> tuple[int, int]:
-    """Parameters and multiply-accumulates an image."""
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        model.eval()(torch.zeros(1, 3, SIDE, SIDE))
-    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
-
-
 def test_costs_are_what_the_docstrings_say():
-    student_parameters, student_macs = cost(StudentCNN())
-    teacher_parameters, teacher_macs = cost(vgg19_bn())
+    student, teacher = StudentCNN().eval(), vgg19_bn().eval()
+    student_parameters, teacher_parameters = map(count_parameters, (student, teacher))
+    student_macs, teacher_macs = map(count_macs, (student, teacher))
     assert student_parameters <= 300_000
     text = " ".join(StudentCNN.__doc__.split())
     assert f"{student_parameters:,} parameters" in text

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import room
-from made_up import facts_of, run_of
+from made_up import facts_of, format_1, run_of
 
 from runtime import checkpoint
 from runtime.errors import UserError
@@ -42,18 +42,6 @@ def test_a_full_disk_is_no_bug_wherever_it_is_met(size, tmp_path):
     with room(size), pytest.raises(UserError, match="can't write .*small.pt: File too large; what was there is unch"):
         checkpoint.save(path, {"model": {"weight": torch.zeros(2000)}})
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"old"]
-
-
-def format_1(kd: bool = False, **changes) -> dict:
-    """What a run left before there was Muon."""
-    options = {"seed": 42, "subset": None, "holdout": 0, "precision": "fp32", "num_epochs": 5, "batch_size": 128}
-    options |= {"lr": 0.1, "head_lr": 1.0, "weight_decay": 5e-4, "views": 1, "sync_bn": False, "compile": False}
-    options |= {"temp": [5.0], "alpha": 0.9, "cache_teacher": True} if kd else {}
-    return {
-        "format": 1, "role": "student", "architecture": "student_cnn/1", "num_classes": 10, "dataset": "cifar10",
-        "kd": kd, "teacher": "1f3a" * 4 if kd else "", "options": options, "epoch": 5,
-        "versions": {"torch": "2.11"}, "metrics": {"top1": 80.0, "top5": 99.0}, "model": {"weight": torch.zeros(3)},
-    } | changes  # fmt: skip
 
 
 def test_a_checkpoint_of_the_format_before_still_says_what_it_is(tmp_path):

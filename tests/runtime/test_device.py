@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from runtime.device import Runtime, pick_device
+from runtime.device import Runtime, device_title, pick_device
 from runtime.errors import UserError
 
 
@@ -17,14 +17,17 @@ from runtime.errors import UserError
         ("cpu", {}, "cpu"),
         ("auto", {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, "cuda:1"),
         ("cpu", {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "9"}, "cpu"),
-        ("cuda", {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "3"}, "3 processes need a CUDA device each.* gives 2"),
-        ("cuda:1", {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, "2 processes need a CUDA device each.* gives 1"),
+        ("cuda", {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "3"}, "3 processes need a device each.* gives 2"),
+        ("cuda:1", {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, "2 processes need a device each.* gives 1"),
         ("cuda:2", {}, "has 2 CUDA devices"),
+        ("mps", {}, "mps"),
+        ("mps", {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, "2 processes need a device each.* gives 1"),
     ],
 )
 def test_each_process_has_a_device_of_its_own_with_its_number(name, environment, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
     if " " in expected:
@@ -46,3 +49,8 @@ def test_a_total_leaves_the_processes_own_values_alone(monkeypatch):
     own = torch.ones(2, dtype=torch.float64)
     alone.total(own).zero_()
     assert own.tolist() == [1, 1]
+
+
+def test_a_processor_and_what_sits_beside_it_have_two_titles():
+    titles = [device_title(Runtime(torch.device(kind), None)) for kind in ("cpu", "mps")]
+    assert "thread" in titles[0] and titles[1].endswith(", MPS")

@@ -10,9 +10,7 @@ import pytest
 import torch
 from conftest import snapshot
 from kill_marathon import result, wait
-from made_up import TinyTeacher, tiny_student
 
-import models
 import train
 import utils
 from runtime import checkpoint
@@ -69,7 +67,7 @@ def test_stopped_after_each_phase_it_gives_the_same_table(command, start_script,
 
 
 def test_with_a_holdout_the_students_learn_from_a_teacher_that_has_not_seen_it_either(command, forked, tmp_path):
-    assert forked(*command, "--seeds=1", folder=tmp_path).returncode == 0
+    assert forked(*command, "--seeds=1", "--deterministic", folder=tmp_path).returncode == 0
     before = snapshot(tmp_path)
     done = forked(*command, "--seeds=1", "--holdout=8", folder=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -85,7 +83,7 @@ def test_with_a_holdout_the_students_learn_from_a_teacher_that_has_not_seen_it_e
     assert "Student (with KD, Temp = 5), subset 40" in done.stdout and "holdout" not in done.stdout
 
 
-def test_students_of_a_seed_differ_in_the_loss_alone(command, tmp_path, monkeypatch):
+def test_students_of_a_seed_differ_in_the_loss_alone(command, tiny_models, tmp_path, monkeypatch):
     begun, seen, losses = [], [], []
 
     def train_epoch(run, views, teacher, stop, real=train.train_epoch):
@@ -98,8 +96,6 @@ def test_students_of_a_seed_differ_in_the_loss_alone(command, tmp_path, monkeypa
         seen[-1].append((rows.tolist(), view_of.tolist()))
         return real(views, rows, view_of)
 
-    monkeypatch.setitem(models.BUILDERS, "teacher", TinyTeacher)
-    monkeypatch.setitem(models.BUILDERS, "student", tiny_student)
     monkeypatch.setattr(train, "plot_curves", lambda *_: [])
     monkeypatch.setattr(train, "train_epoch", train_epoch)
     monkeypatch.setattr(utils.Views, "batch", batch)

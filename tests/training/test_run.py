@@ -3,9 +3,8 @@
 import pytest
 import torch
 import torch.distributed as dist
-from made_up import CPU, TinyTeacher, options_of, random_images, tiny_student
+from made_up import options_of, random_images
 
-import models
 import train
 import training.run
 from datasets import DATASETS
@@ -18,10 +17,8 @@ VIEWS = Views(random_images(40), DATASETS["cifar10"])
 
 
 @pytest.fixture
-def make_run(tmp_path, monkeypatch):
+def make_run(tiny_models, tmp_path, monkeypatch):
     """A function that makes a run of 5 steps an epoch, as the first of a number of processes that are all alike."""
-    monkeypatch.setitem(models.BUILDERS, "teacher", TinyTeacher)
-    monkeypatch.setitem(models.BUILDERS, "student", tiny_student)
     monkeypatch.setattr(training.run, "DistributedDataParallel", lambda model: model)
 
     def make(world_size: int = 1, command: str = "") -> Run:
@@ -86,4 +83,3 @@ def test_a_loss_that_is_not_finite_names_its_first_step(make_run):
         run.record(torch.tensor(loss), *torch.zeros(2), torch.zeros(2), 8)
     with pytest.raises(UserError, match=r"the loss is inf at epoch 1, step 3, .*--lr below 0.1"):
         run.check_finite()
-    assert CPU.world_size == 1

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FORKS, room
-from made_up import CLASSES, CPU, TinyTeacher, random_images, tiny_student
+from made_up import CLASSES, CPU, TinyTeacher, random_images
 from torch import nn
 
 import models
@@ -235,7 +235,7 @@ def test_a_place_for_no_file_is_said_and_the_run_goes_on(tmp_path, capsys):
 
 
 @pytest.fixture
-def distil(tmp_path, monkeypatch):
+def distil(tiny_models, tmp_path, monkeypatch):
     """A function that runs train.main on random images and tiny models, and returns the checkpoint's path."""
     teachers = []
     load_teacher = train.load_teacher
@@ -245,8 +245,6 @@ def distil(tmp_path, monkeypatch):
         teachers.append((loaded[0], copy.deepcopy(loaded[0].state_dict())))
         return loaded
 
-    monkeypatch.setitem(models.BUILDERS, "teacher", TinyTeacher)
-    monkeypatch.setitem(models.BUILDERS, "student", tiny_student)
     monkeypatch.setattr(train, "finish", lambda run: save(run.options.checkpoint_path, run.state()))  # no figures
     monkeypatch.setattr(train, "load_images", lambda *_, **which: [random_images(40), random_images(8, seed=1)])
     monkeypatch.setattr(train, "load_teacher", keep_teacher)
