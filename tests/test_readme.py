@@ -1,5 +1,6 @@
 """README's and docs' results are what the logs in plots/ say, and their commands are those of these logs."""
 
+import json
 import re
 import shlex
 import statistics
@@ -159,14 +160,31 @@ def test_what_is_quoted_of_a_shorter_teacher_is_in_its_logs():
     assert f"({last('teacher'):.2f} %) gives {gains[1]:+.2f}." in text
 
 
-def test_the_comparison_of_losses_is_what_its_logs_say():
-    found = collect([run_of_log(path) for path in sorted((REPOSITORY / "plots/losses/digits").glob("*.jsonl"))])
-    assert len(found["gains"]) == 10
-    assert f"a teacher of {last('losses/digits/digits_teacher'):.2f} %" in PAGES["losses.md"]
-    tops = {row["model"]: f"{row['top1']:.2f}% ± {row['top1_sd']:.2f}" for row in found["rows"] if "top1_sd" in row}
-    for gain in found["gains"]:
-        points = "{:+.2f} ({:+.2f} to {:+.2f})".format(gain["mean"], *gain["ci"])
-        assert f"| {tops[gain['model']]} | {points} |" in PAGES["losses.md"]
+def row_of_losses(row: dict, gain: dict) -> str:
+    """How docs/losses.md shows a student by some loss."""
+    loss, temp, terms = re.fullmatch(r"Student \(with (\w+), Temp = ([\d.]+)(?:, (.+))?\)", row["model"]).groups()
+    points = "{:+.2f} ({:+.2f} to {:+.2f})".format(gain["mean"], *gain["ci"])
+    cells = [f"{loss}, {temp}", terms or "0.9 KL + 0.1 CE", f"{row['top1']:.2f}% ± {row['top1_sd']:.2f}", points]
+    return f"| {' | '.join(cells)} | {100 * row['ece']:.2f}% | {row['loss']:.4f} |"
+
+
+@pytest.mark.parametrize("dataset", ["digits"])
+def test_the_comparison_of_losses_is_what_its_logs_say(dataset):
+    folder = REPOSITORY / "plots" / "losses" / dataset
+    found = collect([run_of_log(path) for path in sorted(folder.glob("*.jsonl"))])
+    kept = json.loads(next(folder.glob("*results.json")).read_text())  # with what logs have not: ECE and NLL
+    tops = {row["model"]: row["top1"] for row in kept["rows"]}
+    assert {row["model"]: row["top1"] for row in found["rows"]} == pytest.approx(tops)
+    rows, gains = {row["model"]: row for row in kept["rows"]}, {gain["model"]: gain for gain in kept["gains"]}
+    assert len(gains) == len(rows) - 2 == 10  # all but the teacher and the student without KD
+    text = section("losses.md", f"## {'Digits' if dataset == 'digits' else 'CIFAR-10'}")
+    for model, gain in gains.items():
+        assert row_of_losses(rows[model], gain) in text
+    assert f"a teacher of {tops['Teacher (VGG19 with BN)']:.2f} %" in text
+    assert f"without KD ({tops['Student (w/o KD)']:.2f} %)" in text
+    for gain in kept["gains_over_kd"]:
+        ahead = gain["mean"] > 0 and not gain["within_seed_noise"]
+        assert ("{:.2f} points ({:+.2f} to {:+.2f})".format(gain["mean"], *gain["ci"]) in text) == ahead, gain
 
 
 def test_what_is_said_of_kd_on_cifar100_is_in_its_logs():
