@@ -206,7 +206,7 @@ def find_checkpoints(options: config.TestOptions, runtime: Runtime) -> list[dict
         students = [content for content in contents if content["identity"]["role"] == "student"]
         contents = [content for content in students if content["identity"]["teacher"] in its_own]
         contents.append(named | {"path": options.teacher})
-    return sorted(contents, key=report.place_in_table)
+    return sorted(contents, key=lambda content: content["identity"].place)
 
 
 def read_pictures(options: config.TestOptions, runtime: Runtime) -> tuple[np.ndarray, list[str]]:

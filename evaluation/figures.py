@@ -124,8 +124,7 @@ def read_curve(path: Path) -> tuple[Identity, list[int], list[float]]:
 def plot_comparison(log_paths: list[Path], figure_path: Path) -> Path:
     """Draw the top-1 (%) of runs on one data set, those that differ in the seed alone in one colour; the path."""
     kinds: dict[str, list[tuple[Identity, list[int], list[float]]]] = {}
-    for path in log_paths:
-        run, *curve = read_curve(path)
+    for run, *curve in sorted(map(read_curve, log_paths), key=lambda found: found[0].place):
         kinds.setdefault(run.without("seed"), []).append((run, *curve))
     first = next(iter(kinds.values()))[0][0]
     images = "images kept aside" if first["holdout"] else "test images"

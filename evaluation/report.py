@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from config import LOSSES, Options
+from config import Options
 from evaluation.figures import find_logs, plot_comparison
 from evaluation.inference import Cost, count_parameters
 from evaluation.measures import BINS, paired_gain, wilson
@@ -154,13 +154,6 @@ def write_json(path: Path, content: dict) -> Path:
 
 
 # ---------------------------------------------------------------------------------------------- the table of models
-
-
-def place_in_table(content: dict) -> tuple:
-    """A checkpoint's sort key: the teacher, the student without KD, then by loss, temperature and seed."""
-    run = content["identity"]
-    loss = list(LOSSES).index(run["loss"]) if run["loss"] in LOSSES else -1
-    return run["role"] != "teacher", loss, run["temp"] or 0.0, run["seed"]
 
 
 # What test.py --compare adds to the table: a column's title, and how its number is written.

@@ -79,6 +79,12 @@ class Identity:
         matched = (self["temp"], self["kd_weight"], self["ce_weight"]) == (other["temp"], total, other["ce_weight"])
         return matched or not self.weights
 
+    @property
+    def place(self) -> tuple:
+        """Where it stands among others: the teacher, the student without KD, then by loss, temperature and seed."""
+        loss = list(LOSSES).index(self["loss"]) if self["loss"] in LOSSES else -1
+        return self["role"] != "teacher", loss, self["temp"] or 0.0, self["seed"]
+
     def beside(self, other: "Identity", ignoring: set[str] = frozenset()) -> str:
         """In what this run differs from another, in words: `num_epochs 30, not 16`."""
         names = [name for name in self.differing(other) if name not in ignoring]
