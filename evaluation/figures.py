@@ -86,8 +86,8 @@ def plot_pictures(pixels: list, names: list[str], answers: dict, classes: tuple[
         left.axis("off")
         likeliest = next(iter(answers.values()))[i].topk(min(CLASSES_SHOWN, len(classes))).indices
         shown = likeliest.sort().values
-        bars = zip(itertools.cycle(COLOURS), answers.items(), strict=False)
-        for k, (colour, (model, probabilities)) in enumerate(bars):
+        for k, (model, probabilities) in enumerate(answers.items()):
+            colour = COLOURS[k % len(COLOURS)]
             places = [j + (k - (len(answers) - 1) / 2) * height for j in range(len(shown))]
             right.barh(places, (100 * probabilities[i, shown]).numpy(), height, color=colour, label=model)
         right.set(xlim=(0, 100), yticks=range(len(shown)))

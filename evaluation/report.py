@@ -155,7 +155,6 @@ def write_json(path: Path, content: dict) -> Path:
 
 # ---------------------------------------------------------------------------------------------- the table of models
 
-
 # What test.py --compare adds to the table: a column's title, and how its number is written.
 MEASURED = {
     "ece": ("ECE", lambda value: f"{100 * value:.2f}%"),

@@ -90,7 +90,9 @@ def pick_device(name: str) -> torch.device:
     devices = torch.cuda.device_count() if kind == "cuda" and not index else 1
     if processes > devices:
         raise UserError(f"{processes} processes need a device each, --device {name} gives {devices}; try --device cpu")
-    return torch.device("cuda", int(index or os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
+    if kind == "mps":
+        return torch.device(name)
+    return torch.device("cuda", int(index or os.environ.get("LOCAL_RANK", 0)))
 
 
 def has_fast_bf16(device: torch.device) -> bool:
