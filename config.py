@@ -205,7 +205,7 @@ class Options:
     )  # fmt: skip
     device: str = option("auto", "auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:N or mps", device_name)
     precision: str = option(
-        "auto", "auto (bf16 where the hardware has it), bf16 or fp32", choices=("auto", "bf16", "fp32"),
+        "auto", "auto (bf16 where it is faster), bf16 or fp32", choices=("auto", "bf16", "fp32"),
         shapes_result=True,
     )  # fmt: skip
 

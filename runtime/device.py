@@ -96,11 +96,17 @@ def pick_device(name: str) -> torch.device:
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 matrices in hardware (elsewhere it is emulated, and slow)."""
+    """Whether the device multiplies bfloat16 matrices faster than float32 ones.
+
+    Without the hardware for it they are emulated. Intel's processors have it twice, and only in AMX is it fast:
+    their AVX512-BF16 is slower than float32, as was measured where a virtual machine hides AMX.
+    """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        if torch.cpu._is_amx_tile_supported():
+            return True
+        return torch.cpu._is_avx512_bf16_supported() and "Intel" not in processor()
     return False
 
 
