@@ -27,7 +27,17 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ours import on_device
-from plain import MOMENTUM, WEIGHT_DECAY, copy, cost, matrix_product, plain_batches, plain_steps, repeated
+from plain import (
+    MOMENTUM,
+    WEIGHT_DECAY,
+    copy,
+    cost,
+    matrix_product,
+    plain_batches,
+    plain_steps,
+    repeated,
+    usual_memory,
+)  # fmt: skip
 
 import config
 import train
@@ -126,7 +136,7 @@ class Bench:
             plain_steps(model, optimizer, batches, device, steps, teacher)
             return steps * batch_size / (time.perf_counter() - start)
 
-        return job
+        return with_usual_memory(job)
 
     def our_loader(self, count: int = IMAGES) -> Job:
         """An epoch's plan and all its batches, images a second."""
@@ -170,6 +180,16 @@ class Bench:
         return {name: statistics.median(values[1:]) for name, values in rates.items()}
 
 
+def with_usual_memory(job: Job) -> Job:
+    """The job in a process that gives large freed blocks back to the system."""
+
+    def wrapped() -> float:
+        with usual_memory():
+            return job()
+
+    return wrapped
+
+
 def measure(bench: Bench, command: list[str]) -> list[dict]:
     """All rows; `command` runs this script anew, for what needs a process of its own."""
     rate = measure_rates(bench)
@@ -198,6 +218,7 @@ def measure_rates(bench: Bench) -> dict[str, float]:
     rate |= bench.medians(
         {
             "teacher": bench.ours("teacher", teacher),
+            "teacher, memory given back": with_usual_memory(bench.ours("teacher", teacher)),
             "teacher's optimizer": bench.optimizer("teacher"),
             "plain teacher": bench.plain("teacher", teacher),
             "matrix product": matrix_product(bench.runtime),
@@ -207,6 +228,7 @@ def measure_rates(bench: Bench) -> dict[str, float]:
     rate |= bench.medians(
         {
             "student": bench.ours("student", student),
+            "student, memory given back": with_usual_memory(bench.ours("student", student)),
             "student's optimizer": bench.optimizer("student"),
             "plain student": bench.plain("student", student),
             "KD cold": bench.ours("student", student, "cold"),
@@ -248,6 +270,8 @@ def row_names(batch: int) -> tuple[tuple[str, str, str, str], ...]:
             (f"the same, --loss {loss}", f"epoch of KD by {loss}", "epoch of student beside losses", "s")
             for loss in OTHER_LOSSES
         ),
+        ("teacher training, freed memory kept / given back", "teacher", "teacher, memory given back", "img/s"),
+        ("student training, freed memory kept / given back", "student", "student, memory given back", "img/s"),
         ("loader / student epoch, both ours", "epoch of our loader", "epoch of student", "s"),
         ("optimizer / training step, teacher, both ours", "step of teacher's optimizer", "step of teacher", "ms"),
         ("optimizer / training step, student, both ours", "step of student's optimizer", "step of student", "ms"),

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import sys
 
 import torch
 import torch.distributed as dist
@@ -10,6 +9,7 @@ from torch import nn
 
 from runtime.device import Runtime, has_fast_bf16, pick_device
 from runtime.errors import SaidElsewhere, Stopped, UserError
+from runtime.memory import keep_freed_memory, limit_memory
 
 
 def process_count() -> int:
@@ -20,28 +20,6 @@ def process_count() -> int:
         raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']!r}: start with torchrun, or unset it") from error
 
 
-def limit_memory() -> None:
-    """Let Linux refuse memory that the machine has not: an error, where it would kill the process without a word."""
-    if sys.platform != "linux":
-        return
-    import resource  # which Windows has not
-
-    try:
-        free = kilobytes("/proc/meminfo", "MemAvailable") + kilobytes("/proc/meminfo", "SwapFree")
-        there = 1024 * (free + kilobytes("/proc/self/status", "VmData"))
-    except (OSError, StopIteration):  # a sandbox without these tables
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    if soft == resource.RLIM_INFINITY or there < soft:
-        resource.setrlimit(resource.RLIMIT_DATA, (there, hard))
-
-
-def kilobytes(path: str, name: str) -> int:
-    """A number of one of Linux's tables; StopIteration where it has none of that name."""
-    with open(path) as table:
-        return next(int(line.split()[1]) for line in table if line.startswith(f"{name}:"))
-
-
 @contextlib.contextmanager
 def start(device_name: str, precision: str, deterministic: bool = False):
     """Yield the Runtime of this process; under torchrun it joins and leaves the process group."""
@@ -49,6 +27,7 @@ def start(device_name: str, precision: str, deterministic: bool = False):
     world_size = process_count()
     if device.type == "cpu":
         limit_memory()
+        keep_freed_memory()
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = not deterministic
