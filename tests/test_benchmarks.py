@@ -76,8 +76,9 @@ def test_a_lever_is_told_by_its_mean_and_its_paired_gain():
     ]
 
 
-def test_what_is_said_of_levers_is_what_their_trial_found():
-    results = json.loads((REPOSITORY / "plots" / "trials" / "levers_student.json").read_text())["results"]
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_what_is_said_of_levers_is_what_their_trial_found(role):
+    results = json.loads((REPOSITORY / "plots" / "trials" / f"levers_{role}.json").read_text())["results"]
     page = (REPOSITORY / "docs" / "recipe.md").read_text()
     for row in cells(levers.results_table(results)):
         assert f"| {' | '.join(row)} |" in page
