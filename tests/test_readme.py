@@ -166,15 +166,18 @@ def row_of_losses(row: dict, gain: dict) -> str:
     return f"| {' | '.join(cells)} | {100 * row['ece']:.2f}% | {row['loss']:.4f} |"
 
 
-def test_the_comparison_of_losses_is_what_its_logs_say():
-    folder = REPOSITORY / "plots" / "losses" / "digits"
-    found = collect([run_of_log(path) for path in sorted(folder.glob("*.jsonl"))])
-    kept = json.loads((folder / "digits_results.json").read_text())  # with what logs have not: ECE and NLL
+@pytest.mark.parametrize(
+    "title, file", [("Digits", "digits/digits_results.json"), ("CIFAR-10", "cifar10/results.json")]
+)
+def test_the_comparison_of_losses_is_what_its_logs_say(title, file):
+    path = REPOSITORY / "plots" / "losses" / file
+    found = collect([run_of_log(log) for log in sorted(path.parent.glob("*.jsonl"))])
+    kept = json.loads(path.read_text())  # with what logs have not: ECE and NLL
     tops = {row["model"]: row["top1"] for row in kept["rows"]}
     assert {row["model"]: row["top1"] for row in found["rows"]} == pytest.approx(tops)
     rows, gains = {row["model"]: row for row in kept["rows"]}, {gain["model"]: gain for gain in kept["gains"]}
     assert len(gains) == len(rows) - 2 == 10  # all but the teacher and the student without KD
-    text = section("losses.md", "## Digits")
+    text = section("losses.md", f"## {title}")
     for model, gain in gains.items():
         assert row_of_losses(rows[model], gain) in text
     assert f"a teacher of {tops['Teacher (VGG19 with BN)']:.2f} %" in text
