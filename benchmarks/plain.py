@@ -1,6 +1,5 @@
 """What the benchmarks compare with: training as the usual tutorials write it, and what the machine itself can do."""
 
-import contextlib
 import time
 from collections.abc import Callable, Iterator
 
@@ -14,7 +13,6 @@ from torchvision import transforms
 from datasets import PAD, SIDE, DatasetSpec
 from models import build_model
 from runtime.device import Runtime
-from runtime.memory import keep_freed_memory, set_malloc
 from utils import Images
 
 # -------------------------------------------------------------------------------------------- the usual loop
@@ -81,16 +79,6 @@ def plain_steps(
         correct += (outputs.argmax(1) == labels).sum().item()
         total += len(labels)
     return correct / total
-
-
-@contextlib.contextmanager
-def usual_memory():
-    """Give large freed blocks back to the system, as a process does where nothing was set (and `runtime/` sets it)."""
-    set_malloc(largest=32 << 20, kept=64 << 20)  # what glibc's own numbers have grown to after a step
-    try:
-        yield
-    finally:
-        keep_freed_memory()
 
 
 # -------------------------------------------------------------------------------------------- the machine

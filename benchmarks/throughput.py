@@ -27,24 +27,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ours import on_device
-from plain import (
-    MOMENTUM,
-    WEIGHT_DECAY,
-    copy,
-    cost,
-    matrix_product,
-    plain_batches,
-    plain_steps,
-    repeated,
-    usual_memory,
-)  # fmt: skip
+from plain import MOMENTUM, WEIGHT_DECAY, copy, cost, matrix_product, plain_batches, plain_steps, repeated
 
 import config
 import train
 from datasets import SIDE
 from evaluation.report import table, write_json
 from models import build_model
-from runtime import checkpoint
+from runtime import checkpoint, processes
 from runtime.device import Runtime, device_title, processor
 from runtime.signals import StopSignal
 from training.losses import LOSSES
@@ -54,6 +44,7 @@ from utils import Images, Views, load_images
 
 OTHER_LOSSES = [loss for loss in LOSSES if loss != "kd"]
 IMAGES = 50_000  # of CIFAR-10's training set
+GIVEN_BACK = "given back"  # ends the work of a process that does not keep the memory it frees
 Job = Callable[[], float]  # runs once and returns a rate: images, operations or bytes a second
 
 
@@ -136,7 +127,7 @@ class Bench:
             plain_steps(model, optimizer, batches, device, steps, teacher)
             return steps * batch_size / (time.perf_counter() - start)
 
-        return with_usual_memory(job)
+        return job
 
     def our_loader(self, count: int = IMAGES) -> Job:
         """An epoch's plan and all its batches, images a second."""
@@ -180,23 +171,18 @@ class Bench:
         return {name: statistics.median(values[1:]) for name, values in rates.items()}
 
 
-def with_usual_memory(job: Job) -> Job:
-    """The job in a process that gives large freed blocks back to the system."""
-
-    def wrapped() -> float:
-        with usual_memory():
-            return job()
-
-    return wrapped
-
-
 def measure(bench: Bench, command: list[str]) -> list[dict]:
     """All rows; `command` runs this script anew, for what needs a process of its own."""
     rate = measure_rates(bench)
     bench.loaders.clear()  # ends their workers
-    rate |= {f"peak memory {side}": in_process(command, f"memory {side}") for side in ("ours", "plain")}
+    rate["peak memory ours"] = in_process(command, "memory ours")
+    rate["peak memory plain"] = in_process(command, f"memory plain {GIVEN_BACK}")
     if bench.runtime.device.type != "cuda" or torch.cuda.device_count() > 1:
-        rate |= {f"{processes} processes": in_process(command, "speed", processes) for processes in (1, 2)}
+        rate |= {f"{count} processes": in_process(command, "speed student", count) for count in (1, 2)}
+    if bench.runtime.device.type == "cpu":
+        for role in ("teacher", "student"):
+            rate[f"{role}, memory kept"] = in_process(command, f"speed {role}")
+            rate[f"{role}, memory given back"] = in_process(command, f"speed {role} {GIVEN_BACK}")
     rate |= derived(bench, rate)
     return [
         {"name": name, "ours": rate[ours], "theirs": rate[theirs], "unit": unit, "ratio": rate[ours] / rate[theirs]}
@@ -218,7 +204,6 @@ def measure_rates(bench: Bench) -> dict[str, float]:
     rate |= bench.medians(
         {
             "teacher": bench.ours("teacher", teacher),
-            "teacher, memory given back": with_usual_memory(bench.ours("teacher", teacher)),
             "teacher's optimizer": bench.optimizer("teacher"),
             "plain teacher": bench.plain("teacher", teacher),
             "matrix product": matrix_product(bench.runtime),
@@ -228,7 +213,6 @@ def measure_rates(bench: Bench) -> dict[str, float]:
     rate |= bench.medians(
         {
             "student": bench.ours("student", student),
-            "student, memory given back": with_usual_memory(bench.ours("student", student)),
             "student's optimizer": bench.optimizer("student"),
             "plain student": bench.plain("student", student),
             "KD cold": bench.ours("student", student, "cold"),
@@ -270,8 +254,6 @@ def row_names(batch: int) -> tuple[tuple[str, str, str, str], ...]:
             (f"the same, --loss {loss}", f"epoch of KD by {loss}", "epoch of student beside losses", "s")
             for loss in OTHER_LOSSES
         ),
-        ("teacher training, freed memory kept / given back", "teacher", "teacher, memory given back", "img/s"),
-        ("student training, freed memory kept / given back", "student", "student, memory given back", "img/s"),
         ("loader / student epoch, both ours", "epoch of our loader", "epoch of student", "s"),
         ("optimizer / training step, teacher, both ours", "step of teacher's optimizer", "step of teacher", "ms"),
         ("optimizer / training step, student, both ours", "step of student's optimizer", "step of student", "ms"),
@@ -284,6 +266,15 @@ def row_names(batch: int) -> tuple[tuple[str, str, str, str], ...]:
         ("student, four times the images / once", "many images", "student", "img/s"),
         ("loader, 50,000 images / 5,000", "our loader", "our loader, 5,000 images", "img/s"),
         ("student, 2 processes / 1", "2 processes", "1 processes", "img/s"),
+        *(
+            (
+                f"{role} training, freed memory kept / given back",
+                f"{role}, memory kept",
+                f"{role}, memory given back",
+                "img/s",
+            )
+            for role in ("teacher", "student")
+        ),
         ("teacher training / plain loop, peak memory", "peak memory ours", "peak memory plain", "MiB"),
     )
 
@@ -300,12 +291,14 @@ def in_process(command: list[str], work: str, processes: int = 1) -> float:
 
 
 def do_work(bench: Bench, work: str) -> None:
-    """Print the images a second of the student's training, or the peak memory of the teacher's in MiB."""
-    if work == "speed":
-        result = bench.medians({"student": bench.ours("student", bench.student_steps)})["student"]
+    """Print the images a second of a role's training, or the peak memory of the teacher's in MiB."""
+    what, role = work.split()[:2]
+    if what == "speed":
+        steps = bench.teacher_steps if role == "teacher" else bench.student_steps
+        result = bench.medians({role: bench.ours(role, steps)})[role]
     else:
         device = bench.runtime.device
-        if work == "memory ours":
+        if role == "ours":
             resident = Views(bench.images.to(device), bench.spec)  # a real run has all images there
             bench.ours("teacher", 3)()
             del resident
@@ -349,6 +342,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         words = [*further, f"--weights_path={folder}", f"--plots_path={folder}"]
         options = {"student": config.parse_train(words), "teacher": config.parse_train(["--tto", "True", *words])}
+
+        if arguments.work and arguments.work.endswith(GIVEN_BACK):
+            processes.keep_freed_memory = lambda: None
 
         def work(runtime: Runtime) -> None:
             bench = Bench(arguments, options, runtime)

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from curves import best_points, find, means, plot, points_table, read_results, run_all, targets_table, unreached_text
 from ours import on_device, train_whole
-from plain import MOMENTUM, WEIGHT_DECAY, plain_batches, plain_steps, usual_memory
+from plain import MOMENTUM, WEIGHT_DECAY, plain_batches, plain_steps
 
 import config
 from datasets import DatasetSpec
@@ -149,11 +149,7 @@ class Bench:
         optimizer = torch.optim.SGD(model.parameters(), lr=training.lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
         total, warm_up = steps * training.epochs, PLAIN_WARM_UP[role]
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: plain_factor(step, total, warm_up))
-        with (
-            contextlib.closing(plain_batches(images, self.spec, PLAIN_BATCH, device)) as endless,
-            default_float32(),
-            usual_memory(),
-        ):
+        with contextlib.closing(plain_batches(images, self.spec, PLAIN_BATCH, device)) as endless, default_float32():
             batches = itertools.chain([next(endless)], endless)
             self.runtime.synchronize()
             begun = time.perf_counter()

@@ -3,7 +3,8 @@
 import ctypes
 import sys
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h, for mallopt(3)
+GIBIBYTE = 1 << 30
 
 
 def limit_memory() -> None:
@@ -32,13 +33,8 @@ def keep_freed_memory() -> None:
     """Let the process reuse the memory that it frees, where malloc would give large blocks back to Linux at once.
 
     Each training step asks for the same blocks again; from Linux they come page by page, every page zeroed, which
-    is a fifth of the time of training on a CPU (docs/speed.md). Needs glibc 2.35 or later, else nothing is changed.
+    takes a quarter of a student's time on a CPU (docs/speed.md). Needs glibc 2.35 or later, else nothing is changed.
     """
-    set_malloc(largest=1 << 30, kept=-1)  # a block of a gigabyte is a data set, and no step's; -1: all of it
-
-
-def set_malloc(largest: int, kept: int) -> None:
-    """Let blocks below `largest` bytes share one heap, and the heap keep `kept` free bytes at its end (mallopt(3))."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt and mallopt(M_MMAP_THRESHOLD, largest):
-        mallopt(M_TRIM_THRESHOLD, kept)
+    if mallopt and mallopt(M_MMAP_THRESHOLD, GIBIBYTE):  # a larger block is a data set, and no step's
+        mallopt(M_TRIM_THRESHOLD, -1)  # keep all

@@ -104,6 +104,14 @@ def test_the_tables_of_speed_are_those_of_their_runs():
     assert all(row in page for text in texts for row in cells(text))
 
 
+def test_the_rows_in_float32_are_those_of_their_run():
+    kept = json.loads((REPOSITORY / "plots" / "speed" / "throughput_float32.json").read_text())["rows"]
+    page = (REPOSITORY / "docs" / "speed.md").read_text().partition("**Float32.**")[2]
+    rows = [row for row in cells(page) if len(row) == 5 and row[-1][0].isdigit()]
+    assert len(rows) == 8
+    assert all(row in cells(throughput.rows_table(kept)) for row in rows)
+
+
 def cells(text: str) -> list[list[str]]:
     """The rows of a Markdown table, without its head."""
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()[2:]]
