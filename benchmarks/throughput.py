@@ -44,7 +44,6 @@ from utils import Images, Views, load_images
 
 OTHER_LOSSES = [loss for loss in LOSSES if loss != "kd"]
 IMAGES = 50_000  # of CIFAR-10's training set
-GIVEN_BACK = "given back"  # ends the work of a process that does not keep the memory it frees
 Job = Callable[[], float]  # runs once and returns a rate: images, operations or bytes a second
 
 
@@ -176,18 +175,19 @@ def measure(bench: Bench, command: list[str]) -> list[dict]:
     rate = measure_rates(bench)
     bench.loaders.clear()  # ends their workers
     rate["peak memory ours"] = in_process(command, "memory ours")
-    rate["peak memory plain"] = in_process(command, f"memory plain {GIVEN_BACK}")
+    rate["peak memory plain"] = in_process(command, "memory plain", give_back=True)
     if bench.runtime.device.type != "cuda" or torch.cuda.device_count() > 1:
-        rate |= {f"{count} processes": in_process(command, "speed student", count) for count in (1, 2)}
+        rate["student alone"] = in_process(command, "speed student")
+        rate["2 processes"] = in_process(command, "speed student", processes=2)
     if bench.runtime.device.type == "cpu":
-        for role in ("teacher", "student"):
-            rate[f"{role}, memory kept"] = in_process(command, f"speed {role}")
-            rate[f"{role}, memory given back"] = in_process(command, f"speed {role} {GIVEN_BACK}")
+        rate["student, memory given back"] = in_process(command, "speed student", give_back=True)
+        rate["teacher alone"] = in_process(command, "speed teacher")
+        rate["teacher, memory given back"] = in_process(command, "speed teacher", give_back=True)
     rate |= derived(bench, rate)
     return [
         {"name": name, "ours": rate[ours], "theirs": rate[theirs], "unit": unit, "ratio": rate[ours] / rate[theirs]}
         for name, ours, theirs, unit in row_names(bench.options["student"].batch_size)
-        if ours in rate
+        if ours in rate and theirs in rate
     ]
 
 
@@ -265,40 +265,35 @@ def row_names(batch: int) -> tuple[tuple[str, str, str, str], ...]:
         (f"student, batch {batch * 4} / {batch}", "large batch", "student", "img/s"),
         ("student, four times the images / once", "many images", "student", "img/s"),
         ("loader, 50,000 images / 5,000", "our loader", "our loader, 5,000 images", "img/s"),
-        ("student, 2 processes / 1", "2 processes", "1 processes", "img/s"),
-        *(
-            (
-                f"{role} training, freed memory kept / given back",
-                f"{role}, memory kept",
-                f"{role}, memory given back",
-                "img/s",
-            )
-            for role in ("teacher", "student")
-        ),
+        ("student, 2 processes / 1", "2 processes", "student alone", "img/s"),
+        ("teacher training, freed memory kept / given back", "teacher alone", "teacher, memory given back", "img/s"),
+        ("student training, freed memory kept / given back", "student alone", "student, memory given back", "img/s"),
         ("teacher training / plain loop, peak memory", "peak memory ours", "peak memory plain", "MiB"),
     )
 
 
-def in_process(command: list[str], work: str, processes: int = 1) -> float:
-    """The number that this script prints under torchrun with `--work`, the processor's cores shared out."""
+def in_process(command: list[str], work: str, processes: int = 1, give_back: bool = False) -> float:
+    """The number that this script prints under torchrun with `--work`, the processor's cores shared out.
+
+    With `give_back` it gives freed memory back to the system, as a program does that sets nothing.
+    """
     threads = max(torch.get_num_threads() // processes, 1)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(
-        [*launcher, *command, "--work", work], env=environment, check=True, stdout=subprocess.PIPE, text=True
-    )
+    words = ["--work", work, *(["--give_back"] if give_back else [])]
+    done = subprocess.run([*launcher, *command, *words], env=environment, check=True, stdout=subprocess.PIPE, text=True)
     return float(done.stdout.split()[-1])
 
 
 def do_work(bench: Bench, work: str) -> None:
     """Print the images a second of a role's training, or the peak memory of the teacher's in MiB."""
-    what, role = work.split()[:2]
+    what, whose = work.split()
     if what == "speed":
-        steps = bench.teacher_steps if role == "teacher" else bench.student_steps
-        result = bench.medians({role: bench.ours(role, steps)})[role]
+        steps = bench.teacher_steps if whose == "teacher" else bench.student_steps
+        result = bench.medians({whose: bench.ours(whose, steps)})[whose]
     else:
         device = bench.runtime.device
-        if role == "ours":
+        if whose == "ours":
             resident = Views(bench.images.to(device), bench.spec)  # a real run has all images there
             bench.ours("teacher", 3)()
             del resident
@@ -338,12 +333,13 @@ def main() -> int:
     parser.add_argument("--json", type=config.file_name, help="file for the rows, the hardware and the versions")
     parser.add_argument("--data_path", type=Path, help="folder of the real CIFAR-10 (default: random images)")
     parser.add_argument("--work", help=argparse.SUPPRESS)
+    parser.add_argument("--give_back", action="store_true", help=argparse.SUPPRESS)
     arguments, further = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         words = [*further, f"--weights_path={folder}", f"--plots_path={folder}"]
         options = {"student": config.parse_train(words), "teacher": config.parse_train(["--tto", "True", *words])}
 
-        if arguments.work and arguments.work.endswith(GIVEN_BACK):
+        if arguments.give_back:
             processes.keep_freed_memory = lambda: None
 
         def work(runtime: Runtime) -> None:
