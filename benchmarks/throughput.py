@@ -176,10 +176,11 @@ def measure(bench: Bench, command: list[str]) -> list[dict]:
     bench.loaders.clear()  # ends their workers
     rate["peak memory ours"] = in_process(command, "memory ours")
     rate["peak memory plain"] = in_process(command, "memory plain", give_back=True)
-    if bench.runtime.device.type != "cuda" or torch.cuda.device_count() > 1:
+    device = bench.runtime.device
+    if device.type == "cpu" or (bench.options["student"].device in ("auto", "cuda") and torch.cuda.device_count() > 1):
         rate["student alone"] = in_process(command, "speed student")
         rate["2 processes"] = in_process(command, "speed student", processes=2)
-    if bench.runtime.device.type == "cpu":
+    if device.type == "cpu":
         rate["student, memory given back"] = in_process(command, "speed student", give_back=True)
         rate["teacher alone"] = in_process(command, "speed teacher")
         rate["teacher, memory given back"] = in_process(command, "speed teacher", give_back=True)
@@ -338,7 +339,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         words = [*further, f"--weights_path={folder}", f"--plots_path={folder}"]
         options = {"student": config.parse_train(words), "teacher": config.parse_train(["--tto", "True", *words])}
-
+        if options["student"].dataset != "cifar10":
+            parser.error("the images are CIFAR-10's: leave --dataset out")
         if arguments.give_back:
             processes.keep_freed_memory = lambda: None
 

@@ -115,7 +115,7 @@ class Bench:
         facts = identity_of(self.our_options(training), self.spec, self.runtime).facts
         if training.side == "plain":
             shared = ("role", "architecture", "dataset", "num_epochs", "seed", "holdout", "torch", "device")
-            facts = {name: facts[name] for name in shared}
+            facts = {name: facts[name] for name in (*shared, "flip") if name in facts}  # an unusual flip is a fact
             facts |= {"optimizer": "sgd", "lr": training.lr, "batch_size": PLAIN_BATCH, "momentum": MOMENTUM}
             facts |= {"weight_decay": WEIGHT_DECAY, "warm_up": PLAIN_WARM_UP[self.options.role]}
         facts |= {"side": training.side, "images": len(self.images), "versions": checkpoint.versions()}
