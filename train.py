@@ -189,7 +189,8 @@ def begin(run: Run, count: int) -> None:
         raise UserError(f"--resume True: there is no unfinished run {options.resume_path}; leave --resume out")
     runtime.barrier()
     if exists and options.resume != "False":
-        return run.restore()
+        run.restore()
+        return runtime.barrier()  # before the first process can finish and remove what the others read
     chosen = ", ".join(f"{name} {run.identity[name]}" for name in ("optimizer", *config.RECIPE_OPTIONS, "seed"))
     runtime.print(
         f"{options.run_name}: {count:,} images, {run.steps} steps an epoch, {run.identity['device']}, "
@@ -209,7 +210,8 @@ def make_cache(run: Run, teacher: torch.nn.Module, views: Views) -> TeacherCache
     path = None
     if options.cache_teacher:
         pixels = {"pixels": views.padded} | ({} if views.allowed is None else {"views": views.allowed})
-        key = checkpoint.fingerprint(pixels, run.identity["teacher"], spec.mean, spec.std, options.precision)
+        facts = [run.identity[name] for name in ("teacher", "precision", "torch", "device")]
+        key = checkpoint.fingerprint(pixels, spec.mean, spec.std, *facts)
         path = options.weights_path / f"{spec.prefix}teacher_{key}.cache"
     with main_first(run.runtime):
         return TeacherCache(path, teacher, views, len(spec.classes), run.runtime)

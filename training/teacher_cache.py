@@ -1,8 +1,8 @@
 """The teacher's logits, paid for once: a file that remembers them for each (image, view).
 
 The teacher is in evaluation mode, so its logits for a view never change. The file's name is a fingerprint
-of all they depend on (weights, data, padding, normalisation, precision) and of the views that there is a place for:
-another teacher never reads it.
+of all they depend on (weights, data, padding, normalisation, precision, torch, device) and of the views that there is
+a place for: another teacher never reads it.
 """
 
 import math
