@@ -38,10 +38,15 @@ RESULTS = {
 }
 
 
+def cells_of(row: str) -> list[str]:
+    """The cells of a row of a Markdown table."""
+    return [cell.strip() for cell in row.removeprefix("|").removesuffix("|").split("|")]
+
+
 def table(text: str) -> dict[str, dict[str, str]]:
     """The first table of results in a text: for each first cell its row by column."""
     lines = re.search(r"^\| Model.*\n(\|.*\n)+", text, re.MULTILINE)[0].splitlines()
-    head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    head, _, *rows = map(cells_of, lines)
     return {row[0]: dict(zip(head, row, strict=True)) for row in rows}
 
 
@@ -211,13 +216,48 @@ def test_what_is_said_of_kd_on_cifar100_is_in_its_logs():
     assert f"has {now[without]:.2f} %, more than any" in text and now[without] > best
 
 
+# The rows of docs/recipe.md that tell of trials, with the names of the logs in the place of their top-1.
+TRIALS = """
+SGD at the convolutions' rate | student_head_lr_1_norm_lr_1 | cifar100_student_head_lr_1
+SGD at the rates chosen from seventeen trials, 30 and 20 times as high | student_head_lr_20_norm_lr_30 \
+ | cifar100_student_head_lr_20_norm_lr_30
+Muon, `--head_lr 0.1` | | cifar100_student_muon_2_head_lr_0.1
+Muon, `--head_lr 0.2`, the recipe | student_muon_2 | cifar100_student_muon_2
+Muon, `--head_lr 0.4` | | cifar100_student_muon_2_head_lr_0.4
+SGD at the convolutions' rate | student_batch_32_rates_1_1
+SGD, 30 and 20 times as high | student_batch_32_rates_20_30
+SGD, an eighth of these | student_batch_32_rates_2.5_3.75
+Muon, the recipe | student_batch_32_muon_2
+SGD at the convolutions' rate and a fortieth of it | teacher_4_epochs_12500_images |
+SGD at 10 times the convolutions' rate and a fortieth of it | teacher_norm_lr_10 |
+SGD at 10 times the convolutions' rate and a tenth of it | | digits_teacher_norm_lr_10
+Muon, `--norm_lr 0.15 --head_lr 0.003`, the recipe | teacher_muon_2 | digits_teacher_muon_2
+the same, digits in 2 epochs instead of 3 | | digits_teacher_muon_2_2_epochs
+SGD, its best rates | 3 | 10 | digits_student_rates_3_10_seed42 | digits_student_rates_3_10_seed43
+Muon | 0.05 | 0.15 | digits_student_muon_2_head_lr_0.05_seed42 | digits_student_muon_2_head_lr_0.05_seed43
+Muon | 0.1 | 0.15 | digits_student_muon_2_head_lr_0.1_seed42 | digits_student_muon_2_head_lr_0.1_seed43
+Muon, the recipe | 0.2 | 0.15 | digits_student_muon_2_head_lr_0.2_seed42 | digits_student_muon_2_head_lr_0.2_seed43
+Muon, the recipe, with KD at T = 5 | 0.2 | 0.15 | digits_student_muon_2_kd_seed42 | digits_student_muon_2_kd_seed43
+Muon | 0.4 | 0.15 | digits_student_muon_2_head_lr_0.4_seed42 | digits_student_muon_2_head_lr_0.4_seed43
+Muon | 0.1 | 0.05 | digits_student_muon_2_norm_lr_0.05_seed42 | digits_student_muon_2_norm_lr_0.05_seed43
+Muon | 0.1 | 0.5 | digits_student_muon_2_norm_lr_0.5_seed42 | digits_student_muon_2_norm_lr_0.5_seed43
+0.05 | student_lr_0.05
+0.1, the recipe's | student_lr_0.1
+0.2 | student_lr_0.2
+"""
+
+
 def test_every_trial_of_the_recipe_is_what_its_log_says():
-    trials = list((REPOSITORY / "plots" / "trials").glob("*.jsonl"))
-    assert len(trials) >= 7
-    for path in trials:
+    top1 = {}
+    for path in (REPOSITORY / "plots" / "trials").glob("*.jsonl"):
         header, lines = read_log(path)
         assert len(lines) == header["identity"]["num_epochs"]
-        assert f"| {lines[-1]['holdout']['top1']:.2f} |" in PAGES["recipe.md"], path.name
+        top1[path.stem] = f"{lines[-1]['holdout']['top1']:.2f}"
+    shown = [cells_of(line) for line in PAGES["recipe.md"].splitlines() if line.startswith("|")]
+    named = [cells_of(f"{row} |") for row in TRIALS.strip().splitlines()]
+    assert {cell for row in named for cell in row} >= top1.keys(), "each trial has its row"
+    for row in named:
+        assert [top1.get(cell, cell) for cell in row] in shown
 
 
 def test_every_figure_and_every_link_is_there():
