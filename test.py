@@ -11,7 +11,7 @@
     python test.py --export student.pt2    the model as a program that runs without this project, too
     torchrun --nproc_per_node=2 test.py    any of these on two devices
 
-The first line repeats the test loss and the accuracies of the training log's last line.
+In the precision that it was trained with, the first line repeats the training log's last one.
 """
 
 import os
@@ -43,34 +43,29 @@ from runtime.processes import start
 from utils import Images
 
 
-def load(
-    options: config.TestOptions, path: Path, role: str, runtime: Runtime, classes: tuple[str, ...] | None = None
-) -> tuple[torch.nn.Module, dict]:
-    """A model on the device and its checkpoint's content; UserError where it is missing or another's.
-
-    With `classes`, one of other classes is another's, too.
-    """
+def load(options: config.TestOptions, path: Path, role: str, runtime: Runtime) -> tuple[torch.nn.Module, dict]:
+    """A model on the device and its checkpoint's content; UserError where it is missing or another's."""
     if not path.exists():
         raise UserError(
             f"no checkpoint {path} in {path.parent.absolute()}: make it with `{options.command('train.py')}`, "
             "or give its folder by --weights_path"
         )
-    model, content = inference.load_model(path, role, options.dataset, runtime.device)
-    if classes is not None:
-        check_classes(classes, content, path)
-    return model, content
+    return inference.load_model(path, role, options.dataset, runtime.device)
 
 
 def with_checkpoint(options: config.TestOptions) -> tuple[config.TestOptions, Path]:
     """The checkpoint to evaluate, and the options completed by what a --checkpoint says of itself.
 
-    With --tto True, --teacher names it. UserError where it is missing, damaged or of an unknown kind.
+    With --tto True, --teacher names it. UserError where it is missing, damaged or of an unknown kind, or where it is a
+    teacher and --teacher names one to compare it with.
     """
     if options.checkpoint is None:
         return options, options.teacher if options.tto and options.teacher else options.checkpoint_path
     run = checkpoint.load(options.checkpoint)["identity"]
     if run["role"] not in ARCHITECTURES or run["dataset"] not in config.DATASETS:
         raise UserError(f"{options.checkpoint} holds a {run['role']} of {run['dataset']}, which this version knows not")
+    if options.teacher and run["role"] == "teacher":
+        raise UserError(f"{options.checkpoint} is a teacher, which is compared with none: leave --teacher out")
     facts = {name: run[name] for name in ("dataset", "seed", "subset", "kd")}
     facts |= {"tto": run["role"] == "teacher", "holdout": run["holdout"] or 0}
     facts["temp"] = (run["temp"] or config.USUAL_TEMP,)
@@ -106,7 +101,12 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
     numbers = measure(logits, labels)
     teacher, extra, fidelity_text = None, {}, f"fidelity to the teacher: left out, there is no {options.teacher_path}"
     if teacher_path:
-        teacher, extra, fidelity_text = compare_with_teacher(options, runtime, content, found, images, logits)
+        try:
+            teacher, extra, fidelity_text = compare_with_teacher(options, runtime, content, found, images, logits)
+        except UserError as error:
+            if options.teacher:
+                raise
+            fidelity_text = f"fidelity to the teacher: left out, {error}"  # the report is of the student
     if not runtime.is_main:
         return
     runtime = as_trained(options, runtime, run)
@@ -145,8 +145,8 @@ def compare_with_teacher(
     logits: torch.Tensor,
 ) -> tuple[torch.nn.Module, dict, str]:
     """The teacher, the student's fidelity to it, and the table; beside KD, the student without it as a control."""
-    labels, run, classes = images.labels.cpu(), student["identity"], student["spec"].classes
-    teacher, content = load(options, options.teacher_path, "teacher", runtime, classes)
+    labels, run = images.labels.cpu(), student["identity"]
+    teacher, content = load(options, options.teacher_path, "teacher", runtime)
     notes = compare_images(options, found, content, options.teacher_path)
     teacher_logits = logits_of(teacher, content, images, options, runtime)
     extra = fidelity(logits, teacher_logits, labels)
@@ -154,7 +154,7 @@ def compare_with_teacher(
     control = replace(options, kd=False).checkpoint_path
     if options.kd and control.exists():
         # Agreement grows with accuracy alone: what KD adds is seen beside the student that had no teacher.
-        model, content = load(options, control, "student", runtime, classes)
+        model, content = load(options, control, "student", runtime)
         if content["identity"].is_control_of(run):
             its_logits = logits_of(model, content, images, options, runtime)
             columns["without KD"] = fidelity(its_logits, teacher_logits, labels)
@@ -228,16 +228,22 @@ def classify(options: config.TestOptions, runtime: Runtime) -> None:
     """
     options, path = with_checkpoint(options)
     pixels, names = read_pictures(options, runtime)
-    paths, spec = {options.role: path}, None
+    models = [load(options, path, options.role, runtime)]
+    spec = models[0][1]["spec"]
     if not (options.tto or options.soften) and (teacher_path := find_teacher(options)):
-        paths["teacher"] = teacher_path
+        try:
+            teacher, content = load(options, teacher_path, "teacher", runtime)
+            check_classes(spec.classes, content, teacher_path)
+            models.append((teacher, content))
+        except UserError as error:
+            if options.teacher:
+                raise
+            runtime.print(f"left out: {error}")
     answers = {}
-    for role, model_path in paths.items():
-        model, content = load(options, model_path, role, runtime, spec and spec.classes)
-        spec = content["spec"]
+    for model, content in models:
         for temp in options.soften or (1.0,):
             title = content["identity"].title + (f", T = {config.plain(temp)}" if options.soften else "")
-            answers[title] = inference.classify(model, pixels, spec, runtime, temp)
+            answers[title] = inference.classify(model, pixels, content["spec"], runtime, temp)
     if not runtime.is_main:
         return
     figure = options.plots_path / f"{path.stem}_{'softened' if options.soften else 'images'}.png"

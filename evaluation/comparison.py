@@ -64,7 +64,7 @@ def logits_of(
     runtime: Runtime,
     stop: StopSignal | None = None,
 ) -> torch.Tensor:
-    """A loaded checkpoint's logits (N, C) of images, normalised and in the precision that it was trained with.
+    """A loaded checkpoint's logits (N, C) of images, normalised as in its training, in float32 if it was trained so.
 
     Raises what `all_logits` raises.
     """

@@ -117,6 +117,32 @@ def test_other_classes_are_refused(root, tmp_path, capfd):
     assert f"knows the classes {', '.join(CLASSES)}, not another, " in error and error.count("\n") == 1
 
 
+def test_an_old_control_or_teacher_beside_it_does_not_stop_a_report(root, tmp_path, capfd):
+    def rename(old: str, new: str) -> None:
+        for half in ("train", "test"):
+            (root / half / old).rename(root / half / new)
+
+    assert learn("--all", "--temp", "5") == 0
+    rename(CLASSES[0], "another")
+    assert learn("--tto") == learn("--kd") == 0
+    capfd.readouterr()
+    assert evaluate(*WORDS[:2], "--kd") == 0
+    report = capfd.readouterr().out
+    assert "folder_student.pt is not its control: it has images " in report and "this student" in report
+    rename("another", "a third")
+    assert learn() == 0
+    capfd.readouterr()
+    why = f"weights/folder_teacher.pt knows the classes another, {', '.join(CLASSES[1:])}, not "
+    assert evaluate(*WORDS[:2]) == 0
+    assert f"fidelity to the teacher: left out, {why}" in capfd.readouterr().out
+    draw(tmp_path / "a.png", seed=5)
+    assert evaluate("--dataset=folder", "--image=a.png") == 0
+    assert f"left out: {why}" in (told := capfd.readouterr().out) and "Student" in told and "Teacher (" not in told
+    for word in (WORDS[1], "--image=a.png"):
+        assert evaluate(WORDS[0], word, "--teacher=weights/folder_teacher.pt") == 2, "what is named is needed"
+        assert why in capfd.readouterr().err
+
+
 WHOLE = DATASETS["cifar10"].description()
 
 

@@ -103,6 +103,8 @@ def test_another_teacher_than_its_own_is_said_to_be_one(tmp_path, evaluate, capf
     assert "not the teacher" not in capfd.readouterr().out
     assert evaluate("--kd", f"--teacher={tmp_path / 'none.pt'}") == 2
     assert "check its name, or leave --teacher out" in capfd.readouterr().err
+    assert evaluate(f"--checkpoint={own}", f"--teacher={own}") == 2
+    assert "is a teacher, which is compared with none: leave --teacher out" in capfd.readouterr().err
 
 
 def test_what_has_seen_the_images_kept_aside_is_not_evaluated_on_them(tmp_path, evaluate, capfd):
