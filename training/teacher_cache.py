@@ -21,7 +21,7 @@ from utils import Views
 # two writers, do not fit their seal and count as not filled.
 SEAL = np.uint16(0xA5C3)
 WORTH_SAYING = 10**9  # bytes
-SIZES = (2, 8, 32, 128)  # what a batch lacks is padded to one of these: kernels are tuned and compiled for no others
+SIZES = (2, 8, 32)  # what a batch lacks is padded to one of these or to a multiple of the last: few kernels to tune
 
 
 class TeacherCache:

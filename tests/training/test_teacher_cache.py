@@ -114,7 +114,7 @@ def test_forward_passes_come_in_few_sizes():
         logits = cache.compute_padded(images[:count])
         assert logits.shape == (count, CLASSES)
         assert cache.teacher.seen[-1].is_contiguous(memory_format=torch.channels_last)
-    assert [len(seen) for seen in cache.teacher.seen] == [2, 8, 32, 128, 128, 256, 256]
+    assert [len(seen) for seen in cache.teacher.seen] == [2, 8, 32, 64, 128, 160, 224]
 
 
 def test_a_batch_that_is_all_new_is_computed_as_it_is(tmp_path):
