@@ -131,6 +131,18 @@ def test_what_readme_says_first_is_in_the_logs():
     assert f"this one has {teacher:.2f} % after 16" in " ".join(PAGES["results.md"].split())
 
 
+def test_the_students_without_kd_at_full_length_are_what_their_logs_say():
+    contents = [run_of_log(path) for path in find_logs(REPOSITORY / "plots" / "full", "cifar10")]
+    (row,) = collect(contents)["rows"]
+    usual = config.parse_train([]).result_options() | {"optimizer": VERSIONS["muon"]}
+    for content in contents:
+        wanted = usual | {"seed": content["identity"]["seed"], "precision": "bf16"}
+        assert {name: content["identity"][name] for name in wanted} == wanted
+    assert row["model"] == "Student (w/o KD)" and len(row["seeds"]) == 3
+    text = " ".join(RESULTS["cifar10"].split())
+    assert f"students without KD reach {row['top1']:.2f} % ± {row['top1_sd']:.2f}" in text
+
+
 @pytest.mark.parametrize("name", ["student", "student_kd_t5", "student_kd_t20"])
 def test_a_shipped_student_is_as_good_as_its_log_says(name, cifar10):
     cpu, spec = torch.device("cpu"), DATASETS["cifar10"]
