@@ -15,7 +15,7 @@ from datasets import DATASETS
 from evaluation.figures import find_logs
 from evaluation.inference import load_model
 from evaluation.measures import paired_gain
-from evaluation.report import collect
+from evaluation.report import collect, points
 from runtime.device import Runtime
 from runtime.identity import Identity
 from runtime.log import read_log
@@ -53,7 +53,7 @@ def table(text: str) -> dict[str, dict[str, str]]:
 def run_of_log(path: Path) -> dict:
     """What `collect` needs of a run, from its log."""
     header, lines = read_log(path)
-    return {"identity": Identity(header["identity"]), "metrics": lines[-1]["test"], "path": path}
+    return {"identity": Identity(header["identity"]), "metrics": lines[-1][header["evaluated_on"]], "path": path}
 
 
 def curve(name: str) -> list[float]:
@@ -92,7 +92,7 @@ def test_every_number_of_the_results_is_its_logs_last_line(dataset):
             assert cells[column] == f"{row[key]:.2f}%{spread}"
         assert cells["Parameters"] == f"{row['parameters']:,}"
         gain = gains.get(row["model"])
-        text = "{:+.2f} ({:+.2f} to {:+.2f})".format(gain["mean"], *gain["ci"]) if gain else ""
+        text = points(gain) if gain else ""
         assert cells["Gain of KD, paired, 95% interval"] == text
 
 
@@ -178,8 +178,7 @@ def test_what_is_quoted_of_the_first_version_is_in_its_logs():
 def row_of_losses(row: dict, gain: dict) -> str:
     """How docs/losses.md shows a student by some loss."""
     loss, temp, terms = re.fullmatch(r"Student \(with (\w+), Temp = ([\d.]+)(?:, (.+))?\)", row["model"]).groups()
-    points = "{:+.2f} ({:+.2f} to {:+.2f})".format(gain["mean"], *gain["ci"])
-    cells = [f"{loss}, {temp}", terms or "0.9 KL + 0.1 CE", f"{row['top1']:.2f}% ± {row['top1_sd']:.2f}", points]
+    cells = [f"{loss}, {temp}", terms or "0.9 KL + 0.1 CE", f"{row['top1']:.2f}% ± {row['top1_sd']:.2f}", points(gain)]
     return f"| {' | '.join(cells)} | {100 * row['ece']:.2f}% | {row['loss']:.4f} |"
 
 
@@ -270,6 +269,18 @@ def test_every_trial_of_the_recipe_is_what_its_log_says():
     assert {cell for row in named for cell in row} >= top1.keys(), "each trial has its row"
     for row in named:
         assert [top1.get(cell, cell) for cell in row] in shown
+
+
+def test_what_was_tried_to_gain_more_is_what_its_logs_say():
+    found = collect([run_of_log(path) for path in sorted((REPOSITORY / "plots" / "gain").glob("*.jsonl"))])
+    gains = {gain["model"]: points(gain) for gain in found["gains"]}
+    shown = [cells_of(line) for line in PAGES["recipe.md"].splitlines() if line.startswith("|")]
+    assert len(found["rows"]) > 3
+    for row in found["rows"]:
+        top1 = dict(zip(row["seeds"], row.get("top1_of_seeds", [row["top1"]]), strict=True))
+        tops = [f"{top1[seed]:.2f}" if seed in top1 else "" for seed in (42, 43, 44)]
+        model = row["model"].removesuffix(", subset 15000, holdout 5000")
+        assert [model, *tops, gains.get(row["model"], "")] in shown
 
 
 def test_every_figure_and_every_link_is_there():
