@@ -56,6 +56,11 @@ def run_of_log(path: Path) -> dict:
     return {"identity": Identity(header["identity"]), "metrics": lines[-1][header["evaluated_on"]], "path": path}
 
 
+def runs_in(folder: Path) -> list[dict]:
+    """What `collect` needs of all runs whose logs are in a folder."""
+    return [run_of_log(path) for path in sorted(folder.glob("*.jsonl"))]
+
+
 def curve(name: str) -> list[float]:
     """Each epoch's top-1 (%) in a log in plots/, of any version."""
     return [line["test"]["top1"] for line in read_log(REPOSITORY / "plots" / f"{name}.jsonl")[1]]
@@ -92,8 +97,7 @@ def test_every_number_of_the_results_is_its_logs_last_line(dataset):
             assert cells[column] == f"{row[key]:.2f}%{spread}"
         assert cells["Parameters"] == f"{row['parameters']:,}"
         gain = gains.get(row["model"])
-        text = points(gain) if gain else ""
-        assert cells["Gain of KD, paired, 95% interval"] == text
+        assert cells["Gain of KD, paired, 95% interval"] == (points(gain) if gain else "")
 
 
 @pytest.mark.parametrize("dataset", RESULTS)
@@ -132,7 +136,7 @@ def test_what_readme_says_first_is_in_the_logs():
 
 
 def test_the_students_without_kd_at_full_length_are_what_their_logs_say():
-    contents = [run_of_log(path) for path in find_logs(REPOSITORY / "plots" / "full", "cifar10")]
+    contents = runs_in(REPOSITORY / "plots" / "full")
     (row,) = collect(contents)["rows"]
     usual = config.parse_train([]).result_options() | {"optimizer": VERSIONS["muon"]}
     for content in contents:
@@ -187,7 +191,7 @@ def row_of_losses(row: dict, gain: dict) -> str:
 )
 def test_the_comparison_of_losses_is_what_its_logs_say(title, file):
     path = REPOSITORY / "plots" / "losses" / file
-    found = collect([run_of_log(log) for log in sorted(path.parent.glob("*.jsonl"))])
+    found = collect(runs_in(path.parent))
     kept = json.loads(path.read_text())  # with what logs have not: ECE and NLL
     tops = {row["model"]: row["top1"] for row in kept["rows"]}
     assert {row["model"]: row["top1"] for row in found["rows"]} == pytest.approx(tops)
@@ -214,9 +218,7 @@ def test_what_is_said_of_kd_on_cifar100_is_in_its_logs():
     assert f"({kd[4]:.2f} against {control[4]:.2f} %)" in text
     assert f"a teacher of {last('cifar100_teacher'):.2f} %" in text
 
-    before, gains = tops_and_gains(
-        [run_of_log(path) for path in (REPOSITORY / "plots/losses/cifar100").glob("*.jsonl")]
-    )
+    before, gains = tops_and_gains(runs_in(REPOSITORY / "plots" / "losses" / "cifar100"))
     without, best = "Student (w/o KD)", max(before.values())
     assert f"the student without KD had {before[without]:.2f} %" in text and f"to {best:.2f} %." in text
     t5, t20 = (gains[f"Student (with KD, Temp = {temp})"] for temp in (5, 20))
@@ -226,6 +228,8 @@ def test_what_is_said_of_kd_on_cifar100_is_in_its_logs():
     assert f"DKD at its paper's weights gained {dkd:.2f}" in text and f"gained {matched:.2f}, to" in text
     assert f"has {now[without]:.2f} %, more than any" in text and now[without] > best
 
+
+RECIPE_ROWS = [cells_of(line) for line in PAGES["recipe.md"].splitlines() if line.startswith("|")]
 
 # The rows of docs/recipe.md that tell of trials, with the names of the logs in the place of their top-1.
 TRIALS = """
@@ -264,23 +268,21 @@ def test_every_trial_of_the_recipe_is_what_its_log_says():
         header, lines = read_log(path)
         assert len(lines) == header["identity"]["num_epochs"]
         top1[path.stem] = f"{lines[-1]['holdout']['top1']:.2f}"
-    shown = [cells_of(line) for line in PAGES["recipe.md"].splitlines() if line.startswith("|")]
     named = [cells_of(f"{row} |") for row in TRIALS.strip().splitlines()]
     assert {cell for row in named for cell in row} >= top1.keys(), "each trial has its row"
     for row in named:
-        assert [top1.get(cell, cell) for cell in row] in shown
+        assert [top1.get(cell, cell) for cell in row] in RECIPE_ROWS
 
 
 def test_what_was_tried_to_gain_more_is_what_its_logs_say():
-    found = collect([run_of_log(path) for path in sorted((REPOSITORY / "plots" / "gain").glob("*.jsonl"))])
+    found = collect(runs_in(REPOSITORY / "plots" / "gain"))
     gains = {gain["model"]: points(gain) for gain in found["gains"]}
-    shown = [cells_of(line) for line in PAGES["recipe.md"].splitlines() if line.startswith("|")]
     assert len(found["rows"]) > 3
     for row in found["rows"]:
         top1 = dict(zip(row["seeds"], row.get("top1_of_seeds", [row["top1"]]), strict=True))
         tops = [f"{top1[seed]:.2f}" if seed in top1 else "" for seed in (42, 43, 44)]
         model = row["model"].removesuffix(", subset 15000, holdout 5000")
-        assert [model, *tops, gains.get(row["model"], "")] in shown
+        assert [model, *tops, gains.get(row["model"], "")] in RECIPE_ROWS
 
 
 def test_every_figure_and_every_link_is_there():
