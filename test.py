@@ -14,8 +14,10 @@
 In the precision that it was trained with, the first line repeats the training log's last one.
 """
 
+import contextlib
 import os
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,13 +74,22 @@ def with_checkpoint(options: config.TestOptions) -> tuple[config.TestOptions, Pa
     return replace(options, **facts), options.checkpoint
 
 
-def find_teacher(options: config.TestOptions) -> Path | None:
-    """The teacher to compare with, or None where none was left; UserError where --teacher names none."""
-    if options.teacher_path.exists():
-        return options.teacher_path
-    if options.teacher:
-        raise UserError(f"no teacher {options.teacher}: check its name, or leave --teacher out")
-    return None
+def load_teacher(options: config.TestOptions, runtime: Runtime) -> tuple[torch.nn.Module, dict]:
+    """The teacher to compare with and its checkpoint's content; UserError where it is missing or another's."""
+    if not options.teacher_path.exists():
+        raise UserError(f"there is no teacher {options.teacher_path}; name another by --teacher")
+    return load(options, options.teacher_path, "teacher", runtime)
+
+
+@contextlib.contextmanager
+def left_out_unless_named(options: config.TestOptions, tell: Callable[[str], None]) -> Iterator[None]:
+    """A UserError about the teacher ends the block, and `tell` says it; where --teacher names it, it is raised."""
+    try:
+        yield
+    except UserError as error:
+        if options.teacher:
+            raise
+        tell(f"the teacher is left out: {error}")
 
 
 def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
@@ -86,7 +97,6 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
     options, path = with_checkpoint(options)
     model, content = load(options, path, options.role, runtime)
     run, spec = content["identity"], content["spec"]
-    teacher_path = None if options.tto else find_teacher(options)
     files = [file for file in (options.json, options.export) if file and not report.is_written_through(file)]
     for folder in {options.plots_path, *(file.parent for file in files)}:
         make_folder(folder)  # what can't be written is said before an evaluation, not after it
@@ -99,19 +109,15 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
     notes += compare_images(options, found, content, path)
     labels, logits = images.labels.cpu(), logits_of(model, content, images, options, runtime)
     numbers = measure(logits, labels)
-    teacher, extra, fidelity_text = None, {}, f"fidelity to the teacher: left out, there is no {options.teacher_path}"
-    if teacher_path:
-        try:
+    teacher, extra, fidelity_text = None, {}, ""
+    if not options.tto:
+        with left_out_unless_named(options, notes.append):
             teacher, extra, fidelity_text = compare_with_teacher(options, runtime, content, found, images, logits)
-        except UserError as error:
-            if options.teacher:
-                raise
-            fidelity_text = f"fidelity to the teacher: left out, {error}"  # the report is of the student
     if not runtime.is_main:
         return
     runtime = as_trained(options, runtime, run)
     cost = inference.measure_cost(model, path, runtime)
-    teacher_cost = teacher and inference.measure_cost(teacher, teacher_path, runtime)
+    teacher_cost = teacher and inference.measure_cost(teacher, options.teacher_path, runtime)
     title, stem = f"{run.title} on {options.dataset}", options.plots_path / path.stem
     saved = [
         figures.plot_confusion(numbers, spec.classes, f"{title}: confusion", Path(f"{stem}_confusion.png")),
@@ -126,7 +132,7 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
     print(f"{options.split} loss {numbers['loss']:.4f} {tops}")
     print("\n".join([f"{path} on {options.dataset}, {device_title(runtime)}, {runtime.precision}", *notes, ""]))
     print(report.accuracy_text(numbers, spec.classes))
-    print("" if options.tto else f"\n{fidelity_text}\n")
+    print(f"\n{fidelity_text}\n" if fidelity_text else "")
     print(f"{report.cost_text(cost, teacher_cost)}\n\nsaved {', '.join(map(str, saved))}")
 
 
@@ -146,7 +152,7 @@ def compare_with_teacher(
 ) -> tuple[torch.nn.Module, dict, str]:
     """The teacher, the student's fidelity to it, and the table; beside KD, the student without it as a control."""
     labels, run = images.labels.cpu(), student["identity"]
-    teacher, content = load(options, options.teacher_path, "teacher", runtime)
+    teacher, content = load_teacher(options, runtime)
     notes = compare_images(options, found, content, options.teacher_path)
     teacher_logits = logits_of(teacher, content, images, options, runtime)
     extra = fidelity(logits, teacher_logits, labels)
@@ -154,12 +160,15 @@ def compare_with_teacher(
     control = replace(options, kd=False).checkpoint_path
     if options.kd and control.exists():
         # Agreement grows with accuracy alone: what KD adds is seen beside the student that had no teacher.
-        model, content = load(options, control, "student", runtime)
-        if content["identity"].is_control_of(run):
+        try:
+            model, content = load(options, control, "student", runtime)
+            its_run = content["identity"]
+            if not its_run.is_control_of(run):
+                raise UserError(f"{control} is not its control: it has {its_run.beside(run, DISTILLATION)}")
             its_logits = logits_of(model, content, images, options, runtime)
             columns["without KD"] = fidelity(its_logits, teacher_logits, labels)
-        else:
-            notes.append(f"{control} is not its control: it has {content['identity'].beside(run, DISTILLATION)}")
+        except UserError as error:
+            notes.append(f"left out: {error}")
     if options.kd and run["teacher"] != checkpoint.fingerprint(teacher.state_dict()):
         notes.append(f"{options.teacher_path} is not the teacher that this student learned from")
     return teacher, extra, "\n".join([report.fidelity_text(columns), *notes])
@@ -230,15 +239,11 @@ def classify(options: config.TestOptions, runtime: Runtime) -> None:
     pixels, names = read_pictures(options, runtime)
     models = [load(options, path, options.role, runtime)]
     spec = models[0][1]["spec"]
-    if not (options.tto or options.soften) and (teacher_path := find_teacher(options)):
-        try:
-            teacher, content = load(options, teacher_path, "teacher", runtime)
-            check_classes(spec.classes, content, teacher_path)
+    if not (options.tto or options.soften):
+        with left_out_unless_named(options, runtime.print):
+            teacher, content = load_teacher(options, runtime)
+            check_classes(spec.classes, content, options.teacher_path)
             models.append((teacher, content))
-        except UserError as error:
-            if options.teacher:
-                raise
-            runtime.print(f"left out: {error}")
     answers = {}
     for model, content in models:
         for temp in options.soften or (1.0,):

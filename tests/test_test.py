@@ -102,7 +102,7 @@ def test_another_teacher_than_its_own_is_said_to_be_one(tmp_path, evaluate, capf
     assert evaluate("--kd", f"--teacher={own}") == 0
     assert "not the teacher" not in capfd.readouterr().out
     assert evaluate("--kd", f"--teacher={tmp_path / 'none.pt'}") == 2
-    assert "check its name, or leave --teacher out" in capfd.readouterr().err
+    assert f"there is no teacher {tmp_path / 'none.pt'}; name another by --teacher" in capfd.readouterr().err
     assert evaluate(f"--checkpoint={own}", f"--teacher={own}") == 2
     assert "is a teacher, which is compared with none: leave --teacher out" in capfd.readouterr().err
 
@@ -140,7 +140,17 @@ def test_each_model_is_asked_in_the_precision_of_its_training(tmp_path, evaluate
 def test_report_without_a_teacher_leaves_fidelity_out(tmp_path, report_of, capfd):
     save_run(tmp_path)
     assert sorted(report_of()) == sorted(KEYS[:-3])
-    assert "fidelity to the teacher: left out" in capfd.readouterr().out
+    assert f"the teacher is left out: there is no teacher {tmp_path / 'teacher.pt'}" in capfd.readouterr().out
+
+
+def test_a_damaged_control_leaves_the_fidelity_to_the_teacher(tmp_path, evaluate, capfd):
+    save_run(tmp_path, "--tto")
+    save_run(tmp_path, "--kd")
+    (tmp_path / "student.pt").write_bytes(b"torn")
+    assert evaluate("--kd") == 0
+    output = capfd.readouterr().out
+    assert f"left out: {tmp_path / 'student.pt'} is damaged" in output
+    assert "this student" in output and "without KD |" not in output
 
 
 def test_the_figures_are_those_of_the_checkpoint(tmp_path, evaluate, monkeypatch):
