@@ -249,9 +249,13 @@ class Options:
         return self.plots_path / f"{self.spec.prefix}comparison{self.trial_suffix}.png"
 
     @property
+    def of_teacher(self) -> "Options":
+        """The options of the teacher to learn from, or to be compared with: of a trial, one of the same images."""
+        return replace(self, tto=True, kd=False, seed=DEFAULT_SEED)
+
+    @property
     def teacher_path(self) -> Path:
-        """The teacher to learn from, or to be compared with: of a trial, one of the same images."""
-        return self.teacher or replace(self, tto=True, kd=False, seed=DEFAULT_SEED).checkpoint_path
+        return self.teacher or self.of_teacher.checkpoint_path
 
     @property
     def split(self) -> str:
@@ -417,6 +421,8 @@ class TrainOptions(Options):
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["shapes_result"]}
         if self.spec == super().spec:  # as the data set has it: with the option or without, one run
             del values["flip"]
+        if self.views == self.spec.views:  # all of them
+            values["views"] = None
         if not self.kd:
             distilling = ("temp", "loss", "kd_weight", "ce_weight", "cache_teacher")
             return {name: value for name, value in values.items() if name not in distilling}
@@ -463,11 +469,11 @@ NEEDS = {
     "test.py": {"temp": ("kd",), "loss": ("kd",)},
 }
 EXCLUDES = {
-    "train.py": {"tto": ("kd", "all"), "kd": ("all",), "alpha": ("kd_weight", "ce_weight")},
+    "train.py": {"tto": ("kd", "all"), "kd": ("all",), "all": ("teacher",), "alpha": ("kd_weight", "ce_weight")},
     "test.py": {
         "tto": ("kd",),
-        "checkpoint": ("tto", "kd", "seed", "dataset", "subset", "holdout", "compare"),
-        "compare": ("tto", "kd", "seed", "image", "soften", "json", "export"),
+        "checkpoint": ("tto", "kd", "temp", "loss", "seed", "dataset", "subset", "holdout", "compare"),
+        "compare": ("tto", "kd", "temp", "loss", "seed", "image", "soften", "json", "export"),
         "soften": ("json", "export"),
         "image": ("subset", "holdout", "json", "export", "data_path", "skip_broken"),
     },
@@ -551,21 +557,21 @@ def parse(script: str, options_class: type[Options], argv: list[str] | None) -> 
 def check_company(parser: Parser, given: dict) -> None:
     """Exit with code 2 where an option lacks what it needs beside it, or stands beside what it can't."""
     asked = [name for name, value in given.items() if value is not False]
+    for name in asked:
+        for other in EXCLUDES[parser.prog].get(name, ()):
+            if other in asked:
+                parser.error(f"--{name} and --{other} do not go together: leave one of them out")
     for name in given:
         needs = NEEDS[parser.prog].get(name, ())
         if needs and not any(need in asked for need in needs):
             wanted = " or ".join(f"--{need} True" for need in needs)
             parser.error(f"--{name} means something with {wanted} alone: give that too, or leave --{name} out")
-    for name in asked:
-        for other in EXCLUDES[parser.prog].get(name, ()):
-            if other in asked:
-                parser.error(f"--{name} and --{other} do not go together: leave one of them out")
 
 
 def check_weights(parser: Parser, options: TrainOptions) -> None:
     """Exit with code 2 where the weights are none of the losses'."""
     if options.alpha is not None and options.loss != ("kd",):
-        parser.error("--alpha weighs --loss kd alone: give --kd_weight and --ce_weight instead")
+        parser.error("--alpha weighs --loss kd alone: leave it out (another loss has --kd_weight and --ce_weight)")
     given = options.kd_weight is not None or options.ce_weight is not None
     if given and options.matched:
         parser.error("--matched True takes each loss at its usual weights: leave --kd_weight and --ce_weight out")
@@ -599,6 +605,8 @@ def parse_test(argv: list[str] | None = None) -> TestOptions:
     parser, options = parse("test.py", TestOptions, argv)
     if options.soften and options.teacher and not options.tto:
         parser.error("--soften asks one model: give --tto True to ask the teacher, or leave --teacher out")
+    if options.tto and options.teacher and options.seed != DEFAULT_SEED:
+        parser.error("--teacher names the teacher to evaluate, whatever its seed: leave --seed out")
     if options.export and options.export.suffix != ".pt2":
         parser.error(f"--export writes a .pt2 file, not {options.export}")
     if options.json and options.json.suffix not in ("", ".json"):  # a checkpoint, perhaps, that would be lost

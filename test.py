@@ -48,8 +48,11 @@ from utils import Images
 def load(options: config.TestOptions, path: Path, role: str, runtime: Runtime) -> tuple[torch.nn.Module, dict]:
     """A model on the device and its checkpoint's content; UserError where it is missing or another's."""
     if not path.exists():
+        if path == options.teacher:
+            raise UserError(f"there is no teacher {path}: check its name, or leave --teacher out")
+        made = options if role == options.role else options.of_teacher
         raise UserError(
-            f"no checkpoint {path} in {path.parent.absolute()}: make it with `{options.command('train.py')}`, "
+            f"no checkpoint {path} in {path.parent.absolute()}: make it with `{made.command('train.py')}`, "
             "or give its folder by --weights_path"
         )
     return inference.load_model(path, role, options.dataset, runtime.device)
@@ -74,13 +77,6 @@ def with_checkpoint(options: config.TestOptions) -> tuple[config.TestOptions, Pa
     return replace(options, **facts), options.checkpoint
 
 
-def load_teacher(options: config.TestOptions, runtime: Runtime) -> tuple[torch.nn.Module, dict]:
-    """The teacher to compare with and its checkpoint's content; UserError where it is missing or another's."""
-    if not options.teacher_path.exists():
-        raise UserError(f"there is no teacher {options.teacher_path}; name another by --teacher")
-    return load(options, options.teacher_path, "teacher", runtime)
-
-
 @contextlib.contextmanager
 def left_out_unless_named(options: config.TestOptions, tell: Callable[[str], None]) -> Iterator[None]:
     """A UserError about the teacher ends the block, and `tell` says it; where --teacher names it, it is raised."""
@@ -98,8 +94,8 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
     model, content = load(options, path, options.role, runtime)
     run, spec = content["identity"], content["spec"]
     files = [file for file in (options.json, options.export) if file and not report.is_written_through(file)]
-    for folder in {options.plots_path, *(file.parent for file in files)}:
-        make_folder(folder)  # what can't be written is said before an evaluation, not after it
+    for file in files:
+        make_folder(file.parent)
     there = options.spec.is_known or os.path.isdir(options.data_path / "train")
     if options.export and not options.json and not there:
         saved = export(model, options.export, spec) if runtime.is_main else ""
@@ -152,7 +148,7 @@ def compare_with_teacher(
 ) -> tuple[torch.nn.Module, dict, str]:
     """The teacher, the student's fidelity to it, and the table; beside KD, the student without it as a control."""
     labels, run = images.labels.cpu(), student["identity"]
-    teacher, content = load_teacher(options, runtime)
+    teacher, content = load(options, options.teacher_path, "teacher", runtime)
     notes = compare_images(options, found, content, options.teacher_path)
     teacher_logits = logits_of(teacher, content, images, options, runtime)
     extra = fidelity(logits, teacher_logits, labels)
@@ -241,7 +237,7 @@ def classify(options: config.TestOptions, runtime: Runtime) -> None:
     spec = models[0][1]["spec"]
     if not (options.tto or options.soften):
         with left_out_unless_named(options, runtime.print):
-            teacher, content = load_teacher(options, runtime)
+            teacher, content = load(options, options.teacher_path, "teacher", runtime)
             check_classes(spec.classes, content, options.teacher_path)
             models.append((teacher, content))
     answers = {}
@@ -266,6 +262,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(options: config.TestOptions) -> None:
     """The table of all checkpoints, the classes of pictures, or the report of one checkpoint."""
     task = compare if options.compare else classify if options.image or options.soften else evaluate
+    make_folder(options.plots_path)  # what can't be written is said before an evaluation, not after it
     with start(options.device, options.precision) as runtime:
         task(options, runtime)
 

@@ -10,6 +10,7 @@ A run that was stopped, killed or cut off goes on with the same command.
 """
 
 import contextlib
+import os
 import sys
 import time
 from dataclasses import replace
@@ -127,11 +128,14 @@ def load_teacher(options: config.TrainOptions, spec: DatasetSpec, runtime: Runti
     names = ("dataset", "data_path", "skip_broken", "weights_path", "plots_path", "subset", "holdout", "flip")
     same = {name: getattr(options, name) for name in names}
     command = config.TrainOptions(tto=True, temp=(config.USUAL_TEMP,), **same).command("train.py", every=True)
+    remedy = f"train one with `{command}`"
+    if options.teacher:
+        remedy = f"give another --teacher, or leave it out and {remedy}"
     if not path.exists():
-        raise UserError(f"no teacher {path}: train one with `{command}`")
+        raise UserError(f"no teacher {path}: {remedy}")
     teacher, content = load_model(path, "teacher", options.dataset, runtime.device)
     if why := unfit(content, options, spec):
-        raise UserError(f"the teacher {path} was trained {why}: train one with `{command}`")
+        raise UserError(f"the teacher {path} was trained {why}: {remedy}")
     return teacher, checkpoint.fingerprint(teacher.state_dict())
 
 
@@ -236,6 +240,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run train.py with `argv` (None: the command line); the exit code."""
     options = config.parse_train(argv)
     goes_on = replace(options, resume="auto").command("train.py", every=True)
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        goes_on = goes_on.replace("python", f"torchrun --nproc_per_node={processes}", 1)
     return exit_code(lambda: train_all(options), goes_on)
 
 

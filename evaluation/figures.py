@@ -122,7 +122,10 @@ def read_curve(path: Path) -> tuple[Identity, list[int], list[float]]:
 
 
 def plot_comparison(log_paths: list[Path], figure_path: Path) -> Path:
-    """Draw the top-1 (%) of runs on one data set, those that differ in the seed alone in one colour; the path."""
+    """Draw the top-1 (%) of runs on one data set, those that differ in the seed alone in one colour; the path.
+
+    The mean in the legend is over those that have come as far as the farthest of them.
+    """
     kinds: dict[str, list[tuple[Identity, list[int], list[float]]]] = {}
     for run, *curve in sorted(map(read_curve, log_paths), key=lambda found: found[0].place):
         kinds.setdefault(run.without("seed"), []).append((run, *curve))
@@ -131,8 +134,9 @@ def plot_comparison(log_paths: list[Path], figure_path: Path) -> Path:
     axes = new_axes(f"Top-1 accuracy on the {images} of {first['dataset']}", "accuracy (%)")
     titles = labels([runs[0][0] for runs in kinds.values()])
     for colour, title, runs in zip(itertools.cycle(COLOURS), titles, kinds.values(), strict=False):
-        label = f"{title}: {statistics.mean(tops[-1] for *_, tops in runs):.2f}"
-        label += f" (mean of {len(runs)})" if len(runs) > 1 else ""
+        farthest = max(len(epochs) for _, epochs, _ in runs)
+        last = [tops[-1] for _, epochs, tops in runs if len(epochs) == farthest]
+        label = f"{title}: {statistics.mean(last):.2f}" + (f" (mean of {len(last)})" if len(last) > 1 else "")
         for _, epochs, tops in runs:
             marker = "." if len(epochs) == 1 else None  # one epoch makes no line
             axes.plot(epochs, tops, color=colour, marker=marker, label=label)

@@ -3,6 +3,7 @@
 import contextlib
 import glob
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,12 +72,10 @@ def make_folder(folder: Path) -> None:
 
 
 def keep_previous(path: Path) -> None:
-    """Let the file at `path` stay as `<name>.previous` when it is replaced, on file systems that can."""
-    previous = path.with_name(path.name + ".previous")
-    with contextlib.suppress(OSError):
-        if path.exists():
-            previous.unlink(missing_ok=True)
-            os.link(path, previous)
+    """Copy the file at `path`, which is to be replaced, to `<name>.previous`; UserError where that fails."""
+    if path.exists():
+        with writing(path.with_name(path.name + ".previous")) as temporary:
+            shutil.copyfile(path, temporary)
 
 
 @contextlib.contextmanager
@@ -98,8 +97,10 @@ def locked(path: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not os.path.samestat(os.fstat(file.fileno()), os.stat(lock_path)):
                 raise BlockingIOError  # its holder has just ended and removed the name that was opened here
-        except OSError:
+        except (BlockingIOError, FileNotFoundError):
             raise UserError(f"another run is writing {path}: wait for it, or stop it") from None
+        except OSError:
+            pass  # a file system that has no locks, as Windows has none
         try:
             yield
         finally:

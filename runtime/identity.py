@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from config import LOSSES, ce_weight_of, plain
 
-MACHINE = {"torch", "device", "world_size"}  # what changes the last bits of a run and nothing else
+MACHINE = {"torch", "device", "world_size"}  # what a run may change under way
 LOSS = {"loss", "temp", "kd_weight", "nckd_weight", "ce_weight"}  # what two ways to distil differ in
 DISTILLATION = LOSS | {"kd", "cache_teacher", "teacher"}  # what a student with KD has and its control has not
 OF_KD = {"temp": float, "loss": str, "kd_weight": float, "ce_weight": float}

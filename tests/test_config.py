@@ -232,6 +232,13 @@ def test_a_data_sets_own_mirroring_is_the_same_run_said_or_not():
     assert parse_train(["--dataset=digits", "--flip=True", "--views=162"]).spec.views == 162
 
 
+def test_all_views_are_the_same_run_said_or_not():
+    said, usual, fewer = (
+        parse_train(["--tto", *words]).result_options() for words in (["--views=162"], [], ["--views=8"])
+    )
+    assert said == usual != fewer
+
+
 def test_only_what_shapes_a_result_is_told_of_it():
     student, distilled = parse_train([]).result_options(), parse_train(["--kd"]).result_options()
     weights = {("kd_weight", 0.9), ("ce_weight", 0.1)}

@@ -102,7 +102,7 @@ def test_another_teacher_than_its_own_is_said_to_be_one(tmp_path, evaluate, capf
     assert evaluate("--kd", f"--teacher={own}") == 0
     assert "not the teacher" not in capfd.readouterr().out
     assert evaluate("--kd", f"--teacher={tmp_path / 'none.pt'}") == 2
-    assert f"there is no teacher {tmp_path / 'none.pt'}; name another by --teacher" in capfd.readouterr().err
+    assert f"no teacher {tmp_path / 'none.pt'}: check its name, or leave --teacher out" in capfd.readouterr().err
     assert evaluate(f"--checkpoint={own}", f"--teacher={own}") == 2
     assert "is a teacher, which is compared with none: leave --teacher out" in capfd.readouterr().err
 
@@ -140,7 +140,9 @@ def test_each_model_is_asked_in_the_precision_of_its_training(tmp_path, evaluate
 def test_report_without_a_teacher_leaves_fidelity_out(tmp_path, report_of, capfd):
     save_run(tmp_path)
     assert sorted(report_of()) == sorted(KEYS[:-3])
-    assert f"the teacher is left out: there is no teacher {tmp_path / 'teacher.pt'}" in capfd.readouterr().out
+    output = capfd.readouterr().out
+    assert f"the teacher is left out: no checkpoint {tmp_path / 'teacher.pt'} in " in output
+    assert "make it with `python train.py --tto True --" in output
 
 
 def test_a_damaged_control_leaves_the_fidelity_to_the_teacher(tmp_path, evaluate, capfd):
@@ -170,7 +172,7 @@ def test_the_figures_are_those_of_the_checkpoint(tmp_path, evaluate, monkeypatch
 def test_a_missing_checkpoint_names_the_command_that_makes_it(tmp_path, evaluate, capfd):
     for words, command in (
         ("--kd --temp 20", "--kd True --temp 20 --"), ("--tto", "--tto True --"), ("--teacher my.pt", "--weights_path"),
-        ("--tto --teacher my.pt", "--tto True --"), ("--subset 40 --seed 7", "--weights_path"),
+        ("--subset 40 --seed 7", "--weights_path"),
     ):  # fmt: skip
         assert evaluate(*shlex.split(words)) == 2
         error = capfd.readouterr().err
@@ -178,6 +180,8 @@ def test_a_missing_checkpoint_names_the_command_that_makes_it(tmp_path, evaluate
         told = error[error.index("`python train.py ") :].split("`")[1]
         trains = options_of(" ".join(shlex.split(told)[2:]))
         assert trains.run_name == test_script.config.parse_test(shlex.split(words)).run_name
+    assert evaluate("--tto", "--teacher", "my.pt") == 2
+    assert "no teacher my.pt: check its name, or leave --teacher out" in capfd.readouterr().err
     (tmp_path / "student.pt").write_text("no checkpoint")
     assert evaluate() == 2 and "damaged" in capfd.readouterr().err
 

@@ -2,6 +2,7 @@
 
 import math
 import time
+from dataclasses import replace
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -116,8 +117,12 @@ class Run:
             lr = learning_rate(self.epoch * self.steps + step, self.total_steps, self.options.lr)
             raise UserError(
                 f"the loss is {self.losses[step].item()} at epoch {self.epoch + 1}, step {step + 1}, learning rate "
-                f"{lr:.4g}: try --resume False with an --lr below {self.options.lr:g}"
+                f"{lr:.4g}: try a lower --lr, `{self.anew(lr=float(f'{self.options.lr / 10:.4g}'))}`"
             )
+
+    def anew(self, **changes) -> str:
+        """The command that starts this run anew, and no other of --all."""
+        return replace(self.options, resume="False", **changes).command("train.py", every=True)
 
     def state(self, **more) -> dict:
         """What a checkpoint holds: all that is needed to use the weights and to trust them."""
@@ -142,23 +147,25 @@ class Run:
         if state["format"] < checkpoint.FORMAT or before["optimizer"] not in VERSIONS.values():
             raise UserError(
                 f"the unfinished run {path} is of an older version of this project, which another recipe trains: "
-                "give --resume False to start anew"
+                f"start it anew by `{self.anew()}`"
             )
         if not before.can_go_on_as(self.identity):
             command = "`python train.py --tto True`" if self.options.tto else "`python train.py`"  # which --all is not
             raise UserError(
                 f"the unfinished run {path} has {before.beside(self.identity)}: give {command} "
-                "the same options to go on with it, or --resume False to start anew"
+                f"the same options to go on with it, or start it anew by `{self.anew()}`"
             )
         try:
             self.take_over(state)
         except UserError:
             raise
         except Exception as error:  # its parts are there and whole, but not a resume state's
-            raise UserError(f"{path} is damaged or no unfinished run: give --resume False to start anew") from error
+            raise UserError(f"{path} is damaged or no unfinished run: start it anew by `{self.anew()}`") from error
         where = f"going on with {path} at epoch {self.epoch + 1}, step {self.step}/{self.steps}"
         if before.differing(self.identity):
-            where += f"; it had {before.beside(self.identity)}: the last bits may differ from here"
+            regrouped = before["world_size"] != self.identity["world_size"] and not self.options.sync_bn
+            effect = "batch norm sees other batches" if regrouped else "the last bits may differ"
+            where += f"; it had {before.beside(self.identity)}: {effect} from here"
         self.runtime.print(where)
 
     def take_over(self, state: dict) -> None:

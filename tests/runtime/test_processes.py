@@ -164,7 +164,7 @@ def test_a_stopped_run_of_two_goes_on_as_one(tmp_path, options):
         process.send_signal(signal.SIGTERM)
     code, stdout, stderr = finish(process)
     assert code != 0 and stdout.count("saved ") == 1, stdout + stderr
-    assert stderr.count("stopped; go on with `python train.py") == 1
+    assert stderr.count("stopped; go on with `torchrun --nproc_per_node=2 train.py") == 1
     assert not parse_train(stopped).checkpoint_path.exists() and len(epochs_of(stopped)) < 8
 
     assert train.main(stopped) == train.main(whole) == 0

@@ -16,6 +16,8 @@ import torch
 from kill_marathon import COMMON, DISTILLED, MOMENTS, RUNS, STUDENT, assert_same_result, kill_and_go_on, result, wait
 from made_up import TinyTeacher, save_run
 
+from config import parse_train
+
 
 @pytest.fixture(scope="module")
 def start_script(start_script):
@@ -149,9 +151,11 @@ def test_a_loss_that_is_not_finite_names_its_step_and_keeps_the_last_good_state(
     done = forked(*student, "--lr=1e20", folder=tmp_path)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
-    pattern = r"train.py: error: the loss is (nan|inf) at epoch 1, step (\d), learning rate (\S+): .*--lr below 1e\+20"
+    pattern = r"train.py: error: the loss is (nan|inf) at epoch 1, step (\d), learning rate (\S+): .*`(.*)`"
     told = re.match(pattern, done.stderr)
     assert told, done.stderr
+    lower = parse_train(shlex.split(told[4])[2:])
+    assert (lower.lr, lower.resume, lower.run_name) == (1e19, "False", STUDENT)
     step = int(told[2])
     assert float(told[3]) == pytest.approx(1e20 * min(step / 1, (16 - step) / 14), rel=1e-3)
     state = torch.load(tmp_path / "weights" / f"{STUDENT}.last.pt", weights_only=True)
