@@ -132,12 +132,12 @@ def refuse_empty(root: Path, classes: list[str], labels: np.ndarray) -> None:
 
 
 def listing_key(root: Path, files: list[File]) -> str:
-    """A hash of the name, size and time of every file, and of how pictures are read."""
+    """A hash of the name, size, time and mode of every file, and of how pictures are read."""
     rows = []
     for half, label, path in files:
         with suppress(OSError):  # what can't be asked can't be read either: that is said later
             found = os.stat(path)
-            rows.append((half, label, os.path.relpath(path, root), found.st_size, found.st_mtime_ns))
+            rows.append((half, label, os.path.relpath(path, root), found.st_size, found.st_mtime_ns, found.st_mode))
     return hashlib.sha256(json.dumps([PICTURES, len(files), rows]).encode()).hexdigest()
 
 
