@@ -30,12 +30,17 @@ def section(page: str, heading: str) -> str:
     return PAGES[page].partition(f"\n{heading}\n")[2].partition("\n#")[0]
 
 
-# Where the table of a data set stands.
+PLOTS = REPOSITORY / "plots"
+GAIN = "Gain of KD, paired, 95% interval"
+# Where each table of results stands, and the logs of its runs.
 RESULTS = {
     "cifar10": section("README.md", "### CIFAR-10"),
+    "short": section("results.md", "## CIFAR-10, short runs"),
     "cifar100": section("README.md", "### CIFAR-100"),
     "digits": section("results.md", "## Digits"),
 }
+LOGS = {dataset: find_logs(PLOTS, dataset) for dataset in RESULTS}
+LOGS["short"] = [PLOTS / "teacher.jsonl", *find_logs(PLOTS / "short", "cifar10")]
 
 
 def cells_of(row: str) -> list[str]:
@@ -63,7 +68,7 @@ def runs_in(folder: Path) -> list[dict]:
 
 def curve(name: str) -> list[float]:
     """Each epoch's top-1 (%) in a log in plots/, of any version."""
-    return [line["test"]["top1"] for line in read_log(REPOSITORY / "plots" / f"{name}.jsonl")[1]]
+    return [line["test"]["top1"] for line in read_log(PLOTS / f"{name}.jsonl")[1]]
 
 
 def last(name: str) -> float:
@@ -71,9 +76,9 @@ def last(name: str) -> float:
     return curve(name)[-1]
 
 
-def logged(dataset: str) -> list[dict]:
-    """What `collect` needs of the runs of a data set, from their logs."""
-    contents = [run_of_log(path) for path in find_logs(REPOSITORY / "plots", dataset)]
+def logged(name: str) -> list[dict]:
+    """What `collect` needs of the runs of a table, from their logs."""
+    contents = [run_of_log(path) for path in LOGS[name]]
     return sorted(contents, key=lambda content: (content["identity"]["role"] != "teacher", content["identity"]["seed"]))
 
 
@@ -84,74 +89,76 @@ def tops_and_gains(contents: list[dict]) -> tuple[dict[str, float], dict[str, fl
     return tops, {gain["model"]: gain["mean"] for gain in found["gains"]}
 
 
-@pytest.mark.parametrize("dataset", RESULTS)
-def test_every_number_of_the_results_is_its_logs_last_line(dataset):
-    results, said = collect(logged(dataset)), table(RESULTS[dataset])
+@pytest.mark.parametrize("name", RESULTS)
+def test_every_number_of_the_results_is_its_logs_last_line(name):
+    results, said = collect(logged(name)), table(RESULTS[name])
     assert said.keys() == {row["model"] for row in results["rows"]}
-    gains = {gain["model"]: gain for gain in results["gains"]}
-    assert gains
+    gains = {gain["model"]: points(gain) for gain in results["gains"]}
     for row in results["rows"]:
         cells = said[row["model"]]
         for column, key in (("Top 1 Accuracy", "top1"), ("Top 5 Accuracy", "top5")):
             spread = f" ± {row[key + '_sd']:.2f}" if len(row["seeds"]) > 1 else ""
             assert cells[column] == f"{row[key]:.2f}%{spread}"
         assert cells["Parameters"] == f"{row['parameters']:,}"
-        gain = gains.get(row["model"])
-        assert cells["Gain of KD, paired, 95% interval"] == (points(gain) if gain else "")
+        assert (GAIN in cells) == bool(gains) and cells.get(GAIN, "") == gains.get(row["model"], "")
 
 
-@pytest.mark.parametrize("dataset", RESULTS)
-def test_every_run_of_the_results_is_as_long_as_said(dataset):
-    said = table(RESULTS[dataset])
-    for content in logged(dataset):
+@pytest.mark.parametrize("name", RESULTS)
+def test_every_run_of_the_results_is_as_long_as_said(name):
+    said = table(RESULTS[name])
+    for content in logged(name):
         assert str(content["identity"]["num_epochs"]) == said[content["identity"].title]["Epochs"]
 
 
-@pytest.mark.parametrize("dataset", RESULTS)
-def test_the_quoted_commands_are_those_of_the_logs(dataset):
+@pytest.mark.parametrize("table_name", RESULTS)
+def test_the_quoted_commands_are_those_of_the_logs(table_name):
     planned = {}
-    before = "git checkout" in RESULTS[dataset]  # an older version's, which has other defaults
-    for command in re.findall(r"^python train\.py .+$", RESULTS[dataset], re.MULTILINE):
+    before = "git checkout" in RESULTS[table_name]  # an older version's, which has other defaults
+    for command in re.findall(r"^python train\.py .+$", RESULTS[table_name], re.MULTILINE):
         for run in config.parse_train(shlex.split(command)[2:]).runs():
             usual = [name for name in config.RECIPE_OPTIONS if f"--{name} " not in command] if before else []
             options = {name: value for name, value in run.result_options().items() if name not in usual}
             if not before:
                 options["optimizer"] = VERSIONS[run.optimizer]
             planned.setdefault(run.run_name, options)  # --all keeps the teacher that was made before
-    made = {content["path"].stem: content["identity"] for content in logged(dataset)}
+    made = {content["path"].stem: content["identity"] for content in logged(table_name)}
     assert planned.keys() == made.keys()
     for name, options in planned.items():
         run = made[name]
         assert {key: run[key] for key in options} == options | {"precision": run["precision"]}, name
 
 
-def test_what_readme_says_first_is_in_the_logs():
+def minutes(name: str) -> str:
+    """How long the epochs of a run in plots/ took, as README writes it."""
+    return f"{sum(line['seconds'] for line in read_log(PLOTS / f'{name}.jsonl')[1]) / 60:.0f}"
+
+
+def test_what_readme_says_of_cifar10_is_in_the_logs():
+    teacher, student, control = "Teacher (VGG19 with BN)", "Student (with KD, Temp = 5)", "Student (w/o KD)"
     tops, _ = tops_and_gains(logged("cifar10"))
-    teacher, student = tops["Teacher (VGG19 with BN)"], tops["Student (with KD, Temp = 5)"]
     top = " ".join(PAGES["README.md"].partition("## Results")[0].split())
-    minutes = sum(line["seconds"] for line in read_log(REPOSITORY / "plots" / "teacher.jsonl")[1]) / 60
-    assert f"the teacher reaches {teacher:.1f} % in {minutes:.0f} minutes" in top
-    assert f"a student taught by it {student:.1f} %" in top
-    assert f"this one has {teacher:.2f} % after 16" in " ".join(PAGES["results.md"].split())
-
-
-def test_the_students_without_kd_at_full_length_are_what_their_logs_say():
-    contents = runs_in(REPOSITORY / "plots" / "full")
-    (row,) = collect(contents)["rows"]
-    usual = config.parse_train([]).result_options() | {"optimizer": VERSIONS["muon"]}
-    for content in contents:
-        wanted = usual | {"seed": content["identity"]["seed"], "precision": "bf16"}
-        assert {name: content["identity"][name] for name in wanted} == wanted
-    assert row["model"] == "Student (w/o KD)" and len(row["seeds"]) == 3
+    assert f"the teacher reaches {tops[teacher]:.1f} % in {minutes('teacher')} minutes" in top
+    assert f"a student taught by it {tops[student]:.1f} % in {minutes('student_kd_t20')} more" in top
+    assert f"this one has {tops[teacher]:.2f} % after 16" in " ".join(PAGES["results.md"].split())
     text = " ".join(RESULTS["cifar10"].split())
-    assert f"students without KD reach {row['top1']:.2f} % ± {row['top1_sd']:.2f}" in text
+    took = f"The teacher took {minutes('teacher')} minutes, a student {minutes('student_kd_t20')}"
+    once = int(minutes("student_kd_t5")) - int(minutes("student_kd_t20"))
+    assert f"{took}, and once {once} more for the teacher's logits" in text
+
+    seeds = [run_of_log(PLOTS / "student.jsonl"), *runs_in(PLOTS / "seeds")]
+    (row,) = collect(seeds)["rows"]
+    assert row["model"] == control and len(row["seeds"]) == 3
+    assert f"without KD has {row['top1']:.2f} % ± {row['top1_sd']:.2f} over the seeds 42 to 44" in text
+    gains = {gain["model"]: points(gain) for gain in collect(logged("short"))["gains"]}
+    for temp in (5, 20):
+        assert f"{gains[f'Student (with KD, Temp = {temp})']} points at T = {temp}" in text
 
 
 @pytest.mark.parametrize("name", ["student", "student_kd_t5", "student_kd_t20"])
 def test_a_shipped_student_is_as_good_as_its_log_says(name, cifar10):
     cpu, spec = torch.device("cpu"), DATASETS["cifar10"]
     model, content = load_model(REPOSITORY / "weights" / f"{name}.pt", "student", "cifar10", cpu)
-    header, lines = read_log(REPOSITORY / "plots" / f"{name}.jsonl")
+    header, lines = read_log(PLOTS / f"{name}.jsonl")
     assert content["identity"] == Identity(header["identity"])
     assert content["metrics"] == lines[-1]["test"]
     images = load_images(spec, cifar10, "test")[0][:2000]
@@ -190,7 +197,7 @@ def row_of_losses(row: dict, gain: dict) -> str:
     "title, file", [("Digits", "digits/digits_results.json"), ("CIFAR-10", "cifar10/results.json")]
 )
 def test_the_comparison_of_losses_is_what_its_logs_say(title, file):
-    path = REPOSITORY / "plots" / "losses" / file
+    path = PLOTS / "losses" / file
     found = collect(runs_in(path.parent))
     kept = json.loads(path.read_text())  # with what logs have not: ECE and NLL
     tops = {row["model"]: row["top1"] for row in kept["rows"]}
@@ -218,7 +225,7 @@ def test_what_is_said_of_kd_on_cifar100_is_in_its_logs():
     assert f"({kd[4]:.2f} against {control[4]:.2f} %)" in text
     assert f"a teacher of {last('cifar100_teacher'):.2f} %" in text
 
-    before, gains = tops_and_gains(runs_in(REPOSITORY / "plots" / "losses" / "cifar100"))
+    before, gains = tops_and_gains(runs_in(PLOTS / "losses" / "cifar100"))
     without, best = "Student (w/o KD)", max(before.values())
     assert f"the student without KD had {before[without]:.2f} %" in text and f"to {best:.2f} %." in text
     t5, t20 = (gains[f"Student (with KD, Temp = {temp})"] for temp in (5, 20))
@@ -264,7 +271,7 @@ Muon | 0.1 | 0.5 | digits_student_muon_2_norm_lr_0.5_seed42 | digits_student_muo
 
 def test_every_trial_of_the_recipe_is_what_its_log_says():
     top1 = {}
-    for path in (REPOSITORY / "plots" / "trials").glob("*.jsonl"):
+    for path in (PLOTS / "trials").glob("*.jsonl"):
         header, lines = read_log(path)
         assert len(lines) == header["identity"]["num_epochs"]
         top1[path.stem] = f"{lines[-1]['holdout']['top1']:.2f}"
@@ -275,7 +282,7 @@ def test_every_trial_of_the_recipe_is_what_its_log_says():
 
 
 def test_what_was_tried_to_gain_more_is_what_its_logs_say():
-    found = collect(runs_in(REPOSITORY / "plots" / "gain"))
+    found = collect(runs_in(PLOTS / "gain"))
     gains = {gain["model"]: points(gain) for gain in found["gains"]}
     assert len(found["rows"]) > 3
     for row in found["rows"]:
