@@ -72,9 +72,15 @@ def make_folder(folder: Path) -> None:
 
 
 def keep_previous(path: Path) -> None:
-    """Copy the file at `path`, which is to be replaced, to `<name>.previous`; UserError where that fails."""
-    if path.exists():
-        with writing(path.with_name(path.name + ".previous")) as temporary:
+    """Let the file at `path` stay as `<name>.previous` when it is replaced; UserError where no copy can be written."""
+    previous = path.with_name(path.name + ".previous")
+    if not path.exists():
+        return
+    try:
+        previous.unlink(missing_ok=True)
+        os.link(path, previous)
+    except OSError:  # on a file system without links
+        with writing(previous) as temporary:
             shutil.copyfile(path, temporary)
 
 

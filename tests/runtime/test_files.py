@@ -63,7 +63,13 @@ def test_temporaries_of_the_living_are_left_alone(tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == {"state.pt", living.name, other.name}
 
 
-def test_what_a_new_run_replaces_stays_as_the_previous_one(tmp_path):
+@pytest.mark.parametrize("has_links", [True, False])
+def test_what_a_new_run_replaces_stays_as_the_previous_one(has_links, tmp_path, monkeypatch):
+    def link(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if not has_links:
+        monkeypatch.setattr(os, "link", link)
     path = tmp_path / "teacher.pt"
     for epochs in (60, 2, 1):
         keep_previous(path)
