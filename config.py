@@ -251,7 +251,7 @@ class Options:
     @property
     def of_teacher(self) -> "Options":
         """The options of the teacher to learn from, or to be compared with: of a trial, one of the same images."""
-        return replace(self, tto=True, kd=False, seed=DEFAULT_SEED)
+        return replace(self, tto=True, kd=False, loss=("kd",), seed=DEFAULT_SEED)
 
     @property
     def teacher_path(self) -> Path:

@@ -180,6 +180,10 @@ def test_a_missing_checkpoint_names_the_command_that_makes_it(tmp_path, evaluate
         told = error[error.index("`python train.py ") :].split("`")[1]
         trains = options_of(" ".join(shlex.split(told)[2:]))
         assert trains.run_name == test_script.config.parse_test(shlex.split(words)).run_name
+    save_run(tmp_path, "--kd --loss dkd")
+    assert evaluate("--kd", "--loss", "dkd") == 0
+    told = capfd.readouterr().out.split("`python train.py ")[1].split("`")[0]
+    assert options_of(told).run_name == "teacher"
     assert evaluate("--tto", "--teacher", "my.pt") == 2
     assert "no teacher my.pt: check its name, or leave --teacher out" in capfd.readouterr().err
     (tmp_path / "student.pt").write_text("no checkpoint")
