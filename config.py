@@ -374,6 +374,13 @@ class TrainOptions(Options):
         return row if self.flip is None else replace(row, flip=self.flip)
 
     @property
+    def of_teacher(self) -> "TrainOptions":
+        """As there, with the recipe's own values: those that the user gave are the students'."""
+        students = (*RECIPE_OPTIONS, "alpha", "kd_weight", "ce_weight", "teacher")
+        own = dict.fromkeys(students) | {"temp": (USUAL_TEMP,), "cache_teacher": True}
+        return replace(super().of_teacher, all=False, seeds=1, **own)
+
+    @property
     def usual_weights(self) -> dict:
         """The weights of a run with KD where the user does not say."""
         if not self.kd:
@@ -407,8 +414,7 @@ class TrainOptions(Options):
         if not self.all:
             return [self.resolved(spec)]
         without_kd = {"temp": (USUAL_TEMP,), "loss": ("kd",)}
-        recipe = dict.fromkeys(RECIPE_OPTIONS)  # the user's are the students'
-        plan = [self.resolved(spec, tto=True, seed=DEFAULT_SEED, **without_kd, **recipe)]
+        plan = [self.of_teacher.resolved(spec)]
         for seed in range(self.seed, self.seed + self.seeds):
             plan.append(self.resolved(spec, seed=seed, **without_kd))
             for loss in self.loss:

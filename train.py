@@ -125,10 +125,7 @@ def load_teacher(options: config.TrainOptions, spec: DatasetSpec, runtime: Runti
     UserError where there is none, or where it can't teach on `spec`, the data set as it was read.
     """
     path = options.teacher_path
-    names = ("dataset", "data_path", "skip_broken", "weights_path", "plots_path", "subset", "holdout", "flip")
-    same = {name: getattr(options, name) for name in names}
-    command = config.TrainOptions(tto=True, temp=(config.USUAL_TEMP,), **same).command("train.py", every=True)
-    remedy = f"train one with `{command}`"
+    remedy = f"train one with `{replace(options.of_teacher, resume='auto').command('train.py', every=True)}`"
     if options.teacher:
         remedy = f"give another --teacher, or leave it out and {remedy}"
     if not path.exists():
@@ -255,7 +252,7 @@ def train_all(options: config.TrainOptions) -> None:
         for run_options in options.runs(spec):
             run_options = replace(run_options, precision=runtime.precision)
             if run_options.kd and teacher is None:  # one for all students
-                teacher, teacher_id = load_teacher(run_options, spec, runtime)
+                teacher, teacher_id = load_teacher(options, spec, runtime)
             if options.all and is_finished(run_options, spec, runtime, teacher_id):
                 runtime.print(f"{run_options.run_name}: finished before, kept")
             else:

@@ -154,7 +154,7 @@ CASES = [
          "`python train.py --tto True --dataset digits --data_path .*`"),
     case("no teacher of a holdout", FORKED, f"train.py --kd True {QUICK} --holdout 8 --weights_path w --seed 7",
          "no teacher w/digits_teacher_subset40_holdout8.pt: "
-         ".*`python train.py --tto True --dataset digits .*--subset 40 --holdout 8`"),
+         ".*`python train.py --tto True --dataset digits .*--subset 40 --holdout 8 --device cpu --precision fp32`"),
     case("no teacher there", FORKED, "train.py --kd True --teacher my.pt", "no teacher my.pt: give another"),
     *(
         case(f"teacher: {name}", FORKED, "train.py --kd True", f"weights/teacher.pt.*({tells})",
