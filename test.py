@@ -40,7 +40,7 @@ from runtime import checkpoint
 from runtime.device import Runtime, device_title
 from runtime.errors import UserError, exit_code
 from runtime.files import make_folder
-from runtime.identity import DISTILLATION
+from runtime.identity import DISTILLATION, Identity
 from runtime.processes import start
 from utils import Images
 
@@ -157,17 +157,24 @@ def compare_with_teacher(
     if options.kd and control.exists():
         # Agreement grows with accuracy alone: what KD adds is seen beside the student that had no teacher.
         try:
-            model, content = load(options, control, "student", runtime)
-            its_run = content["identity"]
-            if not its_run.is_control_of(run):
-                raise UserError(f"{control} is not its control: it has {its_run.beside(run, DISTILLATION)}")
-            its_logits = logits_of(model, content, images, options, runtime)
+            its_logits = logits_of_control(options, runtime, control, run, images)
             columns["without KD"] = fidelity(its_logits, teacher_logits, labels)
         except UserError as error:
             notes.append(f"left out: {error}")
     if options.kd and run["teacher"] != checkpoint.fingerprint(teacher.state_dict()):
         notes.append(f"{options.teacher_path} is not the teacher that this student learned from")
     return teacher, extra, "\n".join([report.fidelity_text(columns), *notes])
+
+
+def logits_of_control(
+    options: config.TestOptions, runtime: Runtime, path: Path, run: Identity, images: Images
+) -> torch.Tensor:
+    """The logits of the student without KD beside a run with it; UserError where it is damaged or no control of it."""
+    model, content = load(options, path, "student", runtime)
+    its_run = content["identity"]
+    if not its_run.is_control_of(run):
+        raise UserError(f"{path} is not its control: it has {its_run.beside(run, DISTILLATION)}")
+    return logits_of(model, content, images, options, runtime)
 
 
 def compare(options: config.TestOptions, runtime: Runtime) -> None:
