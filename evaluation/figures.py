@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import math
-import statistics
 from pathlib import Path
 
 import numpy as np
@@ -122,9 +121,10 @@ def read_curve(path: Path) -> tuple[Identity, list[int], list[float]]:
 
 
 def plot_comparison(log_paths: list[Path], figure_path: Path) -> Path:
-    """Draw the top-1 (%) of runs on one data set, those that differ in the seed alone in one colour; the path.
+    """Draw the top-1 (%) of runs on one data set; the path.
 
-    The mean in the legend is over those that have come as far as the farthest of them.
+    Those that differ in the seed alone are one line, their mean, on a band from the least to the most; of them, those
+    that have not come as far as the farthest are left out.
     """
     kinds: dict[str, list[tuple[Identity, list[int], list[float]]]] = {}
     for run, *curve in sorted(map(read_curve, log_paths), key=lambda found: found[0].place):
@@ -134,11 +134,11 @@ def plot_comparison(log_paths: list[Path], figure_path: Path) -> Path:
     axes = new_axes(f"Top-1 accuracy on the {images} of {first['dataset']}", "accuracy (%)")
     titles = labels([runs[0][0] for runs in kinds.values()])
     for colour, title, runs in zip(itertools.cycle(COLOURS), titles, kinds.values(), strict=False):
-        farthest = max(len(epochs) for _, epochs, _ in runs)
-        last = [tops[-1] for _, epochs, tops in runs if len(epochs) == farthest]
-        label = f"{title}: {statistics.mean(last):.2f}" + (f" (mean of {len(last)})" if len(last) > 1 else "")
-        for _, epochs, tops in runs:
-            marker = "." if len(epochs) == 1 else None  # one epoch makes no line
-            axes.plot(epochs, tops, color=colour, marker=marker, label=label)
-            label = None
+        epochs = max((epochs for _, epochs, _ in runs), key=len)
+        tops = np.array([tops for _, _, tops in runs if len(tops) == len(epochs)])
+        mean = tops.mean(axis=0)
+        label = f"{title}: {mean[-1]:.2f}" + (f" (mean of {len(tops)})" if len(tops) > 1 else "")
+        axes.plot(epochs, mean, color=colour, marker="." if len(epochs) == 1 else None, label=label)
+        if len(tops) > 1:
+            axes.fill_between(epochs, tops.min(axis=0), tops.max(axis=0), color=colour, alpha=0.2, linewidth=0)
     return save_figure(axes, figure_path)

@@ -25,7 +25,7 @@ def test_the_comparison_has_one_mean_for_runs_that_differ_in_the_seed_alone(tmp_
     write_log(tmp_path / "b.jsonl", "--seed=43", tops=(52.0,))
     write_log(tmp_path / "c.jsonl", "--kd", tops=(40.0, 60.0))
     write_log(tmp_path / "d.jsonl", "--kd --seed=43 --alpha=0.5", tops=(70.0,))
-    write_log(tmp_path / "e.jsonl", "--kd --seed=43", tops=(30.0,))  # under way: in no mean, but drawn
+    write_log(tmp_path / "e.jsonl", "--kd --seed=43", tops=(30.0,))  # under way
     logs = figures.find_logs(tmp_path, "cifar10")
     figures.plot_comparison(logs, tmp_path / "comparison.png")
     lines, labels = drawn[0].get_legend_handles_labels()
@@ -34,7 +34,9 @@ def test_the_comparison_has_one_mean_for_runs_that_differ_in_the_seed_alone(tmp_
         "Student (with KD, Temp = 5): 60.00",
         "Student (with KD, Temp = 5, 0.5 KL + 0.5 CE): 70.00",
     ]
-    assert len({line.get_color() for line in lines}) == 3 and len(drawn[0].lines) == 5
+    assert len({line.get_color() for line in lines}) == len(drawn[0].lines) == 3
+    (band,) = drawn[0].collections
+    assert band.get_datalim(drawn[0].transData).intervaly.tolist() == [50, 52]
     assert drawn[0].get_title() == "Top-1 accuracy on the test images of cifar10"
 
 
