@@ -413,10 +413,9 @@ class TrainOptions(Options):
         """The runs to do, in order: one, or with `all` the teacher, then each seed's students; `spec` as there."""
         if not self.all:
             return [self.resolved(spec)]
-        without_kd = {"temp": (USUAL_TEMP,), "loss": ("kd",)}
         plan = [self.of_teacher.resolved(spec)]
         for seed in range(self.seed, self.seed + self.seeds):
-            plan.append(self.resolved(spec, seed=seed, **without_kd))
+            plan.append(self.resolved(spec, seed=seed, temp=(USUAL_TEMP,), loss=("kd",)))
             for loss in self.loss:
                 temps = self.temp or LOSSES[loss].temps
                 plan += [self.resolved(spec, seed=seed, kd=True, loss=(loss,), temp=(temp,)) for temp in temps]

@@ -89,11 +89,16 @@ def tops_and_gains(contents: list[dict]) -> tuple[dict[str, float], dict[str, fl
     return tops, {gain["model"]: gain["mean"] for gain in found["gains"]}
 
 
+def gains_of(results: dict) -> dict[str, str]:
+    """Each model's gain by KD as a table says it, from what `collect` returns."""
+    return {gain["model"]: points(gain) for gain in results["gains"]}
+
+
 @pytest.mark.parametrize("name", RESULTS)
 def test_every_number_of_the_results_is_its_logs_last_line(name):
     results, said = collect(logged(name)), table(RESULTS[name])
     assert said.keys() == {row["model"] for row in results["rows"]}
-    gains = {gain["model"]: points(gain) for gain in results["gains"]}
+    gains = gains_of(results)
     assert gains
     for row in results["rows"]:
         cells = said[row["model"]]
@@ -210,7 +215,7 @@ def test_the_comparison_of_losses_is_what_its_logs_say(title, file):
 def test_what_is_said_of_kd_on_cifar100_is_in_its_logs():
     text = " ".join(PAGES["losses.md"].split())
 
-    now = {gain["model"]: points(gain) for gain in collect(logged("cifar100"))["gains"]}
+    now = gains_of(collect(logged("cifar100")))
     t5, t20 = (now[f"Student (with KD, Temp = {temp})"] for temp in (5, 20))
     assert f"{t5} points at T = 5 and {t20} at T = 20" in text
     kd, control = curve("cifar100_student_kd_t5"), curve("cifar100_student")
@@ -282,7 +287,7 @@ def test_every_trial_of_the_recipe_is_what_its_log_says():
 
 def test_what_was_tried_to_gain_more_is_what_its_logs_say():
     found = collect(runs_in(PLOTS / "gain"))
-    gains = {gain["model"]: points(gain) for gain in found["gains"]}
+    gains = gains_of(found)
     assert len(found["rows"]) > 3
     for row in found["rows"]:
         top1 = dict(zip(row["seeds"], row.get("top1_of_seeds", [row["top1"]]), strict=True))

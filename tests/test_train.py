@@ -86,7 +86,8 @@ def test_the_teacher_of_a_holdout_has_not_seen_it(learn, tmp_path, capfd):
     assert learn("--kd", "--holdout=10", "--teacher=seen.pt") == 2
     error = capfd.readouterr().err
     assert "the teacher seen.pt was trained on images that --holdout 10 keeps aside" in error
-    assert "`python train.py --tto True --dataset digits " in error and "--subset 40 --holdout 10 " in error
+    assert "`python train.py --tto True --dataset digits " in error
+    assert "--subset 40 --holdout 10 --device cpu --precision fp32`" in error
     assert error.count("\n") == 1 and not (tmp_path / "weights").exists()
     save_run(tmp_path, f"{seen} --holdout=10", name="unseen.pt", model=TinyTeacher())
     assert learn("--kd", "--holdout=10", "--teacher=unseen.pt") == 0
