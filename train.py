@@ -6,111 +6,113 @@
     python train.py --all True             all of these, evaluated, in one table
     torchrun --nproc_per_node=2 train.py   any of these on two devices
 
-A run that was stopped, killed or cut off goes on with the same command.
+Rerun the same command to resume a run that was interrupted.
 """
 
 import contextlib
 import os
+import re
+import shlex
 import sys
 import time
 from dataclasses import replace
 
 import config
+from runtime.cli import answer_early
 
 if __name__ == "__main__":
-    config.answer_early(config.parse_train)  # --help and a wrong option answer here, before torch is imported
+    answer_early(config.parse_train)  # --help and a wrong option answer here, before torch is imported
 
 import torch
 
-from datasets import DatasetSpec
-from datasets.folder import find_dataset
+from data_sets import DataSet
 from evaluation.comparison import measure_all
-from evaluation.figures import find_logs, plot_comparison
-from evaluation.inference import load_model
 from evaluation.report import publish
 from runtime import checkpoint
-from runtime.device import Runtime
+from runtime.device import Runtime, machine
 from runtime.errors import Stopped, UserError, exit_code
-from runtime.files import keep_previous, locked, make_folder
-from runtime.processes import main_first, start
+from runtime.files import locked, make_folder
+from runtime.processes import start
 from runtime.progress import Progress, duration
 from runtime.signals import StopSignal
-from training.losses import loss_terms
-from training.run import METRICS, Run, identity_of
-from training.teacher_cache import TeacherCache
-from utils import Views, evaluate, load_images, plot_curves, topk_correct
+from training.losses import training_loss
+from training.recipes import RECIPE_FIELDS
+from training.run import METRICS, Run, RunFiles
+from training.runs import RunConfig, RunName, describe_differences, differences, loss_function, plan, run_from
+from training.teacher_logits import TeacherLogits, load_teacher, teacher_mismatch
+from utils import Data, Images, Views, epoch_order, epoch_view, evaluate, load_images, plot_curves, topk_correct
 
 
-def train_epoch(run: Run, views: Views, teacher: TeacherCache | None, stop: StopSignal) -> None:
-    """The rest of the run's current epoch; the sums of its metrics go to `run.totals`."""
-    options, runtime = run.options, run.runtime
-    order, view_of = views.plan(options.seed, run.epoch)
-    loss_options = options.loss_function, options.temperature, options.kd_weight, options.ce_weight
-    run.clock = saved_at = time.monotonic()
+def train_epoch(
+    run: Run, views: Views, rows: torch.Tensor, k: int, teacher_logits: torch.Tensor | None, stop: StopSignal
+) -> None:
+    """The rest of the current epoch: image rows (N,) in their k-th views, and the teacher's logits by row."""
+    config, runtime = run.config, run.runtime
+    order = epoch_order(rows, config.seed, run.epoch).to(runtime.device)
+    loss_options = (loss_function(config.loss), config.temp) if config.kd else ("", 1.0)
     run.model.train()
-    with Progress(f"epoch {run.epoch + 1}/{options.num_epochs}", run.steps, runtime.is_main, run.step) as progress:
+    run.clock = time.monotonic()
+    with Progress(f"epoch {run.epoch + 1}/{config.num_epochs}", run.steps, runtime.is_main, run.step) as progress:
         while run.step < run.steps:
-            rows = order[run.step * run.batch_size : (run.step + 1) * run.batch_size]
-            rows = rows[runtime.rank :: runtime.world_size]
-            images, labels = views.batch(rows, view_of[rows])
-            teacher_logits = teacher.logits(rows, view_of[rows], images) if teacher else None
+            batch = order[run.step * run.batch_size : (run.step + 1) * run.batch_size]
+            batch = batch[runtime.rank :: runtime.world_size]
+            images, labels = views.images(batch, k), views.labels[batch]
+            soft_targets = teacher_logits[batch] if config.kd else None
             with runtime.autocast():
                 logits = run.forward(images)
-            loss, ce, kl = loss_terms(logits, teacher_logits, labels, *loss_options)
+            loss, ce, kl = training_loss(
+                logits, soft_targets, labels, *loss_options, config.kd_weights, config.ce_weight
+            )
             run.update(loss)
-            run.record(loss, ce, kl, topk_correct(logits, labels), len(rows))
-
-            show = progress.step()
-            save_due = time.monotonic() - saved_at > options.save_seconds
-            stopped, save_due = runtime.agree(stop.number, save_due)
-            if show or save_due or stopped or run.step == run.steps:
+            run.record(loss, ce, kl, topk_correct(logits, labels), len(batch))
+            if progress.step():
                 run.check_finite()
-            if show and run.seconds:  # compiling is no part of the epoch's time
-                progress.show(running_text(run))
-            if stopped:
-                raise Stopped(int(stopped))
-            if save_due:
-                run.save()
-                saved_at = time.monotonic()
-    run.count_time()  # the device was waited for
+                progress.show(progress_text(run))
+            save_or_stop(run, stop)
+    run.check_finite()
 
 
-def running_text(run: Run) -> str:
+def save_or_stop(run: Run, stop: StopSignal) -> None:
+    """Save the resume state if that is due; Stopped if a signal came to any process."""
+    if run.is_time_to_agree():
+        stopped, save = run.agree(stop.number, run.save_is_due())
+        if stopped or save:
+            run.check_finite()
+        if stopped:
+            raise Stopped(stopped)
+        if save:
+            run.save()
+
+
+def progress_text(run: Run) -> str:
     """Loss, top-1, speed, learning rate and time left for the whole run, as shown while it runs."""
     seen = run.step * run.batch_size / run.runtime.world_size
     loss, top1 = (run.totals[[0, 3]] / seen).tolist()
+    run.count_time()
     speed = run.step * run.batch_size / run.seconds
     left = (run.total_steps - run.epoch * run.steps - run.step) * run.batch_size / speed
     return f"loss {loss:.3f} top1 {100 * top1:.2f}% {speed:,.0f} img/s lr {run.lr:.4f} left {duration(left)}"
 
 
-def end_epoch(run: Run, teacher: TeacherCache | None, held_out, stop: StopSignal) -> None:
-    """Evaluate, append the epoch's JSON line and step to the next epoch."""
-    options, runtime = run.options, run.runtime
+def end_epoch(run: Run, held_out: Images, stop: StopSignal) -> None:
+    """Evaluate, append the epoch's line to the log and go to the next epoch."""
+    config, runtime = run.config, run.runtime
     images = run.steps * run.batch_size
     means = dict(zip(METRICS, (runtime.total(run.totals) / images).tolist(), strict=True))
-    held = percent(evaluate(run.model, held_out, run.spec, runtime, stop))
-    without = {"kl": not options.kd, "top5": "top5" not in held}
-    line = {
-        "epoch": run.epoch + 1,
-        "train": percent({name: value for name, value in means.items() if not without.get(name)}),
-        options.split: held,
-        "lr": run.lr,
-        "seconds": round(run.seconds, 3),
-        "images_per_second": round(images / max(run.seconds, 1e-9), 1),
-    }
-    if teacher:
-        line["teacher_cache_hits"] = teacher.hit_rate()
-    if runtime.is_main:
-        run.log.append(line)
+    run.count_time()  # the device was waited for
+    seconds = run.seconds
+    test = percent(evaluate(run.model, held_out, run.spec, runtime, stop))
+    left_out = {"kl": not config.kd, "top5": "top5" not in test}
+    train = percent({name: value for name, value in means.items() if not left_out.get(name)})
+    line = {"epoch": run.epoch + 1, "train": train, config.split: test, "lr": run.lr}
+    line |= {"seconds": round(seconds, 3), "images_per_second": round(images / max(seconds, 1e-9), 1)}
+    run.log.append(line)
     run.begin_epoch(run.epoch + 1)
-    train = line["train"]
-    top5 = f" top5 {held['top5']:.2f}%" if "top5" in held else ""
-    hits = f", teacher cache hits {100 * line['teacher_cache_hits']:.1f}%" if teacher else ""
+    top5 = f" top5 {test['top5']:.2f}%" if "top5" in test else ""
     runtime.print(
-        f"epoch {line['epoch']}/{options.num_epochs}: train loss {train['loss']:.4f} top1 {train['top1']:.2f}%, "
-        f"{options.split} loss {held['loss']:.4f} top1 {held['top1']:.2f}%{top5}, "
-        f"{line['seconds']:.1f} s, {line['images_per_second']:,.0f} img/s{hits}",
+        f"epoch {line['epoch']}/{config.num_epochs}: train loss {train['loss']:.4f} top1 {train['top1']:.2f}%, "
+        f"{config.split} loss {test['loss']:.4f} top1 {test['top1']:.2f}%{top5}, "
+        f"{seconds:.1f} s, {line['images_per_second']:,.0f} img/s"
     )
 
 
@@ -119,161 +121,134 @@ def percent(metrics: dict[str, float]) -> dict[str, float]:
     return {name: 100 * value if name.startswith("top") else value for name, value in metrics.items()}
 
 
-def load_teacher(options: config.TrainOptions, spec: DatasetSpec, runtime: Runtime) -> tuple[torch.nn.Module, str]:
-    """The teacher in evaluation mode, without gradients, and the fingerprint of its weights.
-
-    UserError where there is none, or where it can't teach on `spec`, the data set as it was read.
-    """
-    path = options.teacher_path
-    remedy = f"train one with `{replace(options.of_teacher, resume='auto').command('train.py', every=True)}`"
-    if options.teacher:
-        remedy = f"give another --teacher, or leave it out and {remedy}"
-    if not path.exists():
-        raise UserError(f"no teacher {path}: {remedy}")
-    teacher, content = load_model(path, "teacher", options.dataset, runtime.device)
-    if why := unfit(content, options, spec):
-        raise UserError(f"the teacher {path} was trained {why}: {remedy}")
-    return teacher, checkpoint.fingerprint(teacher.state_dict())
-
-
-def unfit(content: dict, options: config.TrainOptions, spec: DatasetSpec) -> str:
-    """Why the teacher of a checkpoint can't teach on these images, in words, or none."""
-    run = content["identity"]
-    if run["images"] != spec.fingerprint:
-        return f"on other images than {options.data_path} holds now"
-    if content["spec"].description() != spec.description():
-        return "with other classes, another normalisation or another --flip"
-    if run.has_seen_holdout(options.subset, options.holdout, spec.train_images):
-        return f"on images that --holdout {options.holdout} keeps aside"
-    return ""
-
-
 def train(
-    options: config.TrainOptions,
-    spec: DatasetSpec,
+    config: RunConfig,
+    data: Data,
+    views: Views,
+    teacher: TeacherLogits | None,
+    files: RunFiles,
+    resume: bool,
     runtime: Runtime,
     stop: StopSignal,
-    teacher: torch.nn.Module | None,
-    teacher_id: str,
-) -> None:
-    """One run from its options to its checkpoint, log and figures, going on with an unfinished one."""
-    with main_first(runtime):
-        images, held_out = load_images(
-            spec, options.data_path, "train", options.split, subset=options.subset, holdout=options.holdout
-        )
-    views = Views(images.to(runtime.device), spec, options.views)
-    held_out = held_out.to(runtime.device)
-    with locked(options.checkpoint_path) if runtime.is_main else contextlib.nullcontext():
-        run = Run(options, runtime, views, teacher_id)
-        begin(run, len(views))
-        cache = make_cache(run, teacher, views) if options.kd else None
-        try:
-            while run.epoch < options.num_epochs:
-                train_epoch(run, views, cache, stop)
-                end_epoch(run, cache, held_out, stop)
+) -> dict:
+    """One run, new or resumed, until its checkpoint, log and figures are written; what its checkpoint holds."""
+    rows, held_out = data.rows(config.subset, config.holdout), data.held_out(config.subset, config.holdout)
+    with locked(files.checkpoint) if runtime.is_main else contextlib.nullcontext():
+        run = Run(config, runtime, data.spec, len(rows), files)
+        begin(run, len(rows), resume)
+        while run.epoch < config.num_epochs:
+            k = epoch_view(config.views, config.flip, config.seed, run.epoch)
+            try:
+                teacher_logits = teacher.of_view(k, views, rows, stop) if config.kd else None
+                train_epoch(run, views, rows, k, teacher_logits, stop)
+                end_epoch(run, held_out, stop)
+                save_or_stop(run, stop)
+            except Stopped:
                 run.save()
-        except Stopped:
-            run.save()
-            runtime.print(f"saved {options.resume_path} at epoch {run.epoch + 1}, step {run.step}/{run.steps}")
-            raise
+                runtime.print(f"saved {files.resume} at epoch {run.epoch + 1}, step {run.step}/{run.steps}")
+                raise
+        content = run.finished_state()
         if runtime.is_main:
-            finish(run)
+            checkpoint.save(files.checkpoint, content)
+            figures = plot_curves(files.log, files.plots)
+            files.resume.unlink(missing_ok=True)
+            print(f"saved {files.checkpoint}, {files.log} and {', '.join(path.name for path in figures)}")
         runtime.barrier()
+    return content | {"path": files.checkpoint}
 
 
-def begin(run: Run, count: int) -> None:
+def begin(run: Run, images: int, resume: bool) -> None:
     """Restore an unfinished run, or start the log of a new one."""
-    options, runtime = run.options, run.runtime
-    make_folder(options.plots_path)
-    exists = options.resume_path.exists()
-    if options.resume == "True" and not exists:
-        raise UserError(f"--resume True: there is no unfinished run {options.resume_path}; leave --resume out")
+    config, runtime = run.config, run.runtime
+    make_folder(run.files.plots)
+    exists = run.files.resume.exists()
     runtime.barrier()
-    if exists and options.resume != "False":
+    if exists and resume:
         run.restore()
         return runtime.barrier()  # before the first process can finish and remove what the others read
-    chosen = ", ".join(f"{name} {run.identity[name]}" for name in ("optimizer", *config.RECIPE_OPTIONS, "seed"))
-    runtime.print(
-        f"{options.run_name}: {count:,} images, {run.steps} steps an epoch, {run.identity['device']}, "
-        f"{runtime.precision}, {chosen}"
-    )
-    if runtime.is_main:
-        header = {"run": options.run_name, "evaluated_on": options.split, "identity": run.identity.facts}
-        header["versions"] = checkpoint.versions()
-        run.log.begin(header, keep_old=not exists)  # an unfinished run's is worth less than what was kept before
-        keep_previous(options.checkpoint_path)
+    recipe = ", ".join(f"{name} {getattr(config, name)}" for name in ("optimizer", *RECIPE_FIELDS, "seed"))
+    device = machine(runtime)["device"]
+    runtime.print(f"{run.files.stem}: {images:,} images, {run.steps} steps per epoch, {device}, {recipe}")
+    run.log.append(run.header() | {"split": config.split})
     run.save()
 
 
-def make_cache(run: Run, teacher: torch.nn.Module, views: Views) -> TeacherCache:
-    """The teacher behind its cache, whose file is named after everything its logits depend on."""
-    options, spec = run.options, run.spec
-    path = None
-    if options.cache_teacher:
-        pixels = {"pixels": views.padded} | ({} if views.allowed is None else {"views": views.allowed})
-        facts = [run.identity[name] for name in ("teacher", "precision", "torch", "device")]
-        key = checkpoint.fingerprint(pixels, spec.mean, spec.std, *facts)
-        path = options.weights_path / f"{spec.prefix}teacher_{key}.cache"
-    with main_first(run.runtime):
-        return TeacherCache(path, teacher, views, len(spec.classes), run.runtime)
-
-
-def finish(run: Run) -> None:
-    """Write the finished checkpoint and the figures, drop the resume state, say what to type next."""
-    options = run.options
-    lines = run.log.lines
-    seconds = sum(line["seconds"] for line in lines)
-    checkpoint.save(options.checkpoint_path, run.state(metrics=lines[-1][options.split], seconds=seconds))
-    figures = plot_curves(options.log_path, options.plots_path)
-    images = run.identity["images"]
-    if logs := find_logs(options.plots_path, options.dataset, options.subset, options.holdout, images):
-        figures.append(plot_comparison(logs, options.comparison_path))
-    options.resume_path.unlink(missing_ok=True)
-    print(f"saved {options.checkpoint_path}, {options.log_path} and {', '.join(path.name for path in figures)}")
-    print(f"next: {options.command('test.py')}")
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run train.py with `argv` (None: the command line); the exit code."""
-    options = config.parse_train(argv)
-    goes_on = replace(options, resume="auto").command("train.py", every=True)
-    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
-        goes_on = goes_on.replace("python", f"torchrun --nproc_per_node={processes}", 1)
-    return exit_code(lambda: train_all(options), goes_on)
+# ---------------------------------------------------------------------------------------------- several runs
 
 
 def train_all(options: config.TrainOptions) -> None:
-    """The run asked for, or with --all every run that is not finished yet, and then the table."""
+    """The run that the options name, or with --all every run that is not finished yet, and then the table."""
     with StopSignal() as stop, start(options.device, options.precision, options.deterministic) as runtime:
-        spec, notes = find_dataset(options.spec, options.data_path, options.skip_broken, runtime, stop)
-        for note in notes:
+        if options.sync_bn and runtime.device.type != "cuda":
+            raise UserError("--sync_bn True needs CUDA devices: leave it out")
+        data = load_images(options.dataset, options.data_path, runtime, options.flip, options.skip_broken, stop)
+        for note in data.notes:
             runtime.print(note)
-        teacher, teacher_id = None, ""
-        for run_options in options.runs(spec):
-            run_options = replace(run_options, precision=runtime.precision)
-            if run_options.kd and teacher is None:  # one for all students
-                teacher, teacher_id = load_teacher(options, spec, runtime)
-            if options.all and is_finished(run_options, spec, runtime, teacher_id):
-                runtime.print(f"{run_options.run_name}: finished before, kept")
+        views = Views(data.train, data.spec, runtime.device)
+        runs = plan(options, data.spec, runtime.precision, runtime.world_size)
+        teacher, contents = None, []
+        for run in runs:
+            if run.kd:
+                if teacher is None:  # one for all students
+                    teacher = load_teacher(run, options, data.spec, runtime)
+                    runtime.print(f"the teacher is {teacher.title}")
+                run = replace(run, teacher=teacher.fingerprint)
+            files = files_of(run, options)
+            content = find_finished(run, files, options, data.spec)
+            if content:
+                ended = f"{content['metrics']['top1']:.2f}% top-1"
+                runtime.print(f"{run.stem}: already finished ({ended}), skipping; --resume False trains it again")
             else:
-                train(run_options, spec, runtime, stop, teacher, teacher_id)
+                content = train(run, data, views, teacher, files, options.resume, runtime, stop)
+            contents.append(content)
         if options.all:
-            paths = [run.checkpoint_path for run in options.runs(spec)]
-            contents = [checkpoint.load(path) | {"path": path} for path in paths]
-            contents = measure_all(contents, spec, options, runtime, stop)
+            shown = measure_all(contents, data, runtime, teacher, stop)
             if runtime.is_main:
-                publish(contents, options, "results")
+                publish(shown, options.plots_folder / f"results_{options.dataset}{runs[0].trial}")
+        else:
+            runtime.print(f"evaluate it with `{run.command('test.py', **options.folders())}`")
 
 
-def is_finished(options: config.TrainOptions, spec: DatasetSpec, runtime: Runtime, teacher_id: str) -> bool:
-    """Whether the very run of these options is finished; of the teacher, which --all does not shape, any that fits."""
-    path = options.checkpoint_path
-    if options.resume == "False" or options.resume_path.exists() or not path.exists():
-        return False
-    content = checkpoint.load(path, role=options.role, dataset=options.dataset)
-    if options.tto:
-        return not unfit(content, options, spec)
-    return content["identity"] == identity_of(options, spec, runtime, teacher_id)
+def files_of(run: RunName, options: config.TrainOptions) -> RunFiles:
+    """Where a run's files are; the teacher of --all is shared by all --name folders."""
+    if options.all and run.role == "teacher":
+        return RunFiles(options.weights_path, options.plots_path, run.stem)
+    return RunFiles(options.weights_folder, options.plots_folder, run.stem)
+
+
+def find_finished(run: RunConfig, files: RunFiles, options: config.TrainOptions, spec: DataSet) -> dict | None:
+    """The checkpoint of this very run if it is finished, else None; UserError if training would replace another run.
+
+    With --all, whose options are the students', any teacher that fits is taken.
+    """
+    if not options.resume or files.resume.exists() or not files.checkpoint.exists():
+        return None
+    content = checkpoint.load(files.checkpoint)
+    found = run_from(content["run"])
+    if options.all and run.role == "teacher":
+        if why := teacher_mismatch(content, run, spec):
+            raise UserError(f"the teacher {files.checkpoint} {why}: give another --weights_path")
+        return content
+    if differences(found, run):
+        raise UserError(
+            f"{files.checkpoint} is a finished run with {describe_differences(found, run)}: keep both with "
+            "--name WORD, or replace it with --resume False"
+        )
+    return content
+
+
+def main(argv: list | None = None) -> int:
+    """Run train.py with `argv` (None: the command line); the exit code."""
+    options = config.parse_train(argv)
+    return exit_code(lambda: train_all(options), resume_command(sys.argv[1:] if argv is None else argv))
+
+
+def resume_command(words: list) -> str:
+    """What to type to resume what these words started."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    python = "python" if processes == "1" else f"torchrun --nproc_per_node={processes}"
+    typed = shlex.join(["train.py", *map(str, words)])
+    return f"{python} {re.sub(r' --resume[ =](false|no|0)', '', typed, flags=re.IGNORECASE)}"
 
 
 if __name__ == "__main__":

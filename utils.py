@@ -1,35 +1,39 @@
 """Images in memory, the distillation loss, the metrics and the curves: functions of tensors and paths."""
 
-import inspect
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import matplotlib.style
 import matplotlib.ticker
-import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 
-from datasets import CROPS, OFFSETS, PAD, SIDE, DatasetSpec
-from datasets.digits import cached_digits
-from datasets.pictures import square
+from data_sets import DATA_SETS, PAD, SIDE, DataSet
+from data_sets.digits import cached_digits
+from data_sets.downloaded import read_torchvision
+from data_sets.folder import read_folder
 from runtime.device import Runtime
 from runtime.errors import Stopped, UserError
 from runtime.files import writing
-from runtime.identity import Identity
 from runtime.log import read_log
+from runtime.processes import main_first
+from runtime.progress import Progress
 from runtime.signals import StopSignal
 
 EVALUATION_BATCH = 500
-VIEWS = 2 * CROPS  # each crop as it is and mirrored
-FEW_CLASSES = 5  # of which every image has its class among the five likeliest: top-5 says nothing
+OFFSETS = 2 * PAD + 1  # crop positions along one axis
+CROPS = OFFSETS**2
+FEW_CLASSES = 5  # with so few classes every image is right in the top 5
+DIGITS_IMAGES = {"train": 5000, "test": 2000}
 
 # ---------------------------------------------------------------------------------------------- data
 
 
 @dataclass(frozen=True)
 class Images:
-    """A data set in memory: pixels (N, 32, 32, 3) uint8 and labels (N,) int64, on one device."""
+    """Images in memory: pixels (N, 32, 32, 3) uint8 and labels (N,) int64, on one device."""
 
     pixels: torch.Tensor
     labels: torch.Tensor
@@ -37,167 +41,157 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, rows: slice) -> "Images":
+    def __getitem__(self, rows) -> "Images":
         return Images(self.pixels[rows], self.labels[rows])
 
-    def to(self, device: torch.device) -> "Images":
-        return Images(self.pixels.to(device), self.labels.to(device))
+
+@dataclass(frozen=True)
+class Data:
+    """A data set as it was read, on the CPU, and what the user should be told about it."""
+
+    spec: DataSet
+    train: Images
+    test: Images
+    notes: tuple[str, ...] = ()
+
+    def rows(self, subset: int | None, holdout: int) -> torch.Tensor:
+        """The rows of `train` (N,) to train on: the first `subset` (None: all) without the last `holdout` of these."""
+        count = min(subset or len(self.train), len(self.train))
+        if holdout >= count:
+            raise UserError(f"--holdout {holdout} leaves none of the {count} training images: give a smaller number")
+        return torch.arange(count - holdout)
+
+    def held_out(self, subset: int | None, holdout: int) -> Images:
+        """The images to evaluate on: the test images, of which `subset` keeps a fifth of its number, or the holdout."""
+        if holdout:
+            rows = self.rows(subset, holdout)
+            return self.train[len(rows) : len(rows) + holdout]
+        return self.test[: max(subset // 5, 1)] if subset else self.test
 
 
 def load_images(
-    spec: DatasetSpec, folder: Path, *splits: str, subset: int | None = None, holdout: int = 0
-) -> list[Images]:
-    """The images of each of `splits`, on the CPU: "train", "holdout" or "test".
+    name: str,
+    folder: Path,
+    runtime: Runtime,
+    flip: bool | None = None,
+    skip_broken: bool = False,
+    stop: StopSignal | None = None,
+) -> Data:
+    """The data set `name` in `folder`, downloaded or drawn if it is missing; UserError if it can't be had.
 
-    `subset` keeps the first N training and N/5 test images; "holdout" are the last `holdout` training images, which
-    "train" is then without. UserError where the data can't be had.
+    The row gets what the images say: their fingerprint, their number and, unless it has them, mean and deviation.
     """
-    halves = read_images(spec, folder, {"test" if split == "test" else "train" for split in splits})
-    if subset:
-        sizes = {"train": subset, "test": max(subset // 5, 1)}
-        halves = {half: images[: sizes[half]] for half, images in halves.items()}
-    if holdout and "train" in halves:
-        train, kept = halves["train"], len(halves["train"]) - holdout
-        if kept < 1:
-            raise UserError(f"--holdout {holdout} leaves none of the {len(train)} training images: give less")
-        halves |= {"train": train[:kept], "holdout": train[kept:]}
-    return [halves[split] for split in splits]
+    spec, notes = DATA_SETS[name], []
+    with main_first(runtime):
+        if spec.source == "folder":
+            classes, arrays, notes = read_folder(folder, skip_broken, show_progress=runtime.is_main, stop=stop)
+            spec = replace(spec, classes=classes)
+        elif spec.source == "digits":
+            arrays = {split: cached_digits(folder, split, count) for split, count in DIGITS_IMAGES.items()}
+        else:
+            arrays = read_torchvision(spec, folder)
+    train, test = (Images(*map(torch.from_numpy, arrays[split])) for split in ("train", "test"))
+    digest = hashlib.sha256(repr(spec.classes).encode())
+    for tensor in (train.pixels, train.labels, test.pixels, test.labels):
+        digest.update(tensor.numpy())
+    mean, std = (spec.mean, spec.std) if spec.mean else pixel_statistics(train.pixels)
+    flip = spec.flip if flip is None else flip
+    fingerprint = digest.hexdigest()[:16]
+    spec = replace(spec, mean=mean, std=std, flip=flip, fingerprint=fingerprint, train_images=len(train))
+    return Data(spec, train, test, tuple(notes))
 
 
-def read_images(spec: DatasetSpec, folder: Path, halves: set[str]) -> dict[str, Images]:
-    """The whole training set ("train") or test set ("test"), each if asked for."""
-    if not spec.is_known:
-        raise UserError("--dataset folder is for train.py and test.py, which read the folder first")
-    if spec.halves:
-        read = spec.halves
-    elif spec.torchvision_class is None:
-        read = {half: cached_digits(folder, half, {"train": spec.train_images, "test": 2000}[half]) for half in halves}
-    else:
-        read = read_torchvision(spec, folder, sorted(halves))
-    return {half: Images(*map(torch.from_numpy, read[half])) for half in halves}
+def pixel_statistics(pixels: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel, 0 to 1, of pixels (N, H, W, 3) uint8."""
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    shares = [
+        torch.bincount(pixels[..., i].flatten(), minlength=256).double() / pixels[..., i].numel() for i in range(3)
+    ]
+    means = [float(share @ levels) for share in shares]
+    variances = [float(share @ (levels - mean) ** 2) for share, mean in zip(shares, means, strict=True)]
+    return tuple(means), tuple(max(variance**0.5, 1 / 255) for variance in variances)  # 0 for pictures of one colour
 
 
-def read_torchvision(spec: DatasetSpec, folder: Path, halves: list[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Pixels and labels of each half, downloaded by torchvision where they are not there, MD5-checked.
+# ---------------------------------------------------------------------------------------------- views
 
-    What is not 32 x 32 pixels of RGB already becomes so as pictures do.
+
+def seeded_generator(*key) -> torch.Generator:
+    """A CPU generator whose stream depends on `key` alone."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def epoch_order(rows: torch.Tensor, seed: int, epoch: int) -> torch.Tensor:
+    """Image rows (N,) in the order of an epoch, a function of (seed, epoch)."""
+    return rows[torch.randperm(len(rows), generator=seeded_generator("order", seed, epoch))]
+
+
+def epoch_view(count: int, flip: bool, seed: int, epoch: int) -> int:
+    """Which of its `count` views every image shows in an epoch, a function of (seed, epoch).
+
+    All views are shown once, in random order, before one comes again. With `flip`, views 0, 2, 4, ... alternate with
+    1, 3, 5, ..., so that an image is mirrored in every other epoch (K. Jordan, "94% on CIFAR-10 in 3.29 seconds on a
+    single GPU", 2024, section 3.6).
     """
-    dataset_class = getattr(torchvision.datasets, spec.torchvision_class)
-
-    class CheckedOnce(dataset_class):
-        """The data set, its files read for their check sums until they were found whole: twice a half otherwise."""
-
-        whole = False
-
-        def _check_integrity(self) -> bool:
-            CheckedOnce.whole = CheckedOnce.whole or super()._check_integrity()
-            return CheckedOnce.whole
-
-    CheckedOnce.__name__ = dataset_class.__name__  # which some name their folder after
-    by_split = "split" in inspect.signature(dataset_class).parameters
-    needed, url = folder / getattr(dataset_class, "base_folder", ""), getattr(dataset_class, "url", "its source")
-    put = f"put {dataset_class.filename} into {folder}, " if hasattr(dataset_class, "filename") else ""
-    try:
-        asked = {half: {"split": half} if by_split else {"train": half == "train"} for half in halves}
-        return {half: as_arrays(CheckedOnce(folder, download=True, **which)) for half, which in asked.items()}
-    except Exception as error:  # a network, a disk or an archive fails in many ways
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"no whole {spec.torchvision_class} in {needed}, and no download from {url}: {why}; "
-            f"run again with a network, {put}or give its folder by --data_path"
-        ) from error
-
-
-def as_arrays(found: torchvision.datasets.VisionDataset) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels (N, 32, 32, 3) uint8 and labels (N,) int64 of a data set that gives pictures and classes' numbers."""
-    pixels = getattr(found, "data", None)
-    if isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.shape[1:] == (SIDE, SIDE, 3):
-        return pixels, np.asarray(found.targets, dtype=np.int64)
-    pixels, labels = np.empty((len(found), SIDE, SIDE, 3), np.uint8), np.empty(len(found), np.int64)
-    for i in range(len(found)):
-        picture, labels[i] = found[i]
-        pixels[i] = square(picture)
-    return pixels, labels
+    cycle, place = divmod(epoch, count)
+    views = torch.randperm(count, generator=seeded_generator("views", seed, cycle))
+    if flip:
+        alternating = torch.empty_like(views)
+        alternating[0::2], alternating[1::2] = views[views % 2 == 0], views[views % 2 == 1]
+        views = alternating
+    return int(views[place])
 
 
 class Views:
-    """Every random crop and mirror image of a set of images; view = (dy * 9 + dx) * 2 + flip.
+    """The random crops and mirror images of a training set: each image has its own 1st, 2nd, ... view.
 
-    An epoch's order and views are a function of (seed, epoch) alone and views belong to images, not to
-    positions: all processes agree without talking, and a resumed run repeats nothing and skips nothing. An image
-    that is mirrored in one epoch is not in the next, so that two epochs show more of it than by chance (K. Jordan,
-    "94% on CIFAR-10 in 3.29 seconds on a single GPU", 2024, section 3.6).
+    A view is (dy * 9 + dx) * 2 + mirrored. The k-th view of an image depends on nothing but the image's row and the
+    size of the training set: all seeds share it, and so the teacher's logits of it.
     """
 
-    def __init__(self, images: Images, spec: DatasetSpec, limit: int | None = None) -> None:
-        self.labels, self.spec = images.labels, spec
-        device = images.pixels.device
-        self.padded = F.pad(images.pixels, (0, 0, PAD, PAD, PAD, PAD))
-        # The window of 32 rows of 96 bytes that starts at each padded pixel: picking a crop is 32 block copies.
+    def __init__(self, images: Images, spec: DataSet, device: torch.device) -> None:
+        self.device, self.flip = device, spec.flip
+        home = torch.device("cpu") if device.type == "mps" else device  # MPS can't gather from overlapping windows
+        self.labels = images.labels.to(device)
+        self.padded = F.pad(images.pixels.to(home), (0, 0, PAD, PAD, PAD, PAD))
+        # The window of 32 rows of 96 bytes that starts at each padded pixel: picking a crop copies 32 blocks.
         self.width = self.padded.shape[2]
-        last_start = self.labels.numel() * self.width**2 - (SIDE - 1) * (self.width + 1)
+        last_start = len(images) * self.width**2 - (SIDE - 1) * (self.width + 1)
         self.windows = self.padded.as_strided((last_start, SIDE, SIDE * 3), (3, self.width * 3, 1))
         self.normalise = Normaliser(spec, device)
-        self.flip = spec.flip
-        # The views that --views K leaves an image are the same for every seed, so that all share a cache.
-        limited = limit is not None and limit < spec.views
-        self.allowed = self.choose_views(limit) if limited else None
-
-    def choose_views(self, limit: int) -> torch.Tensor:
-        """`limit` views of each image (N, limit): crops at random, and every other one mirrored."""
-        generator = torch.Generator().manual_seed(0)
-        columns = torch.arange(limit)
-        if not self.flip:
-            return 2 * torch.rand(len(self), CROPS, generator=generator).topk(limit).indices
-        crops = torch.rand(len(self), 2, CROPS, generator=generator).topk((limit + 1) // 2).indices
-        mirrored = (columns + torch.randint(2, (len(self), 1), generator=generator)) % 2
-        return 2 * crops[:, columns % 2, columns // 2] + mirrored
+        generator = seeded_generator("views of images")
+        self.crops = torch.randperm(CROPS, generator=generator).to(home)
+        self.mirrored_first = torch.randint(2, (len(images),), generator=generator).to(home)
+        self.starts = torch.randint(CROPS, (len(images), 2), generator=generator).to(home)  # unmirrored and mirrored
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def plan(self, seed: int, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The order of the images (N,) and the view of each image (N,), both int64 on the CPU."""
-        count, generator = len(self), torch.Generator().manual_seed(seed * 100_003 + epoch)
-        order = torch.randperm(count, generator=generator)
-        if self.allowed is None:
-            crops = torch.randint(CROPS, (count,), generator=generator)
-            mirrored_first = torch.randint(2, (count,), generator=torch.Generator().manual_seed(seed))
-            return order, 2 * crops + (mirrored_first + epoch) % 2 * self.flip
-        # Every other column is mirrored: the even ones are for one epoch, the odd ones for the next.
-        limit = self.allowed.shape[1]
-        stride = 2 if self.flip and limit > 1 else 1
-        first = epoch % stride
-        columns = first + stride * torch.randint(len(range(first, limit, stride)), (count,), generator=generator)
-        return order, self.allowed.gather(1, columns[:, None])[:, 0]
+    def view_of(self, rows: torch.Tensor, k: int) -> torch.Tensor:
+        """The k-th view (B,) of image rows (B,): every other k mirrored, all different until all are used."""
+        if not self.flip:
+            return 2 * self.crops[(self.starts[rows, 0] + k) % CROPS]
+        mirrored = (self.mirrored_first[rows] + k) % 2
+        return 2 * self.crops[(self.starts[rows, mirrored] + k // 2) % CROPS] + mirrored
 
-    def columns(self, rows: torch.Tensor, views: torch.Tensor) -> torch.Tensor:
-        """The place (B,) of each view (B,) among the `per_image` ones that its image row (B,) is left."""
-        return views if self.allowed is None else (self.allowed[rows] == views[:, None]).nonzero()[:, 1]
-
-    @property
-    def per_image(self) -> int:
-        """How many views an image has a place for."""
-        return VIEWS if self.allowed is None else self.allowed.shape[1]
-
-    def batch(self, rows: torch.Tensor, views: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Image rows (B,) in their views (B,), normalised (B, 3, 32, 32) channels_last, and their labels (B,)."""
-        device = self.labels.device
-        rows, views = (values.to(device, non_blocking=device.type == "cuda") for values in (rows, views))
-        top, left, flip = views // 2 // OFFSETS, views // 2 % OFFSETS, views % 2 == 1
+    def images(self, rows: torch.Tensor, k: int) -> torch.Tensor:
+        """Image rows (B,) in their k-th view, normalised (B, 3, 32, 32) channels_last."""
+        rows = rows.to(self.padded.device)
+        views = self.view_of(rows, k)
+        top, left, mirrored = views // 2 // OFFSETS, views // 2 % OFFSETS, views % 2 == 1
         crops = self.windows.index_select(0, (rows * self.width + top) * self.width + left)
-        mirrored = crops.unflatten(2, (SIDE, 3)).flip(2).flatten(2)
+        flipped = crops.unflatten(2, (SIDE, 3)).flip(2).flatten(2)
         # Chosen eight bytes at a time: byte by byte takes longer than all the rest.
-        words = torch.where(flip.view(-1, 1, 1), mirrored.view(torch.int64), crops.view(torch.int64))
-        return self.normalise(words.view(torch.uint8).unflatten(2, (SIDE, 3))), self.labels[rows]
+        words = torch.where(mirrored.view(-1, 1, 1), flipped.view(torch.int64), crops.view(torch.int64))
+        return self.normalise(words.view(torch.uint8).unflatten(2, (SIDE, 3)).to(self.device))
 
 
 class Normaliser:
-    """Pixels (B, H, W, 3) uint8 -> (B, 3, H, W) float32 of mean 0 and std 1, channels_last without a copy."""
+    """Pixels (B, 32, 32, 3) uint8 -> (B, 3, 32, 32) float32 of mean 0 and deviation 1, channels_last without a copy."""
 
-    def __init__(self, spec: DatasetSpec, device: torch.device) -> None:
+    def __init__(self, spec: DataSet, device: torch.device) -> None:
         mean, std = torch.tensor(spec.mean, device=device), torch.tensor(spec.std, device=device)
-        # For a whole row of pixels, so that a processor works on many at once: three numbers take seven times as long.
+        # For a whole row of pixels at once: three numbers at a time take seven times as long.
         self.scale, self.shift = (1 / (255 * std)).repeat(SIDE), (-mean / std).repeat(SIDE)
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -223,7 +217,7 @@ def kd_loss(
 ) -> torch.Tensor:
     """alpha * T^2 * KL(teacher_T || student_T) + (1 - alpha) * CE, a scalar in nats, in float32.
 
-    Logits (B, C), targets (B,) int64. ValueError where temp <= 0 or alpha is outside [0, 1].
+    Logits (B, C), targets (B,) int64. ValueError if temp <= 0 or alpha is outside [0, 1].
     """
     if not temp > 0:
         raise ValueError(f"temp must be above 0, not {temp}")
@@ -238,9 +232,9 @@ def kd_loss(
 
 
 def topk_correct(logits: torch.Tensor, targets: torch.Tensor, ks: tuple[int, ...] = (1, 5)) -> torch.Tensor:
-    """How many of logits (B, C) have their target (B,) among the k highest: one count a k, int64.
+    """How many of logits (B, C) have their target (B,) among the k highest: one count per k, int64.
 
-    A tie counts against the target, and so does a NaN: constant logits score nothing by luck.
+    A tie counts against the target, and so does a NaN: constant logits are right nowhere.
     """
     of_target = logits.gather(1, targets[:, None])
     ahead = (~(logits < of_target)).sum(1) - 1
@@ -254,61 +248,82 @@ def accuracies(logits: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def all_logits(
-    model: torch.nn.Module, images: Images, spec: DatasetSpec, runtime: Runtime, stop: StopSignal | None = None
+def compute_logits(
+    model: torch.nn.Module,
+    images_of: Callable[[torch.Tensor], torch.Tensor],
+    count: int,
+    num_classes: int,
+    runtime: Runtime,
+    stop: StopSignal | None = None,
+    title: str = "",
 ) -> torch.Tensor:
-    """The logits (N, C) of all images in their order, float64 on every process's CPU, each computed once.
+    """Logits (count, num_classes), float64 on every process's CPU, of images (B, 3, 32, 32) = images_of(rows (B,)).
 
-    Stopped where a signal came, UserError where a logit is not finite.
+    All batches have one size and processes share them, so that an image's logits depend on neither. With a `title`,
+    progress is shown. Stopped if a signal came to a single process, UserError if a logit is not finite.
     """
-    normalise = Normaliser(spec, images.pixels.device)
-    rows = torch.arange(runtime.rank, len(images), runtime.world_size)
-    parts = []
-    for part in rows.to(images.pixels.device).split(EVALUATION_BATCH):
-        with runtime.autocast():
-            parts.append(model(normalise(images.pixels[part])))
-        if stop is not None and stop.number and runtime.world_size == 1:
-            raise Stopped(stop.number)
-    logits = torch.zeros(len(images), len(spec.classes), dtype=torch.float64)
-    logits[rows] = torch.cat(parts).cpu().double()
-    logits = runtime.total(logits)  # another process's rows are zeros here
+    logits = torch.zeros(count, num_classes, dtype=torch.float64)
+    starts = range(0, count, EVALUATION_BATCH)
+    shown = bool(title) and runtime.is_main
+    with runtime.repeatable_logits(), Progress(title, len(starts), shown, unit="batch") as progress:
+        for start in starts[runtime.rank :: runtime.world_size]:
+            rows = torch.arange(start, start + EVALUATION_BATCH).clamp(max=count - 1)
+            images = images_of(rows).contiguous(memory_format=runtime.memory_format)
+            with runtime.autocast():
+                batch = model(images)
+            logits[start : start + EVALUATION_BATCH] = batch[: count - start].cpu().double()
+            if stop is not None and stop.number and runtime.world_size == 1:
+                raise Stopped(stop.number)
+            if progress.step():
+                progress.show("")
+    logits = runtime.total(logits)  # rows of other processes are zeros here
     if not logits.isfinite().all():
-        raise UserError("the model answers with numbers that are not finite: train it anew with a lower --lr")
+        raise UserError("the model's logits are not finite: train it again with a lower --lr")
     return logits
 
 
+def held_out_logits(
+    model: torch.nn.Module, images: Images, spec: DataSet, runtime: Runtime, stop: StopSignal | None = None
+) -> torch.Tensor:
+    """The logits (N, C) of images as they are, not augmented; see `compute_logits`."""
+    normalise = Normaliser(spec, runtime.device)
+    count, classes = len(images), len(spec.classes)
+    return compute_logits(
+        model, lambda rows: normalise(images.pixels[rows].to(runtime.device)), count, classes, runtime, stop
+    )
+
+
 def evaluate(
-    model: torch.nn.Module, images: Images, spec: DatasetSpec, runtime: Runtime, stop: StopSignal | None = None
+    model: torch.nn.Module, images: Images, spec: DataSet, runtime: Runtime, stop: StopSignal | None = None
 ) -> dict[str, float]:
     """Mean cross-entropy (nats), top-1 and, of more than five classes, top-5 (0 to 1) over all images.
 
-    Raises what `all_logits` raises.
+    Raises what `compute_logits` raises.
     """
     model.eval()
-    runtime.share_buffers(model)  # what is evaluated is what the first process saves
-    logits, labels = all_logits(model, images, spec, runtime, stop), images.labels.cpu()
-    return {"loss": F.cross_entropy(logits, labels).item(), **accuracies(logits, labels)}
+    runtime.share_buffers(model)  # so that what is evaluated is what the first process saves
+    logits = held_out_logits(model, images, spec, runtime, stop)
+    return {"loss": F.cross_entropy(logits, images.labels).item(), **accuracies(logits, images.labels)}
 
 
 # ---------------------------------------------------------------------------------------------- curves
 
-# Okabe & Ito's colours, told apart by the colour-blind too.
+# Okabe & Ito's colours, which colour-blind people can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 def new_figure(height: float):
-    """A figure of README width, drawn without a display, the same whatever a user's matplotlibrc says."""
+    """A figure of README width, drawn without a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    matplotlib.rcdefaults()
     figure = Figure(figsize=(7, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def new_axes(title: str, ylabel: str):
-    """The labelled axes of a figure whose only ones they are."""
+    """The labelled axes of a figure that has only these."""
     axes = new_figure(4.2).add_subplot(title=title, xlabel="epoch", ylabel=ylabel)
     axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
@@ -324,24 +339,24 @@ def save_figure(axes, path: Path) -> Path:
     return path
 
 
+@matplotlib.style.context("default")
 def plot_curves(log_path: Path, out_dir: Path) -> list[Path]:
-    """Draw a run's accuracy (%) and loss (nats) over its epochs from its JSON lines; the figures' paths."""
+    """Draw a run's accuracy (%) and loss (nats) over its epochs from its log; the paths of the two figures.
+
+    UserError if the log can't be read.
+    """
     log_path, out_dir = Path(log_path), Path(out_dir)
     header, lines = read_log(log_path)
     epochs = [line["epoch"] for line in lines]
     panels = {
         "accuracy": ("accuracy (%)", {"top1": ("top-1", "-"), "top5": ("top-5", "--")}),
-        "loss": ("loss (nats)", {"loss": ("loss", "-")}),
+        "loss": ("loss (nats)", {"loss": ("loss", "-"), "ce": ("cross-entropy", "--"), "kl": ("soft term", ":")}),
     }
-    identity = Identity(header["identity"])
-    if identity["kd"]:
-        soft = "T² KL" if identity["loss"] == "kd" else identity["loss"].upper()
-        panels["loss"][1].update(ce=("cross-entropy", "--"), kl=(soft, ":"))
     paths = []
     for panel, (ylabel, curves) in panels.items():
-        axes = new_axes(f"{identity.title} on {identity['dataset']}: {panel}", ylabel)
+        axes = new_axes(f"{header['title']} on {header['run']['dataset']}: {panel}", ylabel)
         for key, (label, style) in curves.items():
-            for colour, split in zip(COLOURS, ("train", header["evaluated_on"]), strict=False):
+            for colour, split in zip(COLOURS, ("train", header["split"]), strict=False):
                 if lines and key in lines[0][split]:
                     values = [line[split][key] for line in lines]
                     axes.plot(epochs, values, style, color=colour, marker=".", label=f"{split} {label}")

@@ -1,6 +1,8 @@
-"""This project's own side of the benchmarks: train.py's loop from start to end, on the device that the options name."""
+"""This project's own side of the benchmarks: train.py's loop, on the device that the options name."""
 
 from collections.abc import Callable
+
+import torch
 
 from config import TrainOptions
 from runtime.device import Runtime
@@ -9,14 +11,16 @@ from runtime.processes import start
 from runtime.signals import StopSignal
 from train import train_epoch
 from training.run import Run
-from utils import Views
+from utils import Views, epoch_view
 
 
-def train_whole(run: Run, views: Views) -> float:
-    """Train until the run's end, without evaluation and files; the seconds that its epochs took."""
-    stop, seconds = StopSignal(), 0.0
-    while run.epoch < run.options.num_epochs:
-        train_epoch(run, views, None, stop)
+def train_whole(run: Run, views: Views, rows: torch.Tensor) -> float:
+    """Train a teacher, or a student without KD, to the end, without evaluation; the seconds of its epochs."""
+    config, stop, seconds = run.config, StopSignal(), 0.0
+    while run.epoch < config.num_epochs:
+        k = epoch_view(config.views, config.flip, config.seed, run.epoch)
+        train_epoch(run, views, rows, k, None, stop)
+        run.count_time()
         seconds += run.seconds
         run.begin_epoch(run.epoch + 1)
     return seconds

@@ -1,17 +1,12 @@
-"""How good after how many seconds of training: this project beside the usual loop, on training images kept aside.
+"""How accurate after how many seconds of training: this project and the baseline loop, on held-out training images.
 
-    python benchmarks/time_to_accuracy.py --role teacher --images 10000 --json teacher.json --figure teacher.png
+    python benchmarks/time_to_accuracy.py --role teacher --images 10000 --json results.json --figure teacher.png
     python benchmarks/time_to_accuracy.py --quick         a rough one in a few minutes
     python benchmarks/time_to_accuracy.py --device cuda   further options are train.py's, for our side
 
-Both sides train on the same images at each of --lengths, every length with a whole schedule of its own, because the
-accuracy in the middle of a schedule says little; the last epoch counts. Ours is train.py's own loop and recipe. The
-usual loop is plain.py's with what the well-known CIFAR repositories do (kuangliu/pytorch-cifar,
-weiaicunzai/pytorch-cifar100): SGD, batch 128, a cosine to zero. Of several --plain_lr the best at each length counts:
-chosen on the images on which it is reported, in favour of the usual loop. The seconds are those of training alone,
-without evaluation and compilation. Nothing here sees the test set.
-
-With --json FILE each finished training is on disk at once, and the same command goes on where it was cut off.
+Both sides train on the same images at each of --lengths, every length with its own learning rate schedule; the last
+epoch counts. The baseline loop has a cosine schedule, and the best of its --baseline_lr counts at each length. The
+seconds are those of training alone. With --json FILE each finished training is saved at once, and not repeated.
 """
 
 import contextlib
@@ -21,71 +16,37 @@ import math
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from matplotlib.ticker import LogLocator, NullFormatter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from curves import best_points, find, means, plot, points_table, read_results, run_all, targets_table, unreached_text
+import baseline_loop as baseline
 from ours import on_device, train_whole
-from plain import MOMENTUM, WEIGHT_DECAY, plain_batches, plain_steps
 
 import config
-from datasets import DatasetSpec
-from models import build_model
-from models.vgg import initialise
-from runtime import checkpoint
-from runtime.device import Runtime, device_title
+from evaluation.report import table, write_json
+from runtime.cli import Parser, file_name, number
+from runtime.device import Runtime, device_title, machine
 from runtime.errors import UserError
-from runtime.files import locked
-from training.run import Run, identity_of
-from utils import Images, Views, evaluate, load_images
+from training.run import Run, RunFiles
+from training.runs import plan
+from utils import COLOURS, Views, evaluate, load_images, new_axes, save_figure
 
-HELD_OUT = 0.1  # of the training set, its last images
-LENGTHS, QUICK_LENGTHS = (1, 2, 4, 8), (1, 2)  # epochs
 QUICK_IMAGES = {"teacher": 1_000, "student": 4_000}
-
-PLAIN_BATCH = 128  # both repositories', and that of the loops that were copied from them
-# Peak rates: 0.1 is both repositories' for every network; chengyangfu/pytorch-vgg-cifar10 takes half of it for VGGs.
-PLAIN_LR = {"teacher": 0.05, "student": 0.1}
-# Part of all steps in which the rate rises: sixteen layers without a shortcut may get lost where it starts at the peak.
-PLAIN_WARM_UP = {"teacher": 0.1, "student": 0.0}
-SETTLED = ("tto", "kd", "all", "num_epochs", "subset", "holdout", "weights_path", "plots_path")  # options of train.py
-
-# ---------------------------------------------------------------------------------------------- trainings
+# Peak learning rates: 0.1 for every network in both repositories that baseline_loop.py follows, and half of it for VGGs
+# in chengyangfu/pytorch-vgg-cifar10. Sixteen layers without shortcuts may learn nothing without a warm-up.
+BASELINE_LR, BASELINE_WARM_UP = {"teacher": 0.05, "student": 0.1}, {"teacher": 0.1, "student": 0.0}
+SETTLED = ("--tto", "--kd", "--all", "--num", "--sub", "--hold", "--weights", "--plots")  # options of train.py
+SIDES = {"ours": "ours", "baseline": "baseline loop"}
+Curve = list[tuple[float, float]]  # seconds and top-1 (%), from short to long trainings
 
 
-@dataclass(frozen=True)
-class Training:
-    """One training to do: its side, its length in epochs, its seed, and the usual loop's peak rate."""
-
-    side: str
-    epochs: int
-    seed: int
-    lr: float | None = None  # None: our recipe's
-
-
-def plan(lengths: list[int], seeds: range, rates: list[float]) -> list[Training]:
-    """All trainings, the sides in turn: what else the machine does meets both."""
-    trainings = []
-    for seed, epochs in itertools.product(seeds, lengths):
-        trainings.append(Training("ours", epochs, seed))
-        trainings += [Training("plain", epochs, seed, lr) for lr in rates]
-    return trainings
-
-
-def plain_model(role: str, num_classes: int) -> nn.Module:
-    """A role's network with the initialisation that torchvision's VGG has (He et al., 2015), and no identities."""
-    model = build_model(role, num_classes)
-    initialise(model)
-    return model
-
-
-def plain_factor(step: int, total: int, warm_up: float) -> float:
-    """What the peak rate is multiplied by at step 0 <= step < total: a linear rise, then a cosine to zero."""
+def lr_factor(step: int, total: int, warm_up: float) -> float:
+    """The baseline loop's learning rate at 0 <= step < total, of the peak: a linear rise, then a cosine."""
     rising = int(total * warm_up)
     if step < rising:
         return (step + 1) / rising
@@ -96,159 +57,192 @@ class Bench:
     """Images, options and device of this benchmark, and how each side trains on them."""
 
     def __init__(self, options: config.TrainOptions, count: int | None, runtime: Runtime) -> None:
-        """Train on the first `count` images (None: all that are not kept aside); UserError where there are fewer."""
-        everything = load_images(options.spec, options.data_path, "train")[0]
-        held_out = int(len(everything) * HELD_OUT)
-        most = len(everything) - held_out
-        if count is not None and count > most:
-            raise UserError(f"--images {count}: there are {most}, for {held_out} are kept aside; give less")
-        self.images, self.held_out = everything[:most][:count], everything[most:].to(runtime.device)
-        self.options = replace(options, holdout=held_out, precision=runtime.precision)
-        self.spec: DatasetSpec = options.spec
-        self.runtime = runtime
+        """Train on the first `count` images (None: all that are not held out)."""
+        self.runtime, self.folder = runtime, options.weights_path
+        self.data = load_images(options.dataset, options.data_path, runtime, options.flip)
+        whole = len(self.data.train)
+        (self.run,) = plan(replace(options, holdout=whole // 10), self.data.spec, runtime.precision, 1)
+        self.rows = self.data.rows(None, self.run.holdout)[:count]
+        self.held_out = self.data.held_out(None, self.run.holdout)
 
-    def our_options(self, training: Training) -> config.TrainOptions:
-        return replace(self.options, num_epochs=training.epochs, seed=training.seed)
+    def settings(self, side: str, epochs: int, lr: float | None = None) -> dict:
+        """Everything that shapes a training's result, as JSON has it; `lr` is the baseline loop's."""
+        run = asdict(replace(self.run, num_epochs=epochs))
+        if side == "baseline":
+            run = {name: run[name] for name in ("role", "dataset", "images", "holdout", "flip", "num_epochs", "seed")}
+            run |= {"lr": lr, "warm_up": BASELINE_WARM_UP[self.run.role]}
+        return json.loads(json.dumps({"side": side, "train_images": len(self.rows), **run, **machine(self.runtime)}))
 
-    def settings(self, training: Training) -> dict:
-        """All that a training's result hangs on, as JSON knows it."""
-        facts = identity_of(self.our_options(training), self.spec, self.runtime).facts
-        if training.side == "plain":
-            shared = ("role", "architecture", "dataset", "num_epochs", "seed", "holdout", "torch", "device")
-            facts = {name: facts[name] for name in (*shared, "flip") if name in facts}  # an unusual flip is a fact
-            facts |= {"optimizer": "sgd", "lr": training.lr, "batch_size": PLAIN_BATCH, "momentum": MOMENTUM}
-            facts |= {"weight_decay": WEIGHT_DECAY, "warm_up": PLAIN_WARM_UP[self.options.role]}
-        facts |= {"side": training.side, "images": len(self.images), "versions": checkpoint.versions()}
-        return json.loads(json.dumps(facts))
-
-    def train(self, training: Training) -> dict[str, float]:
-        """The seconds of a training, and its top-1 (0 to 1) on the images kept aside."""
-        if training.side == "ours":
-            model, seconds = self.train_ours(self.our_options(training), self.images)
-            return {"seconds": seconds, "top1": evaluate(model, self.held_out, self.spec, self.runtime)["top1"]}
-        model, seconds = self.train_plain(training, self.images)
+    def train(self, settings: dict) -> dict[str, float]:
+        """The seconds of a training, and its top-1 (0 to 1) on the held-out images."""
+        model, seconds, runtime = (self.train_ours if settings["side"] == "ours" else self.train_baseline)(settings)
         try:
-            in_float32 = replace(self.runtime, autocast_dtype=None)
-            top1 = evaluate(model, self.held_out, self.spec, in_float32)["top1"]
-        except UserError:  # it has diverged, and a NaN names no class
+            top1 = evaluate(model, self.held_out, self.data.spec, runtime)["top1"]
+        except UserError:  # it has diverged
             top1 = 0.0
         return {"seconds": seconds, "top1": top1}
 
-    def train_ours(self, options: config.TrainOptions, images: Images) -> tuple[nn.Module, float]:
-        """The model that train.py's loop leaves, and the seconds it counted itself."""
-        views = Views(images.to(self.runtime.device), self.spec, options.views)
-        run = Run(options, self.runtime, views)
-        seconds = train_whole(run, views)
-        return run.model, seconds
+    def train_ours(self, settings: dict) -> tuple[torch.nn.Module, float, Runtime]:
+        """The model that train.py's loop trains, its seconds, and the runtime to evaluate it in."""
+        run = replace(self.run, num_epochs=settings["num_epochs"])
+        files = RunFiles(self.folder, self.folder, run.stem)
+        ours = Run(run, self.runtime, self.data.spec, len(self.rows), files)
+        seconds = train_whole(ours, Views(self.data.train, self.data.spec, self.runtime.device), self.rows)
+        return ours.model, seconds, self.runtime
 
-    def train_plain(self, training: Training, images: Images) -> tuple[nn.Module, float]:
-        """The model that the usual loop leaves, and its seconds; its workers have started before."""
-        torch.manual_seed(training.seed)
-        device, role, steps = self.runtime.device, self.options.role, len(images) // PLAIN_BATCH
-        model = plain_model(role, len(self.spec.classes)).to(device)
-        optimizer = torch.optim.SGD(model.parameters(), lr=training.lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
-        total, warm_up = steps * training.epochs, PLAIN_WARM_UP[role]
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: plain_factor(step, total, warm_up))
-        with contextlib.closing(plain_batches(images, self.spec, PLAIN_BATCH, device)) as endless, default_float32():
+    def train_baseline(self, settings: dict) -> tuple[torch.nn.Module, float, Runtime]:
+        """The same of the baseline loop; the workers have started before its seconds count."""
+        torch.manual_seed(settings["seed"])
+        device, spec, epochs = self.runtime.device, self.data.spec, settings["num_epochs"]
+        torch.backends.cudnn.allow_tf32 = True  # torch's default; our side in float32 does without
+        model = baseline.baseline_model(settings["role"], len(spec.classes), device)
+        optimizer = baseline.baseline_optimizer(model, settings["lr"])
+        images, steps = self.data.train[self.rows], len(self.rows) // baseline.BATCH_SIZE
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: lr_factor(step, steps * epochs, settings["warm_up"])
+        )
+        with contextlib.closing(baseline.baseline_batches(images, spec, baseline.BATCH_SIZE, device)) as endless:
             batches = itertools.chain([next(endless)], endless)
+            start = time.perf_counter()
+            baseline.baseline_steps(model, optimizer, batches, device, steps * epochs, schedule=schedule)
             self.runtime.synchronize()
-            begun = time.perf_counter()
-            for epoch in range(1, training.epochs + 1):
-                top1 = plain_steps(model, optimizer, batches, device, steps, schedule=schedule)
-                taken = time.perf_counter() - begun
-                print(f"epoch {epoch}/{training.epochs}: train top1 {100 * top1:.2f}%, {taken:.1f} s", flush=True)
-            self.runtime.synchronize()
-            return model, time.perf_counter() - begun
-
-    def warm_up(self) -> None:
-        """One step of each side, not counted: kernels are chosen, memory is taken."""
-        options = replace(self.options, num_epochs=1)
-        self.train_ours(options, self.images[: options.batch_size])
-        self.train_plain(Training("plain", 1, options.seed, lr=1e-3), self.images[:PLAIN_BATCH])
+            seconds = time.perf_counter() - start
+        torch.backends.cudnn.allow_tf32 = False
+        return model, seconds, replace(self.runtime, autocast_dtype=None)
 
 
-@contextlib.contextmanager
-def default_float32():
-    """Convolutions as torch does them where nobody asks: on CUDA in TF32, which this project turns off for fp32."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = True
+def read_results(path: Path | None) -> list[dict]:
+    """The trainings that a former call finished: {"settings", "seconds", "top1"} each; UserError for another file."""
     try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
+        results = json.loads(path.read_text())["trainings"] if path and path.exists() else []
+        if all(result.keys() == {"settings", "seconds", "top1"} for result in results):
+            return results
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise UserError(f"{path} holds no results of this benchmark: give another file by --json")
 
 
-# ---------------------------------------------------------------------------------------------- the command
+def run_all(wanted: list[dict], train, path: Path | None) -> list[dict]:
+    """The results of all wanted settings; `train` gets those that are not in the file yet."""
+    results = read_results(path)
+    for settings in wanted:
+        if settings not in [result["settings"] for result in results]:
+            print(f"{settings['side']}, {settings['num_epochs']} epochs", flush=True)
+            results.append({"settings": settings, **train(settings)})
+            if path is not None:
+                write_json(path, {"trainings": results})
+    return [result for result in results if result["settings"] in wanted]
 
 
-def build_parser() -> config.Parser:
-    """The parser of this script's own options."""
-    whole = config.number(int, at_least=1)
-    parser = config.Parser("time_to_accuracy.py", allow_abbrev=False, description=__doc__.partition("\n")[0])
-    parser.add_argument("--role", choices=tuple(PLAIN_LR), default="teacher", help="(default: teacher)")
-    parser.add_argument("--lengths", type=whole, nargs="+", help="epochs of the trainings (default: 1 2 4 8)")
-    parser.add_argument("--seeds", type=whole, default=1, help="trainings of each kind (default: 1)")
-    parser.add_argument(
-        "--images", type=config.number(int, at_least=PLAIN_BATCH),
-        help="train on the first N images (default: all but the last tenth, which is kept aside)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--plain_lr", type=config.number(float, above=0), nargs="+",
-        help="peak rates of the usual loop, of which at each length the best one counts (default: by role: "
-        f"{', '.join(f'{role} {lr:g}' for role, lr in PLAIN_LR.items())})",
-    )  # fmt: skip
-    parser.add_argument("--quick", action="store_true", help="a few minutes: lengths 1 2 and few images")
-    parser.add_argument("--data_path", type=Path, default=Path("data"), help="folder of the data sets (default: data)")
-    parser.add_argument("--json", type=config.file_name, help="file that keeps each finished training")
-    parser.add_argument("--figure", type=config.file_name, help="file for the figure, .png")
-    return parser
+def best_curves(results: list[dict]) -> dict[str, list[tuple[int, float, float, float]]]:
+    """Each side's (epochs, lr, seconds, top-1 in percent) by length, with the best lr at each length."""
+    best: dict[tuple, tuple] = {}
+    for result in results:
+        side, epochs, lr = (result["settings"][name] for name in ("side", "num_epochs", "lr"))
+        if (side, epochs) not in best or 100 * result["top1"] > best[side, epochs][3]:
+            best[side, epochs] = epochs, lr, result["seconds"], 100 * result["top1"]
+    return {side: [best[key] for key in sorted(best) if key[0] == side] for side in SIDES}
+
+
+def time_to(curve: Curve, target: float) -> tuple[float, float]:
+    """The least and the most seconds to a top-1 (%), by interpolation in log seconds; nothing is extrapolated.
+
+    Below the first point it took at most that long, above all points it takes longer than the last.
+    """
+    reached = next((i for i, (_, top1) in enumerate(curve) if top1 >= target), None)
+    if reached is None:
+        return curve[-1][0], math.inf
+    seconds, top1 = curve[reached]
+    if reached == 0:
+        return (seconds if top1 == target else 0.0), seconds
+    before, lower = curve[reached - 1]
+    found = before * (seconds / before) ** ((target - lower) / (top1 - lower))
+    return found, found
+
+
+def bounds_text(low: float, high: float, pattern: str) -> str:
+    """A number that is known between bounds."""
+    if low == high:
+        return pattern.format(low)
+    bounds = [f"> {pattern.format(low)}"] * (low > 0) + [f"< {pattern.format(high)}"] * (high < math.inf)
+    return " and ".join(bounds) or "unknown"
+
+
+def tables(best: dict[str, list[tuple]]) -> str:
+    """The best trainings of both sides, and the seconds of each to target accuracies with their ratio."""
+    cells = [
+        [SIDES[side], f"{epochs}", f"{lr:g}", f"{seconds:,.1f}", f"{top1:.2f}%"]
+        for side, points in best.items()
+        for epochs, lr, seconds, top1 in points
+    ]
+    texts = [table(["side", "epochs", "peak lr", "seconds", "held-out top-1"], cells)]
+    curves, rows = [[point[2:] for point in best[side]] for side in SIDES], []
+    tops = [top1 for curve in curves for _, top1 in curve]
+    for target in [target for target in range(5, 100, 5) if min(tops) <= target <= max(tops)]:
+        (low, high), (other_low, other_high) = (time_to(curve, target) for curve in curves)
+        times = [bounds_text(low, high, "{:,.1f}"), bounds_text(other_low, other_high, "{:,.1f}")]
+        ratio = other_low / high, other_high / low if low else math.inf
+        rows.append([f"{target}%", *times, bounds_text(*ratio, "{:.2f}")])
+    if rows:
+        texts.append(table(["held-out top-1", "ours, s", "baseline loop, s", "baseline / ours"], rows))
+    return "\n\n".join(texts)
+
+
+def plot(best: dict[str, list[tuple]], title: str, path: Path) -> Path:
+    """Draw top-1 (%) over the seconds of training, one curve per side; the figure's path."""
+    axes = new_axes(title, "top-1 on held-out images (%)")
+    axes.set(xscale="log", xlabel="seconds of training")
+    axes.margins(0.1)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.xaxis.set_major_formatter("{x:,g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    style = {"xytext": (0, -13), "textcoords": "offset points", "ha": "center", "fontsize": 7}
+    for colour, (side, points) in zip(COLOURS, best.items(), strict=False):
+        axes.plot([p[2] for p in points], [p[3] for p in points], color=colour, marker="o", label=SIDES[side])
+        for epochs, _, *place in points:
+            axes.annotate(f"{epochs} epoch{'s' * (epochs > 1)}", place, color=colour, **style)
+    return save_figure(axes, path)
 
 
 def parse(argv: list[str] | None, folder: str) -> tuple:
-    """Our own options, defaults filled in, and train.py's, whose files go to `folder`; exits with code 2 if wrong."""
-    parser = build_parser()
+    """This script's options and train.py's, whose files go to `folder`; exits with code 2 if one is wrong."""
+    parser = Parser("time_to_accuracy.py", allow_abbrev=False, description=__doc__.partition("\n")[0])
+    parser.add_argument("--role", choices=tuple(BASELINE_LR), default="teacher", help="(default: teacher)")
+    parser.add_argument("--lengths", type=number(int, 1), nargs="+", help="epochs of the trainings (default: 1 2 4 8)")
+    at_least_a_batch = number(int, at_least=baseline.BATCH_SIZE)
+    parser.add_argument("--images", type=at_least_a_batch, help="train on the first N (default: all but a tenth)")
+    parser.add_argument(
+        "--baseline_lr", type=number(float, above=0), nargs="+", help="peak learning rates of the baseline loop"
+    )
+    parser.add_argument("--quick", action="store_true", help="a few minutes: lengths 1 2 and few images")
+    parser.add_argument("--json", type=file_name, help="file for the finished trainings")
+    parser.add_argument("--figure", type=file_name, help="file for the figure, .png")
     arguments, further = parser.parse_known_args(argv)
-    for word in further:
-        if word.partition("=")[0].lstrip("-").replace("-", "_") in SETTLED:
-            parser.error(f"{word} is not for this benchmark: see --role, --lengths and --images")
-    words = [*further, f"--tto={arguments.role == 'teacher'}", f"--data_path={arguments.data_path}"]
-    options = config.parse_train([*words, f"--weights_path={folder}", f"--plots_path={folder}"])
-    usual_lengths = QUICK_LENGTHS if arguments.quick else LENGTHS
-    arguments.lengths = sorted(set(arguments.lengths or usual_lengths))
-    arguments.plain_lr = list(dict.fromkeys(arguments.plain_lr or [PLAIN_LR[arguments.role]]))
+    if any(word.startswith(SETTLED) for word in further):
+        parser.error("see --role, --lengths and --images, which replace options of train.py")
+    words = [*further, f"--tto={arguments.role == 'teacher'}", f"--weights_path={folder}", f"--plots_path={folder}"]
+    arguments.lengths = sorted(set(arguments.lengths or ((1, 2) if arguments.quick else (1, 2, 4, 8))))
+    arguments.baseline_lr = arguments.baseline_lr or [BASELINE_LR[arguments.role]]
     if arguments.quick and arguments.images is None:
         arguments.images = QUICK_IMAGES[arguments.role]
-    return arguments, options
+    return arguments, config.parse_train(words)
 
 
 def compare(arguments, options: config.TrainOptions, runtime: Runtime) -> None:
     """Do the trainings, print both tables and draw the figure."""
-    if runtime.world_size > 1:
-        raise UserError("this benchmark compares on one device: start it without torchrun")
     bench = Bench(options, arguments.images, runtime)
-    seeds = range(options.seed, options.seed + arguments.seeds)
-    trainings = plan(arguments.lengths, seeds, arguments.plain_lr)
-    wanted = [bench.settings(training) for training in trainings]
-    with contextlib.ExitStack() as stack:
-        if arguments.json:
-            stack.enter_context(locked(arguments.json))
-        stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # progress is no part of the tables
-        if any(find(read_results(arguments.json), settings) is None for settings in wanted):
-            bench.warm_up()
-        results = run_all(wanted, lambda place: bench.train(trainings[place]), arguments.json)
-    points = best_points(results)
-    ours, plain = means(points)
-    rates = ", ".join(f"{lr:g}" for lr in arguments.plain_lr)
-    what = f"{options.role} on {len(bench.images):,} images of {options.dataset}"
-    print(
-        f"{what}, {len(bench.held_out):,} kept aside, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}; "
-        f"{device_title(runtime)}, torch {torch.__version__}\n"
-        f"ours with {options.optimizer} in {runtime.precision}; the usual loop in float32, peak rates tried: {rates}\n"
-    )
-    texts = (points_table(points), targets_table(ours, plain), unreached_text(ours, plain))
-    print("\n\n".join(text for text in texts if text))
+    wanted = []
+    for epochs in arguments.lengths:  # the sides take turns: other load on the machine affects both
+        wanted += [bench.settings("ours", epochs)]
+        wanted += [bench.settings("baseline", epochs, lr) for lr in arguments.baseline_lr]
+    with contextlib.redirect_stdout(sys.stderr):  # progress
+        results = run_all(wanted, bench.train, arguments.json)
+    best = best_curves(results)
+    what = f"{bench.run.role} on {len(bench.rows):,} images of {bench.run.dataset}"
+    print(f"{what}, {len(bench.held_out):,} held out, seed {bench.run.seed}; {device_title(runtime)}")
+    print(f"ours in {runtime.precision}, the baseline loop in float32; torch {torch.__version__}\n\n{tables(best)}")
     if arguments.figure:
-        print(f"\nsaved {plot(points, what.capitalize(), arguments.figure)}")
+        print(f"\nsaved {plot(best, what.capitalize(), arguments.figure)}")
 
 
 def main(argv: list[str] | None = None) -> int:

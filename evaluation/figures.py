@@ -1,24 +1,25 @@
 """Figures of trained models: confusion, reliability, pictures, and the comparison of runs."""
 
-import contextlib
 import itertools
+import json
 import math
 from pathlib import Path
 
+import matplotlib.style
 import numpy as np
 import torch
 from matplotlib.font_manager import FontProperties, findfont, get_font
 
 from evaluation.measures import BINS, reliability
-from runtime.identity import Identity, labels
-from runtime.log import read_log
+from training.runs import RunConfig, labels, row_order, run_from, same_row
 from utils import COLOURS, new_axes, new_figure, save_figure
 
-PICTURES_SHOWN = 12  # in one figure, lest it be too tall to look at
+PICTURES_SHOWN = 12  # in one figure: more make it too tall
 CLASSES_SHOWN = 10  # beside a picture
 CELLS_WITH_NUMBERS, NAMES_SHOWN = 20, 100  # classes: of more, a figure is too crowded
 
 
+@matplotlib.style.context("default")
 def plot_confusion(numbers: dict, classes: tuple[str, ...], title: str, path: Path) -> Path:
     """Draw the confusion matrix, each row as percent of its class, without numbers where it is large; the path."""
     axes = new_axes(title, "class")
@@ -43,6 +44,7 @@ def plot_confusion(numbers: dict, classes: tuple[str, ...], title: str, path: Pa
     return save_figure(axes, path)
 
 
+@matplotlib.style.context("default")
 def plot_reliability(logits: torch.Tensor, labels: torch.Tensor, title: str, path: Path) -> Path:
     """Draw accuracy against confidence (Guo et al., 2017, figure 1) and the share of images; the figure's path."""
     count, confidence, accuracy = (values.numpy() for values in reliability(logits, labels))
@@ -65,12 +67,13 @@ def plot_reliability(logits: torch.Tensor, labels: torch.Tensor, title: str, pat
 
 
 def drawable(name: str) -> str:
-    """A name as a figure shows it: what its font has not as question marks, 24 characters at most."""
+    """A name as a figure shows it, 24 characters at most; characters that the font lacks become question marks."""
     font = get_font(findfont(FontProperties()))
     known = "".join(c if font.get_char_index(ord(c)) else "?" for c in name)
     return known if len(known) <= 24 else f"{known[:23]}…"
 
 
+@matplotlib.style.context("default")
 def plot_pictures(pixels: list, names: list[str], answers: dict, classes: tuple[str, ...], path: Path) -> Path:
     """Draw pictures (B, 32, 32, 3) as the models see them beside each model's probabilities (B, C); the path.
 
@@ -81,7 +84,7 @@ def plot_pictures(pixels: list, names: list[str], answers: dict, classes: tuple[
     height = 0.8 / len(answers)
     for i, (left, right) in enumerate(grid):
         left.imshow(pixels[i])
-        left.set_title(drawable(names[i]), fontsize=9, parse_math=False)
+        left.set_title(drawable(Path(names[i]).name), fontsize=9, parse_math=False)
         left.axis("off")
         likeliest = next(iter(answers.values()))[i].topk(min(CLASSES_SHOWN, len(classes))).indices
         shown = likeliest.sort().values
@@ -99,46 +102,31 @@ def plot_pictures(pixels: list, names: list[str], answers: dict, classes: tuple[
     return save_figure(grid[0, 0], path)  # whose legend is the figure's
 
 
-def find_logs(
-    folder: Path, dataset: str, subset: int | None = None, holdout: int = 0, images: str | None = None
-) -> list[Path]:
-    """The logs in `folder` of runs on these images of a data set, with an epoch or more."""
-    logs = []
-    for path in sorted(Path(folder).glob("*.jsonl")):
-        with contextlib.suppress(Exception):  # what is damaged, or no log at all, is no fault of this run
-            run, epochs, _ = read_curve(path)
-            facts = tuple(run[name] for name in ("dataset", "subset", "holdout", "images"))
-            if epochs and facts == (dataset, subset, holdout, images):
-                logs.append(path)
-    return logs
+@matplotlib.style.context("default")
+def plot_comparison(contents: list[dict], path: Path) -> Path:
+    """Draw the top-1 (%) over the epochs of finished runs on one data set; the path.
 
-
-def read_curve(path: Path) -> tuple[Identity, list[int], list[float]]:
-    """A log's run, its epochs and their top-1 (%); an exception of any kind where it is no such log."""
-    header, lines = read_log(path)
-    tops = [float(line[header["evaluated_on"]]["top1"]) for line in lines]
-    return Identity(header["identity"]), [int(line["epoch"]) for line in lines], tops
-
-
-def plot_comparison(log_paths: list[Path], figure_path: Path) -> Path:
-    """Draw the top-1 (%) of runs on one data set; the path.
-
-    Those that differ in the seed alone are one line, their mean, on a band from the least to the most; of them, those
-    that have not come as far as the farthest are left out.
+    Runs that differ in the seed alone are one line, their mean, on a band from the least to the most.
     """
-    kinds: dict[str, list[tuple[Identity, list[int], list[float]]]] = {}
-    for run, *curve in sorted(map(read_curve, log_paths), key=lambda found: found[0].place):
-        kinds.setdefault(run.without("seed"), []).append((run, *curve))
-    first = next(iter(kinds.values()))[0][0]
-    images = "images kept aside" if first["holdout"] else "test images"
-    axes = new_axes(f"Top-1 accuracy on the {images} of {first['dataset']}", "accuracy (%)")
-    titles = labels([runs[0][0] for runs in kinds.values()])
-    for colour, title, runs in zip(itertools.cycle(COLOURS), titles, kinds.values(), strict=False):
-        epochs = max((epochs for _, epochs, _ in runs), key=len)
-        tops = np.array([tops for _, _, tops in runs if len(tops) == len(epochs)])
+    rows: list[tuple[RunConfig, list[np.ndarray]]] = []
+    for content in sorted(contents, key=lambda content: row_order(run_from(content["run"]))):
+        run = run_from(content["run"])
+        lines = [json.loads(line) for line in content["log"].splitlines()[1:]]
+        curve = np.array([line[run.split]["top1"] for line in lines])
+        curves = next((curves for other, curves in rows if same_row(other, run)), None)
+        if curves is None:
+            rows.append((run, [curve]))
+        else:
+            curves.append(curve)
+    first = rows[0][0]
+    images = "held-out images" if first.holdout else "test images"
+    axes = new_axes(f"Top-1 accuracy on the {images} of {first.dataset}", "accuracy (%)")
+    titles = labels([run for run, _ in rows])
+    for colour, title, (_, curves) in zip(itertools.cycle(COLOURS), titles, rows, strict=False):
+        epochs, tops = range(1, len(curves[0]) + 1), np.array(curves)
         mean = tops.mean(axis=0)
         label = f"{title}: {mean[-1]:.2f}" + (f" (mean of {len(tops)})" if len(tops) > 1 else "")
         axes.plot(epochs, mean, color=colour, marker="." if len(epochs) == 1 else None, label=label)
         if len(tops) > 1:
             axes.fill_between(epochs, tops.min(axis=0), tops.max(axis=0), color=colour, alpha=0.2, linewidth=0)
-    return save_figure(axes, figure_path)
+    return save_figure(axes, path)

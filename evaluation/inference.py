@@ -11,20 +11,11 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from datasets import SIDE, DatasetSpec
-from models import ARCHITECTURES, build_model
-from runtime import checkpoint
+from data_sets import SIDE, DataSet
+from models import use_products
 from runtime.device import Runtime
 from runtime.files import writing
 from utils import Normaliser
-
-
-def load_model(path: Path, role: str, dataset: str, device: torch.device) -> tuple[torch.nn.Module, dict]:
-    """The model of a checkpoint, ready to evaluate, and what the checkpoint says; UserError where it is no such one."""
-    content = checkpoint.load(path, role=role, architecture=ARCHITECTURES.get(role), dataset=dataset)
-    model = checkpoint.load_weights(build_model(role, len(content["spec"].classes)), content, path)
-    return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), content
-
 
 # ---------------------------------------------------------------------------------------------- cost
 
@@ -34,7 +25,7 @@ class Cost:
     """What a model costs: counts, bytes, and (lower quartile, median, upper quartile) of what was timed."""
 
     parameters: int
-    macs: int  # multiply-accumulates an image
+    macs: int  # multiply-accumulates per image
     bytes: int  # of the checkpoint
     latency_ms: tuple[float, ...]  # of one image
     images_per_second: tuple[float, ...]  # 256 at a time
@@ -61,7 +52,7 @@ def count_macs(model: torch.nn.Module) -> int:
 @torch.inference_mode()
 def pass_seconds(model: torch.nn.Module, batch: int, runtime: Runtime, budget: float = 1.0) -> np.ndarray:
     """Quartiles (3,) of the seconds of a forward pass over `batch` images, timed for about `budget` seconds."""
-    images = torch.randn(batch, 3, SIDE, SIDE, device=runtime.device).contiguous(memory_format=torch.channels_last)
+    images = torch.randn(batch, 3, SIDE, SIDE, device=runtime.device).contiguous(memory_format=runtime.memory_format)
 
     def times(least: int, most: int, seconds: float) -> list[float]:
         taken: list[float] = []
@@ -92,27 +83,29 @@ def measure_cost(model: torch.nn.Module, path: Path, runtime: Runtime) -> Cost:
 
 @torch.inference_mode()
 def classify(
-    model: torch.nn.Module, pixels: np.ndarray, spec: DatasetSpec, runtime: Runtime, temp: float = 1.0
+    model: torch.nn.Module, pixels: np.ndarray, spec: DataSet, runtime: Runtime, temp: float = 1.0
 ) -> torch.Tensor:
     """The probabilities (B, C), float64 on the CPU, of pictures (B, 32, 32, 3) uint8, softened by a temperature."""
     images = Normaliser(spec, runtime.device)(torch.from_numpy(pixels).to(runtime.device))
-    with runtime.autocast():
+    images = images.contiguous(memory_format=runtime.memory_format)
+    with runtime.repeatable_logits(), runtime.autocast():
         return (model(images).cpu().double() / temp).softmax(1)
 
 
 # ---------------------------------------------------------------------------------------------- export
 
 
-def export_model(model: torch.nn.Module, path: Path, spec: DatasetSpec) -> float:
+def export_model(model: torch.nn.Module, path: Path, data: dict) -> float:
     """Write `model` by torch.export with a dynamic batch; the largest difference of the reloaded program's logits.
 
-    The file's `preprocessing.json` says what the input (B, 3, 32, 32) is. RuntimeError where the outputs disagree.
+    `data` describes the data set; the file's `preprocessing.json` also says what the input (B, 3, 32, 32) is.
+    RuntimeError if the outputs disagree.
     """
     model = copy.deepcopy(model).to("cpu", memory_format=torch.contiguous_format)
-    model.classifier.__class__ = torch.nn.Linear  # all of it is float32
+    use_products(model, 0).classifier.__class__ = torch.nn.Linear  # all of it is float32
     images = torch.randn(5, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
     program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
-    preprocessing = spec.description() | {"input": "RGB, 0 to 1, (x - mean) / std"}
+    preprocessing = data | {"input": "RGB, 0 to 1, (x - mean) / std"}
     buffer = io.BytesIO()
     torch.export.save(program, buffer, extra_files={"preprocessing.json": json.dumps(preprocessing)})
     reloaded = torch.export.load(io.BytesIO(buffer.getvalue())).module()

@@ -86,27 +86,47 @@ def fidelity(logits: torch.Tensor, teacher_logits: torch.Tensor, labels: torch.T
     }
 
 
+def within(angle: float, freedom: int) -> float:
+    """The share of Student's distribution between -t and t, t = tan(angle) sqrt(freedom) (A&S, 26.7)."""
+    odd = freedom % 2
+    term, total = math.cos(angle) if odd else 1.0, 0.0
+    for i in range(odd, freedom - 1, 2):
+        total += term
+        term *= (i + 1) / (i + 2) * math.cos(angle) ** 2
+    share = math.sin(angle) * total
+    return 2 / math.pi * (angle + share) if odd else share
+
+
 def t_quantile(freedom: int) -> float:
-    """The t between whose -t and t lies 95 % of Student's distribution (Abramowitz & Stegun, 26.7.3 and 26.7.4)."""
+    """The t for which 95 % of Student's distribution lie between -t and t, by bisection."""
     low, high = 0.0, math.pi / 2
     for _ in range(60):
-        angle = (low + high) / 2  # of t = tan(angle) * sqrt(freedom)
-        odd = freedom % 2
-        term, total = math.cos(angle) if odd else 1.0, 0.0
-        for i in range(odd, freedom - 1, 2):
-            total += term
-            term *= (i + 1) / (i + 2) * math.cos(angle) ** 2
-        within = math.sin(angle) * total
-        within = 2 / math.pi * (angle + within) if odd else within
-        low, high = (angle, high) if within < 0.95 else (low, angle)
+        angle = (low + high) / 2
+        low, high = (angle, high) if within(angle, freedom) < 0.95 else (low, angle)
     return math.tan(low) * math.sqrt(freedom)
 
 
-def paired_gain(with_kd: list[float], without: list[float]) -> dict:
-    """Mean, standard deviation and 95 % interval of n >= 2 differences of pairs, by Student's t."""
-    gains = [a - b for a, b in zip(with_kd, without, strict=True)]
-    mean, deviation = statistics.mean(gains), statistics.stdev(gains)
-    half = t_quantile(len(gains) - 1) * deviation / math.sqrt(len(gains))
-    interval = [mean - half, mean + half]
-    noise = interval[0] <= 0 <= interval[1]
-    return {"pairs": len(gains), "mean": mean, "sd": deviation, "ci": interval, "within_seed_noise": noise}
+def two_sided_p(t: float, freedom: int) -> float:
+    """The probability of a t at least as large, up or down, under Student's distribution."""
+    return 1 - within(math.atan(abs(t) / math.sqrt(freedom)), freedom)
+
+
+def paired_gain(gains: list[float]) -> dict:
+    """Mean of paired differences; of two or more also deviation, 95 % interval and p by Student's t."""
+    mean = statistics.mean(gains)
+    if len(gains) == 1:
+        return {"pairs": 1, "mean": mean}
+    error = statistics.stdev(gains) / math.sqrt(len(gains))
+    half = t_quantile(len(gains) - 1) * error
+    p = two_sided_p(mean / error, len(gains) - 1) if error else float(mean == 0)
+    return {"pairs": len(gains), "mean": mean, "sd": statistics.stdev(gains), "ci": [mean - half, mean + half], "p": p}
+
+
+def holm(ps: list[float], level: float = 0.05) -> list[bool]:
+    """Which of several tests are significant at a family-wise level, by their p (Holm, 1979)."""
+    significant = [False] * len(ps)
+    for i, place in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
+        if ps[place] > level / (len(ps) - i):
+            break
+        significant[place] = True
+    return significant

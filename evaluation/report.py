@@ -1,27 +1,32 @@
 """What test.py says beyond loss, top-1 and top-5, and the table of models: words and files."""
 
-import contextlib
 import json
-import os
 import statistics
-import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from config import Options
-from evaluation.figures import find_logs, plot_comparison
+from evaluation.comparison import TOPS
+from evaluation.figures import plot_comparison
 from evaluation.inference import Cost, count_parameters
-from evaluation.measures import BINS, paired_gain, wilson
+from evaluation.measures import BINS, holm, paired_gain, wilson
 from models import build_model
-from runtime.errors import UserError, reason
 from runtime.files import writing
-from runtime.identity import DISTILLATION, Identity, labels
+from training.runs import (
+    KD_FIELDS,
+    RunConfig,
+    describe_differences,
+    differences,
+    is_baseline_of,
+    is_plain_kd_beside,
+    labels,
+    run_from,
+    same_row,
+)
 
-TOPS = {"top1": "top-1", "top5": "top-5"}
-EXTREMES = 10  # classes at each end, where there are too many to tell of all
+EXTREMES = 10  # classes shown at each end, if there are too many to show all
 
 # ---------------------------------------------------------------------------------------------- words
 
@@ -44,7 +49,7 @@ def accuracy_text(numbers: dict, classes: tuple[str, ...]) -> str:
     tops = [f"{TOPS[key]} {100 * low:.2f}% to {100 * high:.2f}%" for key, (low, high) in intervals.items()]
     wrong = [(row[j], i, j) for i, row in enumerate(numbers["confusion"]) for j in range(len(row)) if i != j]
     worst = [
-        f"{classes[i]} taken for {classes[j]} {times} times"
+        f"{classes[i]} predicted as {classes[j]} {times} times"
         for times, i, j in sorted(wrong, key=lambda cell: -cell[0])[:3]
         if times
     ]
@@ -71,17 +76,14 @@ def per_class_lines(shares: list[float | None], classes: tuple[str, ...]) -> lis
     return lines
 
 
-def fidelity_text(columns: dict[str, dict]) -> str:
-    """The table of fidelity to the teacher; `columns` are a student's name and what `fidelity` returns."""
-    rows = [
-        ["top-1 agreement", *(f"{100 * f['agreement']:.2f}%" for f in columns.values())],
-        ["KL(teacher, student), nats", *(f"{f['kl_to_teacher']:.4f}" for f in columns.values())],
-    ]
+def fidelity_text(numbers: dict) -> str:
+    """The table of a student's fidelity to its teacher, from what `fidelity` returns."""
+    rows = [["top-1 agreement", f"{100 * numbers['agreement']:.2f}%"]]
+    rows.append(["KL(teacher, student), nats", f"{numbers['kl_to_teacher']:.4f}"])
     for i, teacher in enumerate(("right", "wrong")):
         for j, student in enumerate(("right", "wrong")):
-            counts = (f"{f['contingency'][i][j]:,}" for f in columns.values())
-            rows.append([f"images: teacher {teacher}, student {student}", *counts])
-    return table(["Fidelity to the teacher", *columns], rows)
+            rows.append([f"images: teacher {teacher}, student {student}", f"{numbers['contingency'][i][j]:,}"])
+    return table(["Fidelity to the teacher", "this student"], rows)
 
 
 def cost_text(cost: Cost, teacher: Cost | None) -> str:
@@ -94,7 +96,7 @@ def cost_text(cost: Cost, teacher: Cost | None) -> str:
 
     names = [
         "parameters",
-        "multiply-accumulates, an image",
+        "multiply-accumulates per image",
         "checkpoint",
         "latency at batch 1, ms",
         "images/s at batch 256",
@@ -124,38 +126,16 @@ def pictures_text(names: list[str], answers: dict[str, torch.Tensor], classes: t
     return "\n".join(lines)
 
 
-def is_stdout(path: Path) -> bool:
-    """Whether what is written to `path` goes where this process prints."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # there is no such file, or no standard output
-        return os.path.samestat(os.stat(path), os.fstat(sys.stdout.fileno()))
-    return False
-
-
-def is_written_through(path: Path) -> bool:
-    """Whether `path` is a device, a pipe or this process's own output, to which nothing is renamed."""
-    return is_stdout(path) or (path.exists() and not path.is_file())
-
-
 def write_json(path: Path, content: dict) -> Path:
-    """Write plain values to `path` as JSON: atomically, or through it where it is a device or a pipe."""
-    text = json.dumps(content, indent=1) + "\n"
-    if is_stdout(path):  # a file, perhaps, that the rest of the report goes into, too
-        print(text, end="")
-        return path
-    if is_written_through(path):
-        try:
-            path.write_text(text)
-        except OSError as error:
-            raise UserError(f"can't write {path}: {reason(error)}") from error
-        return path
+    """Write plain values to `path` as JSON, atomically; the path."""
     with writing(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
     return path
 
 
 # ---------------------------------------------------------------------------------------------- the table of models
 
-# What test.py --compare adds to the table: a column's title, and how its number is written.
+# What the table adds to accuracy: a column's title, and how its number is written.
 MEASURED = {
     "ece": ("ECE", lambda value: f"{100 * value:.2f}%"),
     "loss": ("NLL", "{:.4f}".format),
@@ -167,93 +147,121 @@ MEASURED = {
     "latency_ms": ("Latency", "{:,.2f} ms".format),
     "images_per_second": ("Images/s", "{:,.0f}".format),
 }
+OTHER_MACHINES = "†"
 
 
 def rows_of(contents: list[dict]) -> dict[str, list[dict]]:
     """Checkpoints by the label of their row: those that differ in the seed alone share one, copies of a run do not."""
-    rows: dict[tuple, dict[int, dict]] = {}
+    rows: list[list[dict]] = []
     for content in contents:
-        run, copy = content["identity"], 0
-        while run["seed"] in rows.get((run.without("seed"), copy), {}):
-            copy += 1
-        rows.setdefault((run.without("seed"), copy), {})[run["seed"]] = content
-    runs = [list(row.values()) for row in rows.values()]
-    names = labels([row[0]["identity"] for row in runs])
-    for i, (_, copy) in enumerate(rows):
-        if copy:
-            names[i] += f", {runs[i][0]['path']}"
-    return dict(zip(names, runs, strict=True))
+        run = run_from(content["run"])
+        others = ([run_from(other["run"]) for other in row] for row in rows)
+        fits = (same_row(row[0], run) and run.seed not in {other.seed for other in row} for row in others)
+        place = next((i for i, fit in enumerate(fits) if fit), None)
+        if place is None:
+            rows.append([content])
+        else:
+            rows[place].append(content)
+    names = labels([run_from(row[0]["run"]) for row in rows])
+    for i, row in enumerate(rows):
+        if names[i] in names[:i]:
+            names[i] += f", {row[0]['path']}"
+    return dict(zip(names, rows, strict=True))
 
 
 def collect(contents: list[dict]) -> dict:
-    """Rows, gains and notes from finished checkpoints; accuracies in percent.
+    """Rows, gains and notes from measured checkpoints; accuracies in percent.
 
-    Several seeds give means, of top-1 and top-5 a sample standard deviation too, and the gain of KD over the same
-    seed's student without it: an effect of KD alone, for the two share initial weights, order and views. Another loss's
-    gain over plain KD is paired like that, too.
+    Several seeds give means, of top-1 and top-5 a sample standard deviation too, and the gain of KD over the same-seed
+    baseline without it, which has the same initial weights, order and views. The gain of another loss over plain KD is
+    paired like that, too, and judged with Holm's correction over all those comparisons.
     """
     results = {"rows": [], "gains": [], "gains_over_kd": [], "notes": []}
     rows = rows_of(contents)
-    for label, runs in rows.items():
-        first = runs[0]["identity"]
+    for label, row in rows.items():
+        runs = [run_from(content["run"]) for content in row]
         with torch.device("meta"):
-            parameters = count_parameters(build_model(first["role"], first["num_classes"]))
-        row = {"model": label, "parameters": parameters, "seeds": [run["identity"]["seed"] for run in runs]}
-        for key in [key for key in TOPS if key in runs[0]["metrics"]]:
-            values = [run["metrics"][key] for run in runs]
-            row[key] = statistics.mean(values)
-            if len(runs) > 1:
-                row |= {f"{key}_sd": statistics.stdev(values), f"{key}_of_seeds": values}
-        measured = [run.get("measured", {}) for run in runs]
-        row |= {key: statistics.mean(m[key] for m in measured) for key in MEASURED if all(key in m for m in measured)}
-        results["rows"].append(row)
-        if first["kd"]:
-            if gain := gain_over(runs, contents, Identity.is_control_of):
-                results["gains"].append({"model": label, **gain})
+            parameters = count_parameters(build_model(runs[0].role, runs[0].num_classes))
+        numbers = {"model": label, "epochs": runs[0].num_epochs, "parameters": parameters}
+        numbers["seeds"] = [run.seed for run in runs]
+        if len({tuple(content["machine"].values()) for content in row}) > 1:
+            numbers["machines"] = sorted({", torch ".join(c["machine"][k] for k in ("device", "torch")) for c in row})
+        measured = [content["measured"] for content in row]
+        for key in [key for key in TOPS if key in measured[0]]:
+            values = [100 * m[key] for m in measured]
+            numbers[key] = statistics.mean(values)
+            if len(values) > 1:
+                numbers |= {f"{key}_sd": statistics.stdev(values), f"{key}_of_seeds": values}
+        numbers |= {
+            key: statistics.mean(m[key] for m in measured) for key in MEASURED if all(key in m for m in measured)
+        }
+        results["rows"].append(numbers)
+        if runs[0].kd:
+            differences_of_pairs = paired_differences(row, contents, is_baseline_of)
+            if differences_of_pairs:
+                results["gains"].append({"model": label, **paired_gain(differences_of_pairs)})
             else:
-                results["notes"].append(f"{label}: no gain is shown, for {why_no_gain(runs, contents)}")
-        for other, others in rows.items():
-            if gain := gain_over(runs, others, Identity.is_plain_kd_beside):
-                results["gains_over_kd"].append({"model": label, "over": other, **gain})
+                results["notes"].append(f"{label}: no gain, {why_no_pair(runs[0], contents)}")
+        for other_label, others in rows.items():
+            differences_of_pairs = paired_differences(row, others, is_plain_kd_beside)
+            if differences_of_pairs:
+                gain = {"model": label, "over": other_label, **paired_gain(differences_of_pairs)}
+                results["gains_over_kd"].append(gain)
+    tested = [gain for gain in results["gains_over_kd"] if "p" in gain]
+    for gain, significant in zip(tested, holm([gain["p"] for gain in tested]), strict=True):
+        gain["significant"] = significant
     return results
 
 
-def gain_over(runs: list[dict], others: list[dict], are_paired: Callable[[Identity, Identity], bool]) -> dict | None:
-    """The gain in top-1 of runs over those of `others` that are paired with them; None of fewer than two pairs."""
-    pairs = []
-    for run in runs:
-        partners = [other for other in others if are_paired(other["identity"], run["identity"])]
-        pairs += [(run["metrics"]["top1"], partner["metrics"]["top1"]) for partner in partners[:1]]
-    return paired_gain(*zip(*pairs, strict=True)) if len(pairs) > 1 else None
+def paired_differences(
+    row: list[dict], others: list[dict], are_paired: Callable[[RunConfig, RunConfig], bool]
+) -> list[float]:
+    """The differences in top-1 (points) between the runs of a row and their partners among `others`."""
+    found = []
+    for content in row:
+        run = run_from(content["run"])
+        partner = next((other for other in others if are_paired(run_from(other["run"]), run)), None)
+        if partner:
+            found.append(100 * (content["measured"]["top1"] - partner["measured"]["top1"]))
+    return found
 
 
-def why_no_gain(runs: list[dict], contents: list[dict]) -> str:
-    """Why students with KD have fewer than the two pairs that a gain with its interval needs."""
-    run = runs[0]["identity"]
-    others = [other["identity"] for other in contents if other["identity"]["role"] == "student"]
-    others = [other for other in others if not other["kd"]]
+def why_no_pair(run: RunConfig, contents: list[dict]) -> str:
+    """Why a student with KD has no baseline."""
+    others = [run_from(other["run"]) for other in contents]
+    others = [other for other in others if other.role == "student" and not other.kd]
     if not others:
         return "there is no student without KD"
-    if any(other.is_control_of(run) for other in others):
-        return "one pair has no spread: train further seeds (--seeds 3)"
-    nearest = min(others, key=lambda other: len(set(other.differing(run)) - DISTILLATION))
-    return f"no student without KD is its control: the nearest has {nearest.beside(run, DISTILLATION)}"
+    nearest = min(others, key=lambda other: len(differences(other, run, KD_FIELDS)))
+    return f"no baseline: the nearest student without KD has {describe_differences(nearest, run, KD_FIELDS)}"
 
 
 def points(gain: dict) -> str:
-    """A gain and its 95 % interval, in points."""
-    return "{:+.2f} ({:+.2f} to {:+.2f})".format(gain["mean"], *gain["ci"])
+    """A gain in points with its 95 % interval, which a single pair lacks."""
+    return "{:+.2f}".format(round(gain["mean"], 2) + 0.0) + (
+        " ({:+.2f} to {:+.2f})".format(*gain["ci"]) if "ci" in gain else " (one pair)"
+    )
+
+
+def gain_text(gain: dict) -> str:
+    """A gain of KD in a sentence."""
+    text = f"{gain['model']} gains {gain['mean']:+.2f} points of top-1 over the same-seed baseline without KD"
+    if "ci" not in gain:
+        return f"{text} (one pair, no interval: --seeds 3 gives one)"
+    low, high = gain["ci"]
+    text += f" (n = {gain['pairs']}, sd {gain['sd']:.2f}, 95% interval {low:+.2f} to {high:+.2f})"
+    return text + (", within seed noise" if low <= 0 <= high else "")
 
 
 def verdict(gain: dict) -> str:
-    """Whether a loss beats the one that its gain is over."""
-    if gain["within_seed_noise"]:
-        return "does not beat it: within seed noise"
-    return "beats it" if gain["mean"] > 0 else "is worse"
+    """Whether a loss beats plain KD."""
+    if "p" not in gain:
+        return "one pair: not tested"
+    return ("better" if gain["mean"] > 0 else "worse") if gain["significant"] else "within seed noise"
 
 
 def results_text(results: dict) -> str:
-    """What `collect` returns as a Markdown table, with a sentence a gain and a note."""
+    """What `collect` returns as a Markdown table, with sentences on gains and notes."""
 
     def cell(row: dict, key: str) -> str:
         return f"{row[key]:.2f}%" + (f" ± {row[f'{key}_sd']:.2f}" if f"{key}_sd" in row else "")
@@ -262,38 +270,36 @@ def results_text(results: dict) -> str:
     gains = {gain["model"]: points(gain) for gain in results["gains"]}
     tops = [key for key in TOPS if any(key in row for row in results["rows"])]
     rows = [
-        [r["model"], *(cell(r, key) for key in tops), f"{r['parameters']:,}"]
-        + [gains.get(r["model"], "")] * bool(gains)
-        + [form(r[key]) if key in r else "" for key, (_, form) in more.items()]
-        for r in results["rows"]
+        [row["model"] + (f" {OTHER_MACHINES}" if "machines" in row else ""), *(cell(row, key) for key in tops)]
+        + [f"{row['parameters']:,}", f"{row['epochs']}"]
+        + [gains.get(row["model"], "")] * bool(gains)
+        + [form(row[key]) if key in row else "" for key, (_, form) in more.items()]
+        for row in results["rows"]
     ]
-    titles = [*(f"Top {key[-1]} Accuracy" for key in tops), "Parameters"]
+    titles = [*(f"Top {key[-1]} Accuracy" for key in tops), "Parameters", "Epochs"]
     titles += ["Gain of KD"] * bool(gains) + [title for title, _ in more.values()]
-    text = table(["Model", *titles], rows)
-    for gain in results["gains"]:
-        low, high = gain["ci"]
-        text += (
-            f"\n\n{gain['model']} gains {gain['mean']:+.2f} points of top-1 over the same seeds without KD "
-            f"(n = {gain['pairs']}, sd {gain['sd']:.2f}, 95% interval {low:+.2f} to {high:+.2f})"
-        ) + (", within seed noise" if gain["within_seed_noise"] else "")
+    texts = [table(["Model", *titles], rows), *map(gain_text, results["gains"])]
     if results["gains_over_kd"]:
-        rows = [[g["model"], g["over"], points(g), verdict(g)] for g in results["gains_over_kd"]]
-        text += "\n\n" + table(["Loss", "Over plain KD, same seeds", "Top 1, points", ""], rows)
-    for note in results["notes"]:
-        text += f"\n\n{note}"
-    return text + "\n"
+        tested = sum("p" in gain for gain in results["gains_over_kd"])
+        rows = [[gain["model"], gain["over"], points(gain), verdict(gain)] for gain in results["gains_over_kd"]]
+        texts.append(table(["Loss", "Over plain KD, same seeds", "Top 1, points", "Verdict"], rows))
+        texts.append(f"Verdicts at the 5% level, with Holm's correction for {tested} comparisons.")
+    for row in results["rows"]:
+        if "machines" in row:
+            texts.append(f"{OTHER_MACHINES} {row['model']}: runs of different machines, {'; '.join(row['machines'])}")
+    return "\n\n".join(texts + results["notes"]) + "\n"
 
 
-def publish(contents: list[dict], options: Options, name: str) -> None:
-    """Write the table of finished checkpoints as Markdown and JSON, draw the runs' comparison, and print the table."""
+def publish(contents: list[dict], folder: Path) -> None:
+    """Write what the table of measured checkpoints shows into a folder, and print it.
+
+    results.md and results.json are the table, comparison.png its runs' curves, runs.jsonl their logs.
+    """
     results = collect(contents)
     text = results_text(results)
-    stem = f"{options.spec.prefix}{name}{options.trial_suffix}"
-    paths = [options.plots_path / f"{stem}{suffix}" for suffix in (".md", ".json")]
-    with writing(paths[0]) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="replace")  # a file's name may be no text
-    write_json(paths[1], results)
-    images = contents[0]["identity"]["images"]
-    if logs := find_logs(options.plots_path, options.dataset, options.subset, options.holdout, images):
-        paths.append(plot_comparison(logs, options.comparison_path))
-    print(f"{text}\nsaved {', '.join(map(str, paths))}")
+    for name, content in (("results.md", text), ("runs.jsonl", "".join(content["log"] for content in contents))):
+        with writing(folder / name) as temporary:
+            temporary.write_text(content, encoding="utf-8", errors="replace")  # a file's name may be no text
+    write_json(folder / "results.json", results)
+    plot_comparison(contents, folder / "comparison.png")
+    print(f"{text}\nsaved {folder}: results.md, results.json, comparison.png and runs.jsonl")

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from models.convolution import Conv3x3
+
 # One row a resolution: the widths of its 3 x 3 convolutions, each row followed by a 2 x 2 max pool.
 CONFIGURATION_E = ((64, 64), (128, 128), (256,) * 4, (512,) * 4, (512,) * 4)
 
@@ -12,7 +14,7 @@ def conv_bn_relu(in_channels: int, out_channels: int, bias: bool) -> list[nn.Mod
 
     A bias stays zero: batch norm would take it out again, and its gradient is rounding noise.
     """
-    convolution = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=bias)
+    convolution = Conv3x3(in_channels, out_channels, bias)
     if bias:
         convolution.bias.requires_grad_(False)
     return [convolution, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]

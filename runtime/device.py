@@ -1,8 +1,11 @@
-"""Where a run runs: its device and precision, and what its processes share."""
+"""The device and precision of a run, and what its processes share."""
 
 import contextlib
+import ctypes
 import os
 import platform
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,11 +34,33 @@ class Runtime:
         """The word bf16 or fp32."""
         return "bf16" if self.autocast_dtype is torch.bfloat16 else "fp32"
 
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """The format of images and convolution weights in which this device computes fastest and right."""
+        half_on_cuda = self.device.type == "cuda" and self.autocast_dtype is not None
+        return torch.channels_last if half_on_cuda or self.device.type == "cpu" else torch.contiguous_format
+
+    @property
+    def product_map(self) -> int:
+        """Up to which map side a model computes convolutions as matrix products, or 0."""
+        return largest_product_map(self.device, self.autocast_dtype is torch.bfloat16)
+
     def autocast(self) -> contextlib.AbstractContextManager:
         """The context of every forward pass."""
         if self.autocast_dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.autocast_dtype)
+
+    @contextlib.contextmanager
+    def repeatable_logits(self):
+        """Within the block, cuDNN computes the same logits for the same batch; its settings are restored."""
+        cudnn = torch.backends.cudnn  # whose own context manager would turn it off
+        before = cudnn.benchmark, cudnn.deterministic
+        cudnn.benchmark, cudnn.deterministic = False, True
+        try:
+            yield
+        finally:
+            cudnn.benchmark, cudnn.deterministic = before
 
     def agree(self, *numbers: float) -> list[float]:
         """The maximum of each number over all processes, so that all of them decide alike."""
@@ -47,7 +72,7 @@ class Runtime:
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
         """The sum over all processes, in float64 on the CPU."""
-        summed = values.detach().cpu().to(torch.float64, copy=True)  # MPS knows no float64
+        summed = values.detach().cpu().to(torch.float64, copy=True)  # MPS lacks float64
         if self.world_size > 1:
             dist.all_reduce(summed)
         return summed
@@ -58,7 +83,7 @@ class Runtime:
             print(text, flush=True)
 
     def share_buffers(self, model: nn.Module) -> None:
-        """Give every process the first one's buffers; each has batch norm statistics of its own without --sync_bn."""
+        """Give every process the buffers of the first: without --sync_bn each has its own batch norm statistics."""
         if self.world_size > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
@@ -76,7 +101,7 @@ class Runtime:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of a --device word; UserError where it is absent."""
+    """The device of a --device word; UserError if it is absent."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind, _, index = name.partition(":")
@@ -98,8 +123,7 @@ def pick_device(name: str) -> torch.device:
 def has_fast_bf16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 matrices faster than float32 ones.
 
-    Without the hardware for it they are emulated. Intel's processors have it twice, and only in AMX is it fast:
-    their AVX512-BF16 is slower than float32, as was measured where a virtual machine hides AMX.
+    Intel's AVX512-BF16 is slower than float32 (measured in a virtual machine that hides AMX); AMD's is faster.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -110,13 +134,32 @@ def has_fast_bf16(device: torch.device) -> bool:
     return False
 
 
+def largest_product_map(device: torch.device, bf16: bool) -> int:
+    """Up to which map side convolutions are faster as matrix products (models/convolution.py), or 0.
+
+    Measured for VGG19's training, docs/speed.md; never by batch size, so that results stay reproducible.
+    """
+    if device.type != "cpu" or (bf16 and not has_fast_bf16(device)):
+        return 0
+    return 4 if bf16 or "Intel" in processor() else 0
+
+
 def processor() -> str:
     """The processor's name, as its maker gives it."""
+    if platform.system() == "Darwin":
+        with contextlib.suppress(OSError):
+            command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            return subprocess.run(command, capture_output=True, text=True).stdout.strip()
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def machine(runtime: Runtime) -> dict[str, str]:
+    """What a checkpoint and a log say of the machine of a run: {"torch": version, "device": title}."""
+    return {"torch": str(torch.__version__), "device": device_title(runtime)}
 
 
 def device_title(runtime: Runtime) -> str:
@@ -127,3 +170,17 @@ def device_title(runtime: Runtime) -> str:
         return f"{processor()}, MPS"
     threads = torch.get_num_threads()
     return f"{processor()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h, for mallopt(3)
+
+
+def keep_freed_memory() -> None:
+    """Let the process reuse the memory that it frees, where malloc would give large blocks back to Linux at once.
+
+    Each training step asks for the same blocks again; from Linux they come page by page, every page zeroed, which
+    takes a quarter of a student's time on a CPU (docs/speed.md). Needs glibc 2.35 or later, else nothing is changed.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt and mallopt(M_MMAP_THRESHOLD, 1 << 30):  # a larger block is a data set, and no step's
+        mallopt(M_TRIM_THRESHOLD, -1)  # keep all

@@ -1,7 +1,6 @@
-"""A run's log: a header, then a JSON line an epoch."""
+"""A run's log: a header, then one JSON line per epoch."""
 
 import json
-import os
 from pathlib import Path
 
 from runtime.errors import UserError, reason
@@ -9,13 +8,14 @@ from runtime.files import writing
 
 
 class RunLog:
-    """The run's JSON lines: a header, then one line an epoch, each on disk before the next step is taken.
+    """The log of a run under way, on disk after each epoch.
 
-    The run's resume state holds its `text`, too: whatever became of the file meanwhile, it is written anew.
+    The run's resume state holds its `text`, too: whatever became of the file meanwhile, it is written again.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.text = path, ""
+    def __init__(self, path: Path, writes: bool = True) -> None:
+        """`writes` is False in all processes but the first."""
+        self.path, self.writes, self.text = path, writes, ""
 
     @property
     def header(self) -> dict:
@@ -24,34 +24,26 @@ class RunLog:
 
     @property
     def lines(self) -> list[dict]:
-        """The epochs' lines."""
+        """The lines of the epochs."""
         return [json.loads(line) for line in self.text.splitlines()[1:]]
 
-    def begin(self, header: dict, keep_old: bool = True) -> None:
-        """Start with the header line; an older log with epochs may be moved aside. UserError where that fails."""
-        self.text = json.dumps(header) + "\n"
-        with writing(self.path) as temporary:
-            temporary.write_text(self.text)
-            if keep_old and self.path.exists() and self.path.read_bytes().count(b"\n") > 1:
-                os.replace(self.path, self.path.with_name(self.path.name + ".previous"))
-
     def append(self, line: dict) -> None:
-        """Add an epoch's line; UserError where that fails."""
+        """Add the header or the line of an epoch; UserError if that fails."""
         self.write(self.text + json.dumps(line) + "\n")
 
     def write(self, text: str) -> None:
-        """Make `text` the whole log; UserError where that fails."""
-        with writing(self.path) as temporary:
-            temporary.write_text(text)
+        """Make `text` the whole log; UserError if that fails."""
         self.text = text
+        if self.writes:
+            with writing(self.path) as temporary:
+                temporary.write_text(text)
 
 
 def read_log(path: Path) -> tuple[dict, list[dict]]:
-    """A log's header and its epochs; UserError where it is missing or not such a log."""
+    """A log's header and the lines of its epochs; UserError if it is missing or no such log."""
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         return lines[0], lines[1:]
     except (OSError, ValueError, IndexError) as error:
-        raise UserError(
-            f"can't read the log {path}: {reason(error) if isinstance(error, OSError) else 'damaged'}"
-        ) from error
+        why = reason(error) if isinstance(error, OSError) else "damaged"
+        raise UserError(f"can't read the log {path}: {why}") from error

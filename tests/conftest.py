@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 
 import models
-from datasets import DATASETS
 from evaluation import inference
 from utils import load_images
 
@@ -70,7 +69,7 @@ TINY_MODELS = {"teacher": made_up.TinyTeacher, "student": made_up.tiny_student}
 
 @pytest.fixture
 def tiny_models(monkeypatch):
-    """Models of a few thousand weights under the names of the real ones, whose speed nobody measures."""
+    """Models of a few thousand weights in place of the real ones, whose speed is not measured."""
     for role, builder in TINY_MODELS.items():
         monkeypatch.setitem(models.BUILDERS, role, builder)
     monkeypatch.setattr(inference, "pass_seconds", lambda *arguments: np.array([0.01, 0.02, 0.03]))
@@ -87,7 +86,7 @@ def run_script(name: str, *arguments: str, timeout: float = 300, **keywords) -> 
 def digits(tmp_path_factory) -> Path:
     """A folder with the drawn data set, so that a run which gets as far as the data does so at once."""
     folder = tmp_path_factory.mktemp("digits")
-    load_images(DATASETS["digits"], folder, "train", "test")
+    load_images("digits", folder, made_up.CPU)
     return folder
 
 

@@ -3,6 +3,7 @@
 import json
 import shlex
 from collections import OrderedDict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,89 +11,60 @@ import torch
 from PIL import Image
 from torch import nn
 
-from config import TrainOptions, parse_train
-from datasets import SIDE
+from config import parse_train
+from data_sets import DATA_SETS, SIDE, DataSet
 from models import build_model
 from runtime import checkpoint
 from runtime.device import Runtime
-from runtime.identity import Identity
-from training.run import identity_of
+from training.run import describe_data
+from training.runs import RunConfig, plan
 from utils import Images
 
 CPU = Runtime(torch.device("cpu"), None)
 CLASSES = 10
 
 
-def options_of(command: str = "") -> TrainOptions:
-    """The options of `train.py COMMAND` in float32."""
-    return parse_train(["--precision=fp32", *shlex.split(command)])
+def runs_of(command: str = "", spec: DataSet | None = None, **changes) -> list[RunConfig]:
+    """The plan of `train.py COMMAND`, in one process in float32, with `changes`."""
+    options = parse_train(["--precision=fp32", *shlex.split(command)])
+    spec = spec or replace(DATA_SETS[options.dataset], fingerprint="a" * 16, train_images=50_000)
+    return [replace(run, **changes) for run in plan(options, spec, "fp32", 1)]
 
 
-def facts_of(command: str = "", teacher: str = "", **changes) -> dict:
-    """The facts of the identity of `train.py COMMAND`, run here in one process in float32, with `changes`.
-
-    What is changed to None is left out.
-    """
-    options = options_of(command)
-    facts = identity_of(options, options.spec, CPU, teacher).facts | changes
-    return {name: value for name, value in facts.items() if value is not None or name not in changes}
+def run_of(command: str = "", **changes) -> RunConfig:
+    """The only run of `train.py COMMAND`, with `changes`; a student with KD has a made-up teacher."""
+    (run,) = runs_of(command)
+    return replace(run, **({"teacher": "b" * 16} if run.kd else {}) | changes)
 
 
-def run_of(command: str = "", teacher: str = "", **changes) -> Identity:
-    """The identity whose facts are `facts_of` these."""
-    return Identity(facts_of(command, teacher, **changes))
-
-
-def save_run(
-    folder: Path,
-    command: str = "",
-    teacher: str = "",
-    name: str = "",
-    weights: int = 0,
-    top1: float = 10.0,
-    model: nn.Module | None = None,
-    **changes,
-) -> Path:
-    """An untrained model, its weights drawn from the seed `weights`, as `train.py COMMAND` leaves a trained one."""
-    options = options_of(command)
+def content_of(
+    run: RunConfig, tops: tuple[float, ...] = (10.0,), model: nn.Module | None = None, weights: int = 0
+) -> dict:
+    """What a checkpoint of a run holds, with weights drawn from a seed and one test top-1 (%) per epoch."""
     torch.manual_seed(weights)
-    content = {
-        "identity": facts_of(command, teacher, **changes), "epoch": options.num_epochs,
-        "versions": checkpoint.versions(), "model": (model or build_model(options.role)).state_dict(),
-        "metrics": {"loss": 2.3, "top1": top1, "top5": 50.0},
-    }  # fmt: skip
-    path = folder / (name or options.checkpoint_path.name)
-    checkpoint.save(path, content)
+    spec = DATA_SETS[run.dataset]
+    metrics = {"loss": 1.0, "ce": 1.0, "top1": 0.0, "top5": 90.0} | ({"kl": 0.5} if run.kd else {})
+    header = {"run": asdict(run), "machine": {"torch": "2.14", "device": "a CPU"}, "title": run.title}
+    lines = [header | {"split": run.split}]
+    for i, top1 in enumerate(tops):
+        held_out = {"loss": 1.1, "top1": top1, "top5": 95.0}
+        lines.append({"epoch": i + 1, "train": metrics, run.split: held_out, "lr": 0.1, "seconds": 1.0})
+    log = "".join(f"{json.dumps(line)}\n" for line in lines)
+    model = model or build_model(run.role, run.num_classes)
+    described = {"data": describe_data(spec), "epoch": len(tops), "log": log, "metrics": held_out, "seconds": 1.0}
+    return header | described | {"model": model.state_dict()}
+
+
+def save_run(folder: Path, run: RunConfig, name: str = "", **keywords) -> Path:
+    """A checkpoint as train.py would leave it, of an untrained model; keywords as of `content_of`."""
+    path = folder / (name or f"{run.stem}.pt")
+    checkpoint.save(path, content_of(run, **keywords))
     return path
 
 
-def format_1(kd: bool = False, **changes) -> dict:
-    """What a run left before there was Muon."""
-    options = {"seed": 42, "subset": None, "holdout": 0, "precision": "fp32", "num_epochs": 5, "batch_size": 128}
-    options |= {"lr": 0.1, "head_lr": 1.0, "weight_decay": 5e-4, "views": 1, "sync_bn": False, "compile": False}
-    options |= {"temp": [5.0], "alpha": 0.9, "cache_teacher": True} if kd else {}
-    return {
-        "format": 1, "role": "student", "architecture": "student_cnn/1", "num_classes": 10, "dataset": "cifar10",
-        "kd": kd, "teacher": "1f3a" * 4 if kd else "", "options": options, "epoch": 5,
-        "versions": {"torch": "2.11"}, "metrics": {"top1": 80.0, "top5": 99.0}, "model": {"weight": torch.zeros(3)},
-    } | changes  # fmt: skip
-
-
-def fingerprint_of(path: Path) -> str:
-    """What a student says of the teacher in a file."""
-    return checkpoint.fingerprint(checkpoint.load(path)["model"])
-
-
-def write_log(path: Path, command: str = "", teacher: str = "", tops: tuple[float, ...] = (50.0,), **changes) -> None:
-    """The log of `train.py COMMAND`, with a top-1 an epoch."""
-    options = options_of(command)
-    header = {"run": options.run_name, "evaluated_on": options.split, "identity": facts_of(command, teacher, **changes)}
-    metrics = {"loss": 1.0, "ce": 1.0, "top1": 0.0, "top5": 90.0} | ({"kl": 0.5} if options.kd else {})
-    lines = [
-        {"epoch": i + 1, "train": metrics, options.split: {"loss": 1.1, "top1": top, "top5": 95.0}}
-        for i, top in enumerate(tops)
-    ]
-    path.write_text("".join(f"{json.dumps(line)}\n" for line in (header, *lines)))
+def write_log(path: Path, run: RunConfig, tops: tuple[float, ...] = (50.0,)) -> None:
+    """The log of a run, with one test top-1 (%) per epoch."""
+    path.write_text(content_of(run, tops, tiny_student())["log"])
 
 
 def random_images(count: int, seed: int = 0) -> Images:

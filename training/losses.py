@@ -1,8 +1,8 @@
-"""The losses of distillation that need logits alone, a table name -> function.
+"""The losses of distillation that need nothing but logits.
 
-Each takes the logits of student and teacher (B, C), targets (B,) int64 and a temperature T > 0, and returns its
-terms, scalars in nats, which `--kd_weight` weighs. What the papers' own code does beside the formula (DKD's warm-up of
-its weight over the first epochs) is left out.
+Plain KD is `utils.kd_loss`. The others are functions in a table: each takes logits of student and teacher (B, C),
+targets (B,) int64 and a temperature T > 0, and returns its terms, scalars in nats, which `--kd_weight` weights. DKD's
+code also raises its weight over the first epochs, which is left out.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from utils import soft_target_loss
+import utils
 
 Terms = tuple[torch.Tensor, ...]
 
@@ -20,15 +20,10 @@ def divergence(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
     return F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
 
 
-def kd(student: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor, temp: float) -> Terms:
-    """Soft targets: T^2 KL(teacher_T || student_T) (Hinton, Vinyals & Dean, 2014, section 2)."""
-    return (soft_target_loss(student, teacher, temp),)
-
-
 def ls(student: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor, temp: float) -> Terms:
     """Logit standardisation: KD on each image's z-scores over the classes (Sun et al., CVPR 2024, algorithm 1)."""
     student, teacher = (F.layer_norm(logits, logits.shape[1:], eps=1e-12) for logits in (student, teacher))
-    return kd(student, teacher, targets, temp)
+    return (utils.soft_target_loss(student, teacher, temp),)
 
 
 def dkd(student: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor, temp: float) -> Terms:
@@ -61,28 +56,36 @@ def wttm(student: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor, te
     return ((weight * to_softened_teacher(student, teacher, temp)).mean(),)
 
 
-LOSSES: dict[str, Callable[..., Terms]] = {"kd": kd, "ls": ls, "dkd": dkd, "ttm": ttm, "wttm": wttm}
+LOSSES: dict[str, Callable[..., Terms]] = {"ls": ls, "dkd": dkd, "ttm": ttm, "wttm": wttm}
 
 
-def loss_terms(
+def training_loss(
     student_logits: torch.Tensor,
     teacher_logits: torch.Tensor | None,
     targets: torch.Tensor,
-    loss: str,
+    function: str,
     temp: float,
     kd_weights: tuple[float, ...],
     ce_weight: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(total, CE, soft) of logits (B, C) and targets (B,): scalars in nats, of which the total alone has a gradient.
+    """(loss, CE, soft) of logits (B, C) and targets (B,): scalars in nats, of which only the loss has a gradient.
 
-    `soft` is the sum of the loss's terms before they are weighted. Without a teacher the total is the CE, soft 0.
+    `soft` is the sum of the terms of the function ("kd" or a name of the table) before they are weighted. Without a
+    teacher the loss is the CE, and soft is 0.
     """
     student_logits = student_logits.float()
     ce = F.cross_entropy(student_logits, targets)
     if teacher_logits is None:
         return ce, ce.detach(), torch.zeros_like(ce)
-    terms = LOSSES[loss](student_logits, teacher_logits.float(), targets, temp)
-    total = ce_weight * ce
+    teacher_logits = teacher_logits.float()
+    if function == "kd":
+        total = kd_weights[0] + ce_weight  # 1 with the weights alpha and 1 - alpha
+        loss = total * utils.kd_loss(student_logits, teacher_logits, targets, temp, kd_weights[0] / total)
+        with torch.no_grad():
+            soft = utils.soft_target_loss(student_logits, teacher_logits, temp)
+        return loss, ce.detach(), soft
+    terms = LOSSES[function](student_logits, teacher_logits, targets, temp)
+    loss = ce_weight * ce
     for weight, term in zip(kd_weights, terms, strict=True):
-        total = total + weight * term
-    return total, ce.detach(), sum(terms).detach()
+        loss = loss + weight * term
+    return loss, ce.detach(), sum(terms).detach()

@@ -3,15 +3,13 @@
 import torch
 from torch import nn
 
-from config import TrainOptions
+from training.runs import RunConfig
 
 MOMENTUM = 0.9
 MUON_MOMENTUM = 0.6  # of its convolutions
 # Of a quintic that is steep at zero: three steps bring singular values near one, not to it (Jordan et al., 2024).
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 3
-# What a run says of its optimizer; one that takes other steps gets a new number.
-VERSIONS = {"muon": "muon/2", "sgd": "sgd/2"}
 WARM_UP = 0.1  # fraction of all steps
 TINY = 1e-7  # keeps a norm from zero
 
@@ -90,32 +88,32 @@ class Muon(torch.optim.SGD):
                 weight.grad.copy_(step.view(row.shape).movedim(-1, 1).reshape(shape))
 
 
-def make_optimizer(model: nn.Module, options: TrainOptions, dtype: torch.dtype) -> torch.optim.Optimizer:
-    """What resolved options say, Muon or SGD, of a model with `.features` and a `.classifier`.
+def make_optimizer(model: nn.Module, run: RunConfig, dtype: torch.dtype) -> torch.optim.Optimizer:
+    """Muon or SGD, as the run says, for a model with `.features` and a `.classifier`.
 
     SGD's weight decay spares biases and batch norm (He et al., 2019, section 3.1), Muon's the convolutions too, whose
     norm is kept; `dtype` is that of its orthogonalisation.
     """
-    is_muon = options.optimizer == "muon"
+    is_muon = run.optimizer == "muon"
     trained = [p for p in model.features.parameters() if p.requires_grad]
     convolutions = [p for p in trained if p.ndim > 1]
     others = [p for p in trained if p.ndim <= 1]
     head = model.classifier
     groups = [
-        {"params": convolutions, "share": 1.0, "weight_decay": 0.0 if is_muon else options.weight_decay},
-        {"params": others, "share": options.norm_lr},
-        {"params": [head.weight], "share": options.head_lr, "weight_decay": options.weight_decay},
-        {"params": [head.bias], "share": options.head_lr},
+        {"params": convolutions, "lr_scale": 1.0, "weight_decay": 0.0 if is_muon else run.weight_decay},
+        {"params": others, "lr_scale": run.norm_lr},
+        {"params": [head.weight], "lr_scale": run.head_lr, "weight_decay": run.weight_decay},
+        {"params": [head.bias], "lr_scale": run.head_lr},
     ]
     fused = convolutions[0].device.type != "mps"
     if not is_muon:
-        return torch.optim.SGD(groups, lr=options.lr, momentum=MOMENTUM, nesterov=True, fused=fused)
+        return torch.optim.SGD(groups, lr=run.lr, momentum=MOMENTUM, nesterov=True, fused=fused)
     for group in groups:
         group["muon_momentum"] = MUON_MOMENTUM if group["params"] is convolutions else MOMENTUM
-    return Muon(groups, dtype, lr=options.lr, fused=fused)
+    return Muon(groups, dtype, lr=run.lr, fused=fused)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give each group its share of a learning rate."""
+    """Give each group its learning rate, as a fraction of `lr`."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["share"]
+        group["lr"] = lr * group["lr_scale"]

@@ -1,89 +1,119 @@
-"""A training under way: what a checkpoint holds, what a resume brings back, how far the run is."""
+"""A training under way: its model, optimizer, log and position; how it is saved and resumed."""
 
-import math
 import time
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from config import TrainOptions
-from datasets import DatasetSpec
-from models import ARCHITECTURES, build_model
+from data_sets import DATA_SETS, PICTURES, DataSet
+from models import build_model, use_products
 from runtime import checkpoint
-from runtime.device import Runtime, device_title
+from runtime.device import Runtime, machine
 from runtime.errors import UserError
-from runtime.identity import Identity
 from runtime.log import RunLog
-from runtime.processes import sync_batch_norm
-from training.optimizer import VERSIONS, learning_rate, make_optimizer, set_learning_rate
-from utils import Views
+from training.optimizer import learning_rate, make_optimizer, set_learning_rate
+from training.runs import RunConfig, RunName, describe_differences, differences, run_from, saw_held_out
 
 METRICS = ("loss", "ce", "kl", "top1", "top5")
+SAVING_SHARE = 0.01  # of the time that saving the resume state may take
 
 
-def identity_of(options: TrainOptions, spec: DatasetSpec, runtime: Runtime, teacher_id: str = "") -> Identity:
-    """All that shapes the result of a run with resolved options here, of the teacher with this fingerprint.
+@dataclass(frozen=True)
+class RunFiles:
+    """Where a run's files are."""
 
-    `spec` is the data set's, of a folder as it was read.
-    """
-    role = options.role
-    return Identity(
-        {
-            "role": role,
-            "architecture": ARCHITECTURES[role],
-            "num_classes": len(spec.classes),
-            "dataset": options.dataset,
-            **({"images": spec.fingerprint} if spec.fingerprint else {}),
-            "kd": options.kd,
-            **options.result_options(),
-            "optimizer": VERSIONS[options.optimizer],
-            **({"teacher": teacher_id} if options.kd else {}),
-            "world_size": runtime.world_size,
-            "torch": str(torch.__version__),
-            "device": device_title(runtime),
-        }
-    )
+    weights: Path  # folder
+    plots: Path  # folder
+    stem: str
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.weights / f"{self.stem}.pt"
+
+    @property
+    def resume(self) -> Path:
+        """The resume state of an unfinished run."""
+        return self.weights / f"{self.stem}.last.pt"
+
+    @property
+    def log(self) -> Path:
+        return self.plots / f"{self.stem}.jsonl"
+
+
+def describe_data(spec: DataSet) -> dict:
+    """What a checkpoint says of its data set: all that is needed to use the model without the images."""
+    words = {"classes": list(spec.classes), "mean": list(spec.mean), "std": list(spec.std)}
+    return words | {"flip": spec.flip, "pictures": PICTURES}
+
+
+def spec_of(content: dict) -> DataSet:
+    """The data set as a checkpoint describes it: classes, normalisation and flip."""
+    described = {name: tuple(content["data"][name]) for name in ("classes", "mean", "std")}
+    return replace(DATA_SETS[content["run"]["dataset"]], **described, flip=content["data"]["flip"])
+
+
+def load_model(content: dict, runtime: Runtime) -> torch.nn.Module:
+    """The model of a checkpoint, ready to evaluate on the device; UserError if the weights don't fit."""
+    run = run_from(content["run"])
+    model = checkpoint.load_weights(build_model(run.role, run.num_classes), content)
+    use_products(model, runtime.product_map)
+    return model.to(runtime.device, memory_format=runtime.memory_format).eval().requires_grad_(False)
+
+
+def mismatch(content: dict, name: RunName, spec: DataSet, same_images: bool = True) -> str:
+    """Why a checkpoint does not fit a data set, or was trained on images that `name` holds out; "" if it fits."""
+    run, classes = run_from(content["run"]), content["data"]["classes"]
+    if tuple(classes) != spec.classes:
+        return f"has {len(classes)} other classes ({', '.join(classes[:3])}, ...)"
+    if same_images and run.images != spec.fingerprint:
+        return f"was trained on other images than those of {spec.name} here"
+    if saw_held_out(run, name, spec.train_images):
+        return f"was trained on images that --holdout {name.holdout} holds out"
+    return ""
 
 
 class Run:
-    """Model, optimizer, log and position of one training; `options` are resolved ones."""
+    """Model, optimizer, log and position of one training on `images` images."""
 
-    def __init__(self, options: TrainOptions, runtime: Runtime, views: Views, teacher_id: str = "") -> None:
-        """UserError where the processes can't share a batch."""
-        self.options, self.runtime, self.spec = options, runtime, views.spec
+    def __init__(self, config: RunConfig, runtime: Runtime, spec: DataSet, images: int, files: RunFiles) -> None:
+        """UserError if the processes can't share a batch."""
+        self.config, self.runtime, self.spec, self.files = config, runtime, spec, files
         world = runtime.world_size
-        self.batch_size = min(options.batch_size, len(views)) // world * world
-        if options.batch_size % world or not self.batch_size:
-            raise UserError(f"{world} processes can't share batches of {options.batch_size}: give a multiple")
-        self.steps = len(views) // self.batch_size  # of an epoch; its last, smaller batch is left out
-        self.total_steps = self.steps * options.num_epochs
-        torch.manual_seed(options.seed)  # of the initial weights
-        self.model = build_model(options.role, len(self.spec.classes))
-        self.model.to(runtime.device, memory_format=torch.channels_last)
-        if options.sync_bn and world > 1:
-            sync_batch_norm(self.model)
-        self.optimizer = make_optimizer(self.model, options, runtime.autocast_dtype or torch.float32)
-        self.compiling = options.compile
-        self.forward = torch.compile(self.model) if options.compile else self.model
+        self.batch_size = min(config.batch_size, images) // world * world
+        if config.batch_size % world or not self.batch_size:
+            raise UserError(f"{world} processes can't share batches of {config.batch_size}: give a multiple")
+        self.steps = images // self.batch_size  # of an epoch; its last, smaller batch is left out
+        self.total_steps = self.steps * config.num_epochs
+        torch.manual_seed(config.seed)  # of the initial weights
+        self.model = build_model(config.role, config.num_classes)
+        use_products(self.model, 0 if config.compile else runtime.product_map)
+        if config.sync_bn:
+            self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        self.model.to(runtime.device, memory_format=runtime.memory_format)
+        self.optimizer = make_optimizer(self.model, config, runtime.autocast_dtype or torch.float32)
+        self.forward = torch.compile(self.model) if config.compile else self.model
         if world > 1:
-            self.forward = DistributedDataParallel(self.forward)
-        self.log = RunLog(options.log_path)
-        self.identity = identity_of(options, self.spec, runtime, teacher_id)
+            self.forward = DistributedDataParallel(self.forward, broadcast_buffers=False)
+        self.log = RunLog(files.log, runtime.is_main)
+        self.saved_at, self.save_seconds = time.monotonic(), 0.0
         self.begin_epoch(0)
 
     @property
     def lr(self) -> float:
-        """The learning rate of the next step, or of the last one where none is left."""
+        """The learning rate of the next step, or of the last one if none is left."""
         step = min(self.epoch * self.steps + self.step, self.total_steps - 1)
-        return learning_rate(step, self.total_steps, self.options.lr)
+        return learning_rate(step, self.total_steps, self.config.lr)
 
     def begin_epoch(self, epoch: int) -> None:
-        """Stand before the first step of an epoch, counted from 0."""
+        """Go before the first step of an epoch, counted from 0."""
         self.epoch, self.step, self.seconds = epoch, 0, 0.0
+        self.next_agreement = 1
         dtype = torch.float32 if self.runtime.device.type == "mps" else torch.float64
         self.totals = torch.zeros(len(METRICS), dtype=dtype, device=self.runtime.device)
         self.losses = torch.zeros(self.steps, device=self.runtime.device)
+        self.clock = time.monotonic()
 
     def update(self, loss: torch.Tensor) -> None:
         """One step of the optimizer, down the gradient of a loss."""
@@ -93,18 +123,13 @@ class Run:
         self.optimizer.step()
 
     def record(self, loss, ce, kl, correct, count: int) -> None:
-        """Count a step: its mean losses and its correct answers over `count` images; nothing waits for the device."""
+        """Count a step: mean losses and correct predictions over `count` images; nothing waits for the device."""
         self.losses[self.step] = loss.detach()
         self.totals += torch.stack((loss.detach() * count, ce * count, kl * count, *correct))
         self.step += 1
-        if self.compiling:
-            self.runtime.print(f"compiled in {time.monotonic() - self.clock:.1f} s, which the epoch's time leaves out")
-            self.compiling, self.clock = False, time.monotonic()
-        else:
-            self.count_time()
 
     def count_time(self) -> None:
-        """Add the time since the last call to the epoch's."""
+        """Add the time since the last call to that of the epoch."""
         now = time.monotonic()
         self.seconds += now - self.clock
         self.clock = now
@@ -114,80 +139,75 @@ class Run:
         bad = (~torch.isfinite(self.losses[: self.step])).nonzero()
         if len(bad):
             step = int(bad[0])
-            lr = learning_rate(self.epoch * self.steps + step, self.total_steps, self.options.lr)
+            lr = learning_rate(self.epoch * self.steps + step, self.total_steps, self.config.lr)
             raise UserError(
                 f"the loss is {self.losses[step].item()} at epoch {self.epoch + 1}, step {step + 1}, learning rate "
-                f"{lr:.4g}: try a lower --lr, `{self.anew(lr=float(f'{self.options.lr / 10:.4g}'))}`"
+                f"{lr:.4g}: restart it with a lower rate, `--lr {self.config.lr / 10:.4g} --resume False`"
             )
 
-    def anew(self, **changes) -> str:
-        """The command that starts this run anew, and no other of --all."""
-        return replace(self.options, resume="False", **changes).command("train.py", every=True)
+    # ------------------------------------------------------------------------------------------ saved and resumed
+
+    def header(self) -> dict:
+        """What a checkpoint and a log begin with."""
+        return {"run": asdict(self.config), "machine": machine(self.runtime), "title": self.config.title}
 
     def state(self, **more) -> dict:
-        """What a checkpoint holds: all that is needed to use the weights and to trust them."""
+        """What a checkpoint holds: the header, the data set in words, and the weights."""
         weights = {name: tensor.cpu().contiguous() for name, tensor in self.model.state_dict().items()}
-        described = {"identity": self.identity.facts, "epoch": self.epoch, "versions": checkpoint.versions()}
-        described["data"] = self.spec.description()
-        return {**described, "model": weights, **more}
+        described = {"data": describe_data(self.spec), "epoch": self.epoch, "log": self.log.text}
+        return {**self.header(), **described, "model": weights, **more}
+
+    def finished_state(self) -> dict:
+        """What the checkpoint of the finished run holds: with the metrics of its last epoch, and its seconds."""
+        lines = self.log.lines
+        seconds = sum(line["seconds"] for line in lines)
+        return self.state(metrics=lines[-1][self.config.split], seconds=seconds)
+
+    def save_is_due(self) -> bool:
+        """Whether the last save has cost less than 1 % of the time since then, and is at least 1 s ago."""
+        return time.monotonic() - self.saved_at > max(1.0, self.save_seconds / SAVING_SHARE)
+
+    def is_time_to_agree(self) -> bool:
+        """Whether the processes, if there are several, talk after this step: about once a second or every 16th."""
+        return self.runtime.world_size == 1 or self.step in (self.next_agreement, self.steps, 0)
+
+    def agree(self, stop: int, save: bool) -> tuple[int, bool]:
+        """The stop signal that any process got, or 0, and whether any of them wants to save."""
+        self.count_time()
+        step_seconds = self.seconds / max(self.step, 1)
+        stop, save, step_seconds = self.runtime.agree(stop, save, step_seconds)
+        self.next_agreement = self.step + min(max(int(1 / max(step_seconds, 1e-9)), 1), 16)
+        return int(stop), bool(save)
 
     def save(self) -> None:
         """Write the resume state. No generator and no schedule is in it: they follow from seed, epoch and step."""
+        start = time.monotonic()
         totals = self.runtime.total(self.totals)
         if self.runtime.is_main:
-            position = {"step": self.step, "seconds": self.seconds, "totals": totals, "log": self.log.text}
-            state = self.state(**position, optimizer=self.optimizer.state_dict())
-            checkpoint.save(self.options.resume_path, state)
+            position = {"step": self.step, "seconds": self.seconds, "totals": totals}
+            checkpoint.save(self.files.resume, self.state(**position, optimizer=self.optimizer.state_dict()))
+        self.saved_at = time.monotonic()
+        self.save_seconds = self.saved_at - start
 
     def restore(self) -> None:
-        """Go on where the resume state was saved; UserError where its run had other options, or it is damaged."""
-        path = self.options.resume_path
-        state = checkpoint.load(path, role=self.options.role, architecture=self.identity["architecture"])
-        before = state["identity"]
-        if state["format"] < checkpoint.FORMAT or before["optimizer"] not in VERSIONS.values():
+        """Continue where the resume state was saved; UserError if its run had other options, or it is damaged."""
+        path = self.files.resume
+        state = checkpoint.load(path)
+        before = run_from(state["run"])
+        may_change = {"processes", "sync_bn"}  # sync_bn is False for a single process
+        if differences(before, self.config, may_change):
             raise UserError(
-                f"the unfinished run {path} is of an older version of this project, which another recipe trains: "
-                f"start it anew by `{self.anew()}`"
+                f"{path} is an unfinished run with {describe_differences(before, self.config, may_change)}: rerun "
+                f"it with its own options to resume it, delete it, or restart with --resume False"
             )
-        if not before.can_go_on_as(self.identity):
-            command = "`python train.py --tto True`" if self.options.tto else "`python train.py`"  # which --all is not
-            raise UserError(
-                f"the unfinished run {path} has {before.beside(self.identity)}: give {command} "
-                f"the same options to go on with it, or start it anew by `{self.anew()}`"
-            )
-        try:
-            self.take_over(state)
-        except UserError:
-            raise
-        except Exception as error:  # its parts are there and whole, but not a resume state's
-            raise UserError(f"{path} is damaged or no unfinished run: start it anew by `{self.anew()}`") from error
-        where = f"going on with {path} at epoch {self.epoch + 1}, step {self.step}/{self.steps}"
-        if before.differing(self.identity):
-            regrouped = before["world_size"] != self.identity["world_size"] and not self.options.sync_bn
-            effect = "batch norm sees other batches" if regrouped else "the last bits may differ"
-            where += f"; it had {before.beside(self.identity)}: {effect} from here"
-        self.runtime.print(where)
-
-    def take_over(self, state: dict) -> None:
-        """Make a loaded resume state this run's own; an exception of any kind where it is none, and nothing written."""
-        checkpoint.load_weights(self.model, state, self.options.resume_path)
-        groups = self.optimizer.state_dict()["param_groups"]  # as the options say, whatever the file does
+        checkpoint.load_weights(self.model, state)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"param_groups": groups})
-        self.epoch, self.step, self.seconds = int(state["epoch"]), int(state["step"]), float(state["seconds"])
+        self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
         # Sums over all processes then: each takes its share, so that they add up to the same.
         self.totals += (state["totals"] / self.runtime.world_size).to(self.totals)
-        self.log.text = state["log"]
-        whole = [
-            self.epoch in range(self.options.num_epochs + 1),
-            self.step in range(self.steps + 1),
-            0 <= self.seconds < math.inf,
-            self.totals.isfinite().all(),
-            isinstance(self.log.header, dict),
-            len([line[self.options.split]["top1"] for line in self.log.lines]) == self.epoch,
-            *(value.shape == p.shape for p, values in self.optimizer.state.items() for value in values.values()),
-        ]
-        if not all(whole):
-            raise ValueError
-        if self.runtime.is_main:
-            self.log.write(state["log"])
+        self.log.write(state["log"])
+        notes = [describe_differences(before, self.config)] if before != self.config else []
+        notes += [f"{name} {state['machine'][name]}, not {value}" for name, value in machine(self.runtime).items()
+                  if state["machine"][name] != value]  # fmt: skip
+        changed = f"; it had {'; '.join(notes)}: the result may differ" if notes else ""
+        self.runtime.print(f"resuming {path} at epoch {self.epoch + 1}, step {self.step}/{self.steps}{changed}")

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torchvision
 
-from datasets import DATASETS, SIDE
+from data_sets import SIDE
 from evaluation.inference import count_macs, count_parameters
-from models import ARCHITECTURES, StudentCNN, build_model, vgg19_bn
+from models import BUILDERS, StudentCNN, build_model, vgg19_bn
 
 
 def test_vgg_features_are_torchvisions():
@@ -17,7 +17,7 @@ def test_vgg_features_are_torchvisions():
     for module in theirs.modules():
         if isinstance(module, torch.nn.Conv2d):
             module.reset_parameters()
-        if isinstance(module, torch.nn.BatchNorm2d):  # none the identity, so that each must be in its place
+        if isinstance(module, torch.nn.BatchNorm2d):  # no identity, so that each must be in its place
             module.reset_parameters()
             module.running_mean.normal_(std=0.1)
             module.running_var.uniform_(0.5, 1.5)
@@ -58,11 +58,11 @@ def test_logits_are_float32_whatever_the_precision(role):
     assert not torch.equal(logits, logits.bfloat16().float())
 
 
-def test_build_model_knows_the_roles_and_nothing_else():
+def test_build_model_builds_each_role_and_refuses_others():
     assert isinstance(build_model("student"), StudentCNN)
     assert build_model("teacher", 7)(torch.zeros(2, 3, SIDE, SIDE)).shape == (2, 7)
     assert build_model("student", 7)(torch.zeros(2, 3, SIDE, SIDE)).shape == (2, 7)
-    assert set(ARCHITECTURES) == {"teacher", "student"} == {role for role, _ in DATASETS["cifar10"].recipes}
+    assert set(BUILDERS) == {"teacher", "student"}
     with pytest.raises(ValueError, match="pupil"):
         build_model("pupil")
 
@@ -80,7 +80,7 @@ def test_the_teachers_first_filters_pass_its_channels_on():
         assert len(others) == outputs - inputs and len(convolution.bias) == outputs and not convolution.bias.any()
         if len(others):  # Kaiming's, by the outputs of the whole layer
             assert others.std().item() == pytest.approx((2 / (9 * outputs)) ** 0.5, rel=0.05)
-        assert not convolution.bias.requires_grad, "batch norm would take it out again"
+        assert not convolution.bias.requires_grad, "batch norm would remove it again"
     assert len(convolutions) == 16 and [c.out_channels - c.in_channels for c in convolutions].count(0) == 12
 
 
@@ -90,6 +90,6 @@ def test_the_student_starts_at_random():
         if isinstance(module, torch.nn.Conv2d):
             expected = (2 / (9 * module.out_channels)) ** 0.5
             assert module.weight.std().item() == pytest.approx(expected, rel=0.05)
-            assert (module.weight == 0).sum() == 0, "no filter of its starts as the identity"
+            assert (module.weight == 0).sum() == 0, "no filter starts as the identity"
         if isinstance(module, torch.nn.Linear):
             assert module.weight.std().item() == pytest.approx(0.01, rel=0.1) and not module.bias.any()

@@ -1,18 +1,28 @@
-"""Where a run runs: the device of each process, and what the processes share."""
+"""The device of each process, what the processes share, and the host's settings, which are restored."""
+
+import platform
+import resource
+import signal
+import threading
 
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import FORKS
 
-from runtime.device import Runtime, device_title, pick_device
+from runtime import processes
+from runtime.device import Runtime, device_title, machine, pick_device
 from runtime.errors import UserError
+from runtime.processes import start
+from runtime.signals import StopSignal
+
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
     ("name", "environment", "expected"),
     [
         ("auto", {}, "cuda:0"),
-        ("cuda", {}, "cuda:0"),
         ("cuda:1", {}, "cuda:1"),
         ("cpu", {}, "cpu"),
         ("auto", {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, "cuda:1"),
@@ -20,7 +30,6 @@ from runtime.errors import UserError
         ("cuda", {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "3"}, "3 processes need a device each.* gives 2"),
         ("cuda:1", {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, "2 processes need a device each.* gives 1"),
         ("cuda:2", {}, "has 2 CUDA devices"),
-        ("mps", {}, "mps"),
         ("mps", {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, "2 processes need a device each.* gives 1"),
     ],
 )
@@ -40,17 +49,139 @@ def test_each_process_has_a_device_of_its_own_with_its_number(name, environment,
 def test_a_total_leaves_the_processes_own_values_alone(monkeypatch):
     """What a run sums up goes on growing after a save, so that the sum over processes must not be put in its place."""
     monkeypatch.setattr(dist, "all_reduce", lambda values: values.mul_(2))  # the other process has the same
-    runtime = Runtime(torch.device("cpu"), None, rank=0, world_size=2)
+    runtime = Runtime(CPU, None, rank=0, world_size=2)
     for dtype in (torch.float64, torch.float32, torch.int64):  # float64 on the CPU needs no conversion
         own = torch.tensor([1, 2, 3], dtype=dtype)
         assert runtime.total(own).tolist() == [2, 4, 6] and runtime.total(own).dtype == torch.float64
         assert own.tolist() == [1, 2, 3]
-    alone = Runtime(torch.device("cpu"), None)
     own = torch.ones(2, dtype=torch.float64)
-    alone.total(own).zero_()
+    Runtime(CPU, None).total(own).zero_()
     assert own.tolist() == [1, 1]
 
 
-def test_a_processor_and_what_sits_beside_it_have_two_titles():
-    titles = [device_title(Runtime(torch.device(kind), None)) for kind in ("cpu", "mps")]
-    assert "thread" in titles[0] and titles[1].endswith(", MPS")
+def test_a_machine_is_described_by_version_and_device():
+    runtime = Runtime(CPU, None)
+    title = device_title(runtime)
+    assert f"{torch.get_num_threads()} thread" in title
+    assert machine(runtime) == {"torch": torch.__version__, "device": title}
+    assert all(type(value) is str for value in machine(runtime).values()), "torch's own class is no plain string"
+    assert device_title(Runtime(torch.device("mps"), None)).endswith(", MPS")
+
+
+# ---------------------------------------------------------------------------------------------- settings
+
+
+def settings() -> dict:
+    """Torch's global settings that a run or an evaluation may change."""
+    cudnn = torch.backends.cudnn
+    return {
+        "enabled": cudnn.enabled, "benchmark": cudnn.benchmark, "tf32": cudnn.allow_tf32,
+        "deterministic": cudnn.deterministic, "algorithms": torch.are_deterministic_algorithms_enabled(),
+        "warn only": torch.is_deterministic_algorithms_warn_only_enabled(),
+    }  # fmt: skip
+
+
+@pytest.fixture(params=[True, False])
+def host(request, monkeypatch):
+    """Settings of a host, a notebook perhaps, all of one kind; and a CUDA device that is never used."""
+    for name in ("benchmark", "allow_tf32", "deterministic"):
+        monkeypatch.setattr(torch.backends.cudnn, name, request.param)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    torch.use_deterministic_algorithms(request.param, warn_only=request.param)
+    yield settings()
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_run_restores_the_hosts_settings(device, deterministic, host):
+    for error in (None, ZeroDivisionError):
+        try:
+            with start(device, "fp32", deterministic):
+                during = settings()
+                if error:
+                    raise error
+        except ZeroDivisionError:
+            pass
+        assert settings() == host
+    if deterministic:
+        assert during["deterministic"] and during["algorithms"] and not during["warn only"]
+    if device == "cuda":
+        assert (during["benchmark"], during["tf32"]) == (not deterministic, False)
+
+
+def test_logits_are_repeatable_within_a_block_and_cudnn_stays_on(host):
+    with pytest.raises(ZeroDivisionError), Runtime(CPU, None).repeatable_logits():
+        assert settings() == host | {"benchmark": False, "deterministic": True}
+        raise ZeroDivisionError
+    assert settings() == host
+
+
+def test_a_run_leaves_the_hosts_random_numbers_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    with start("cpu", "fp32"):
+        torch.manual_seed(9)
+        torch.rand(4)
+    assert torch.equal(torch.rand(4), expected)
+
+
+@pytest.mark.parametrize(
+    "precision, fast, word",
+    [("auto", True, "bf16"), ("auto", False, "fp32"), ("bf16", False, "bf16"), ("fp32", True, "fp32")],
+)
+def test_auto_is_bf16_where_it_is_faster(precision, fast, word, monkeypatch):
+    monkeypatch.setattr(processes, "has_fast_bf16", lambda device: fast)
+    with start("cpu", precision) as runtime, runtime.autocast():
+        assert runtime.precision == word
+        dtype = torch.nn.functional.linear(torch.zeros(2, 2), torch.zeros(2, 2)).dtype
+    assert dtype == (torch.bfloat16 if word == "bf16" else torch.float32)
+
+
+def test_signals_are_caught_in_the_main_thread_only_and_handlers_are_restored():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    found = []
+
+    def in_thread():
+        with StopSignal() as stop:
+            found.append((stop.number, {number: signal.getsignal(number) for number in before}))
+
+    thread = threading.Thread(target=in_thread)
+    thread.start()
+    thread.join()
+    assert found == [(0, before)]
+    with pytest.raises(ZeroDivisionError), StopSignal() as stop:
+        assert all(signal.getsignal(number) not in before.values() for number in before)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.number == signal.SIGTERM
+        raise ZeroDivisionError
+    assert {number: signal.getsignal(number) for number in before} == before
+
+
+# ---------------------------------------------------------------------------------------------- memory
+
+
+def pages_taken(blocks: int) -> int:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(blocks):
+        torch.ones(64 << 20, dtype=torch.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def in_a_run(results) -> None:
+    with start("cpu", "fp32"):
+        pages_taken(8)  # malloc's alignment leaves gaps that are a little too small, but not for ever
+        results.put(pages_taken(8))
+
+
+@pytest.mark.skipif(platform.libc_ver() < ("glibc", "2.35"), reason="needs glibc 2.35")
+def test_a_block_like_one_freed_before_costs_no_new_pages():
+    results = FORKS.SimpleQueue()
+    process = FORKS.Process(target=in_a_run, args=(results,))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+    assert results.get() < (64 << 20) // resource.getpagesize() / 10

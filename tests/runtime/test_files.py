@@ -1,31 +1,37 @@
-"""Files that are never half written."""
+"""Files that are never half written, and locks on them."""
 
 import errno
 import fcntl
 import os
+from pathlib import Path
 
 import pytest
-from made_up import facts_of
+from conftest import FORKS
+from made_up import CPU
 
+from config import parse_test
 from runtime import checkpoint
 from runtime.errors import UserError
-from runtime.files import keep_previous, locked, writing
+from runtime.files import locked, make_folder, writing
 from runtime.log import RunLog
+from test import find_checkpoints
 
 
-def test_what_is_being_written_replaces_the_old_file_whole_or_not_at_all(tmp_path):
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")
     with writing(path) as temporary:
-        assert temporary.parent == path.parent, "a rename is atomic within one file system"
+        assert tmp_path in temporary.parents, "a rename is atomic within one file system only"
         temporary.write_bytes(b"half")
         assert path.read_bytes() == b"old"
         temporary.write_bytes(b"whole")
     assert path.read_bytes() == b"whole"
-    with pytest.raises(ZeroDivisionError), writing(path) as temporary:
-        temporary.write_bytes(b"half")
-        raise ZeroDivisionError
-    assert path.read_bytes() == b"whole"
+    for error, raised in ((ZeroDivisionError, ZeroDivisionError), (KeyboardInterrupt, KeyboardInterrupt),
+                          (OSError(errno.ENOSPC, "No space left on device"), UserError)):  # fmt: skip
+        with pytest.raises(raised), writing(path) as temporary:
+            temporary.write_bytes(b"half")
+            raise error
+        assert path.read_bytes() == b"whole"
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
@@ -43,56 +49,66 @@ def test_a_save_is_on_the_disk_before_it_replaces_the_old_file(tmp_path, monkeyp
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", replace)
-    path = tmp_path / "state.pt"
-    checkpoint.save(path, {"model": {}})
+    checkpoint.save(tmp_path / "state.pt", {"model": {}})
     temporary = done[0][1]
-    assert temporary.startswith(f"{path}.")
     assert done == [("fsync", temporary), ("replace", temporary), ("fsync", str(tmp_path))]
     done.clear()
-    log = RunLog(tmp_path / "log.jsonl")
-    log.append({"epoch": 1})
+    RunLog(tmp_path / "log.jsonl").append({"epoch": 1})
     assert [word for word, _ in done] == ["fsync", "replace", "fsync"], "so is a line of the log"
 
 
-def test_temporaries_of_the_living_are_left_alone(tmp_path):
-    path = tmp_path / "state.pt"
-    dead, living, other = (tmp_path / f"state.pt.{word}.tmp" for word in ("4194305", str(os.getppid()), "my notes"))
-    for file in (dead, living, other):
-        file.write_bytes(b"half")
-    checkpoint.save(path, {"model": {}})
-    assert {file.name for file in tmp_path.iterdir()} == {"state.pt", living.name, other.name}
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_the_permissions_are_those_that_the_umask_leaves(umask, mode, tmp_path):
+    before = os.umask(umask)
+    try:
+        with writing(tmp_path / "new" / "file") as temporary:
+            temporary.write_text("whole")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "new" / "file").stat().st_mode & 0o777 == mode
 
 
-@pytest.mark.parametrize("has_links", [True, False])
-def test_what_a_new_run_replaces_stays_as_the_previous_one(has_links, tmp_path, monkeypatch):
-    def link(*_):
-        raise OSError(errno.EPERM, "Operation not permitted")
-
-    if not has_links:
-        monkeypatch.setattr(os, "link", link)
-    path = tmp_path / "teacher.pt"
-    for epochs in (60, 2, 1):
-        keep_previous(path)
-        checkpoint.save(path, {"model": {}, "identity": facts_of("--tto"), "epoch": epochs})
-    assert checkpoint.load(path)["epoch"] == 1
-    assert checkpoint.load(tmp_path / "teacher.pt.previous")["epoch"] == 2
+SIZE, TIMES = 200_000, 25
 
 
-def test_a_name_that_is_too_long_for_a_temporary_is_said(tmp_path):
-    with pytest.raises(UserError, match="File name too long"), writing(tmp_path / (250 * "x")) as temporary:
-        temporary.write_text("whole")
+def write_often(path: Path, byte: bytes, barrier) -> None:
+    """Write a file of one byte, again and again, once all have started."""
+    barrier.wait(60)
+    for _ in range(TIMES):
+        with writing(path) as temporary:
+            temporary.write_bytes(SIZE * byte)
 
 
-@pytest.mark.parametrize("name", ["x**y", "[a]", "a b?", "..x", "-n", "ä", "100%"])
-def test_a_name_is_a_name_and_no_pattern(name, tmp_path):
-    path = tmp_path / name
-    stale, other = tmp_path / f"{name}.4194305.tmp", tmp_path / "a.4194305.tmp"
-    for file in (stale, other):
-        file.write_text("half")
+def test_two_processes_that_write_one_file_do_not_break_each_other(tmp_path):
+    path, barrier = tmp_path / "file", FORKS.Barrier(3)
+    path.write_bytes(SIZE * b"a")
+    processes = [FORKS.Process(target=write_often, args=(path, byte, barrier)) for byte in (b"a", b"b")]
+    for process in processes:
+        process.start()
+    barrier.wait(60)
+    while any(process.is_alive() for process in processes):
+        assert path.read_bytes() in (SIZE * b"a", SIZE * b"b")
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_file_half_written_is_never_taken_for_a_checkpoint(tmp_path, capsys):
+    path = tmp_path / "student.pt"
     with writing(path) as temporary:
-        temporary.write_text("whole")
-    assert path.read_text() == "whole"
-    assert {file.name for file in tmp_path.iterdir()} == {name, other.name}
+        temporary.write_bytes(b"half")
+        assert find_checkpoints(parse_test(["--compare", "--weights_path", tmp_path]), CPU) == []
+    assert not capsys.readouterr().out
+
+
+def test_what_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "a file").touch()
+    (tmp_path / "a folder" / "b").mkdir(parents=True)
+    for name, tells in ((300 * "x", "File name too long"), ("a file/x", "can't use .*a file as a folder: "),
+                        ("a folder", "can't write .*a folder: Is a directory")):  # fmt: skip
+        with pytest.raises(UserError, match=tells), writing(tmp_path / name) as temporary:
+            temporary.write_text("whole")
+    with pytest.raises(UserError, match="can't use /proc/w as a folder"):
+        make_folder(Path("/proc/w"))
 
 
 def test_a_link_stays_and_the_file_it_leads_to_is_replaced(tmp_path):
@@ -100,18 +116,17 @@ def test_a_link_stays_and_the_file_it_leads_to_is_replaced(tmp_path):
     target, link = tmp_path / "elsewhere" / "file", tmp_path / "link"
     target.write_text("old")
     link.symlink_to(target)
-    with writing(link) as temporary:
-        assert temporary.parent == target.parent
-        temporary.write_text("new")
-    assert link.is_symlink() and target.read_text() == link.read_text() == "new"
     dangling = tmp_path / "dangling"
     dangling.symlink_to(tmp_path / "elsewhere" / "not yet")
-    with writing(dangling) as temporary:
-        temporary.write_text("new")
-    assert dangling.is_symlink() and (tmp_path / "elsewhere" / "not yet").read_text() == "new"
+    for path in (link, dangling):
+        with writing(path) as temporary:
+            assert target.parent in temporary.parents, "on the disk of the file, not of the link"
+            temporary.write_text("new")
+        assert path.is_symlink() and path.read_text() == "new"
+    assert target.read_text() == (tmp_path / "elsewhere" / "not yet").read_text() == "new"
 
 
-def test_the_lock_is_one_run_at_a_times_and_leaves_nothing(tmp_path):
+def test_one_run_at_a_time_holds_the_lock_and_nothing_is_left_of_it(tmp_path):
     path = tmp_path / "weights" / "student.pt"
     with locked(path):
         with pytest.raises(UserError, match="another run is writing .*student.pt"), locked(path):
@@ -123,7 +138,7 @@ def test_the_lock_is_one_run_at_a_times_and_leaves_nothing(tmp_path):
     assert not list(path.parent.iterdir())
 
 
-def test_where_there_are_no_locks_a_run_goes_on_without(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_stops_no_run(tmp_path, monkeypatch):
     def flock(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 

@@ -1,116 +1,145 @@
 """`train.py --all`: every run once, whenever it is stopped; and what makes a gain of KD a paired one."""
 
 import json
-import os
-import signal
-from functools import partial
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import snapshot
-from kill_marathon import result, wait
 
 import train
 import utils
+from evaluation import report
 from runtime import checkpoint
+from runtime.errors import Stopped
 
 RUNS = ["teacher", "student", "student_kd_t5", "student_seed43", "student_kd_t5_seed43"]
 
 
-@pytest.fixture(scope="module")
-def start_script(start_script):
-    """As everywhere, with models of a few thousand weights."""
-    return partial(start_script, tiny=True)
+@pytest.fixture
+def learn(digits, tiny_models, tmp_path, monkeypatch):
+    """A function that runs train.py over 40 digits in the test's folder; its exit code."""
+    monkeypatch.setattr(train, "plot_curves", lambda *_: [])
+    monkeypatch.setattr(report, "plot_comparison", lambda contents, path: path)
+    monkeypatch.chdir(tmp_path)
+    size = ["--dataset=digits", "--subset=40", "--batch_size=8", "--num_epochs=1", "--views=2"]
+    return lambda *words: train.main([*size, f"--data_path={digits}", "--device=cpu", "--precision=fp32", *words])
 
 
-@pytest.fixture(scope="module")
-def command(digits) -> list[str]:
-    """The command of five runs of a second each."""
-    size = ["--subset=40", "--batch_size=8", "--num_epochs=1", "--seeds=2", "--temp=5", "--views=2"]
-    return ["train.py", "--all", "--dataset=digits", *size, f"--data_path={digits}", "--device=cpu", "--precision=fp32"]
+ALL = ["--all", "--temp", "5"]
+
+
+def load(name: str, trial: str = "_subset40", folder: str = "weights") -> dict:
+    return checkpoint.load(Path(folder, f"digits_{name}{trial}.pt"))
 
 
 def table_of(folder: Path) -> dict:
-    """The table's numbers, without the effort."""
-    table = json.loads((folder / "plots" / "digits_results_subset40.json").read_text())
+    """The numbers of the table, without the times."""
+    table = json.loads((folder / "plots" / "results_digits_subset40" / "results.json").read_text())
     for row in table["rows"]:
         assert row.pop("seconds") > 0
     return table
 
 
-def test_stopped_after_each_phase_it_gives_the_same_table(command, start_script, forked, tmp_path):
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    whole.mkdir()
+def test_stopped_after_each_run_it_gives_the_same_table(learn, tmp_path, monkeypatch, capfd):
+    words = [*ALL, "--seeds=2"]
+    assert learn(*words) == 0
+    assert "Student (with KD, Temp = 5)" in (output := capfd.readouterr().out) and "Gain of KD" in output
+    expected, models = table_of(tmp_path), [load(name)["model"] for name in RUNS]
+    assert [row["seeds"] for row in expected["rows"]] == [[42], [42, 43], [42, 43]] and len(expected["gains"]) == 1
+    stopped = tmp_path / "stopped"
     stopped.mkdir()
-    done = forked(*command, folder=whole)
-    assert done.returncode == 0, done.stderr
-    assert "Student (with KD, Temp = 5)" in done.stdout and "over the same seeds without KD" in done.stdout
-    for name in RUNS:
-        run, path = start_script(*command, folder=stopped), stopped / "weights" / f"digits_{name}_subset40.pt"
-        wait(path.exists, run)
-        os.kill(run.pid, signal.SIGKILL)
-        run.end()
-    done = forked(*command, folder=stopped)
-    assert done.returncode == 0, done.stderr
-    # The last one was killed when its checkpoint was in place, before its figures were: they are drawn now.
-    assert [line for line in done.stdout.splitlines() if "finished before, kept" in line] == [
-        f"digits_{name}_subset40: finished before, kept" for name in RUNS[:-1]
-    ]
-    assert table_of(stopped) == table_of(whole)
-    for name in RUNS:
-        (found, log), (wanted, wanted_log) = (result(folder, f"digits_{name}_subset40") for folder in (stopped, whole))
-        assert all(torch.equal(found["model"][key], tensor) for key, tensor in wanted["model"].items()), name
-        assert log == wanted_log, name
-    assert {path.name for path in (stopped / "plots").iterdir()} == {path.name for path in (whole / "plots").iterdir()}
-    assert not list((stopped / "weights").glob("*.last.pt*"))
+    monkeypatch.chdir(stopped)
+
+    def train_one(*arguments, real=train.train):
+        real(*arguments)
+        raise Stopped(15)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train", train_one)
+        for _ in RUNS:
+            assert learn(*words) == 128 + 15
+    capfd.readouterr()
+    assert learn(*words) == 0
+    assert re.findall(r"(\S+): already finished", capfd.readouterr().out) == [f"digits_{run}_subset40" for run in RUNS]
+    assert table_of(stopped) == expected
+    for name, model in zip(RUNS, models, strict=True):
+        assert all(torch.equal(load(name)["model"][key], tensor) for key, tensor in model.items())
 
 
-def test_with_a_holdout_the_students_learn_from_a_teacher_that_has_not_seen_it_either(command, forked, tmp_path):
-    assert forked(*command, "--seeds=1", "--deterministic", folder=tmp_path).returncode == 0
-    before = snapshot(tmp_path)
-    done = forked(*command, "--seeds=1", "--holdout=8", folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert before.items() <= snapshot(tmp_path).items(), "what was made with all images stays"
-    teacher, student = (
-        checkpoint.load(tmp_path / "weights" / f"digits_{name}_subset40_holdout8.pt") for name in RUNS[::2][:2]
-    )
-    assert student["identity"]["teacher"] == checkpoint.fingerprint(teacher["model"])
-    text = (tmp_path / "plots" / "digits_results_subset40_holdout8.md").read_text()
-    assert text.count(", subset 40, holdout 8 ") == 3
-    done = forked("test.py", "--compare", *command[2:3], command[-3], "--subset=40", "--device=cpu", folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "Student (with KD, Temp = 5), subset 40" in done.stdout and "holdout" not in done.stdout
-
-
-def test_students_of_a_seed_differ_in_the_loss_alone(command, tiny_models, tmp_path, monkeypatch):
+def test_students_of_a_seed_differ_in_the_loss_alone(learn, monkeypatch):
     begun, seen, losses = [], [], []
 
-    def train_epoch(run, views, teacher, stop, real=train.train_epoch):
-        begun.append((run.options.run_name, {key: value.clone() for key, value in run.model.state_dict().items()}))
+    def train_epoch(run, *arguments, real=train.train_epoch):
+        begun.append((run.config.stem, {key: value.clone() for key, value in run.model.state_dict().items()}))
         seen.append([])
-        real(run, views, teacher, stop)
+        real(run, *arguments)
         losses.append(run.losses.tolist())
+        seen.append([])  # what the teacher of the next one sees
 
-    def batch(views, rows, view_of, real=utils.Views.batch):
-        seen[-1].append((rows.tolist(), view_of.tolist()))
-        return real(views, rows, view_of)
+    def images(views, rows, k, real=utils.Views.images):
+        if seen:
+            seen[-1].append((rows.tolist(), k))
+        return real(views, rows, k)
 
-    monkeypatch.setattr(train, "plot_curves", lambda *_: [])
     monkeypatch.setattr(train, "train_epoch", train_epoch)
-    monkeypatch.setattr(utils.Views, "batch", batch)
-    folders = [f"--weights_path={tmp_path}", f"--plots_path={tmp_path}"]
-    assert train.main([*command[1:], *folders, "--loss", "kd", "dkd"]) == 0
+    monkeypatch.setattr(utils.Views, "images", images)
+    assert learn(*ALL, "--seeds=2", "--loss", "kd", "dkd") == 0
     names = [name.removeprefix("digits_").removesuffix("_subset40") for name, _ in begun]
     first = ["student", "student_kd_t5", "student_dkd_t5"]
     assert names == ["teacher"] * 3 + first + [f"{name}_seed43" for name in first], "the teacher's are 3 epochs"
-    begun, seen, losses = begun[2:], seen[2:], losses[2:]
-    for student, other in ((1, 2), (1, 3), (4, 5), (4, 6)):  # of each seed, without KD and with
-        assert all(torch.equal(begun[other][1][key], value) for key, value in begun[student][1].items())
-        assert len(seen[student]) == 5 and seen[other] == seen[student]
-        assert losses[other] != losses[student]
-    assert losses[2] != losses[3] and seen[1] != seen[4], "another seed, another order"
-    assert any(not torch.equal(begun[4][1][key], value) for key, value in begun[1][1].items())
-    text = (tmp_path / "digits_results_subset40.md").read_text()
-    assert "Student (with DKD, Temp = 5, 1 TCKD + 8 NCKD + 1 CE), subset 40 | Student (with KD, Temp = 5), sub" in text
-    assert all(title in text for title in ("ECE", "NLL", "Agreement", "KL", "Training", "Gain of KD"))
+    begun, seen, losses = begun[3:], seen[6::2], losses[3:]
+    for baseline, student in ((0, 1), (0, 2), (3, 4), (3, 5)):
+        assert all(torch.equal(begun[student][1][key], value) for key, value in begun[baseline][1].items())
+        assert len(seen[baseline]) == 5 and seen[student] == seen[baseline], "the same batches in the same views"
+        assert losses[student] != losses[baseline]
+    assert losses[1] != losses[2] and seen[0] != seen[3], "another seed, another order"
+    assert any(not torch.equal(begun[3][1][key], value) for key, value in begun[0][1].items())
+
+
+def test_the_teacher_of_another_seeds_students_is_named(learn, capfd):
+    assert learn(*ALL, "--seed=7") == 0
+    assert "the teacher is weights/digits_teacher_subset40.pt (seed 42)\n" in capfd.readouterr().out
+    assert load("teacher")["run"]["seed"] == 42 and load("student_kd_t5_seed7")["run"]["seed"] == 7
+    assert load("student_kd_t5_seed7")["run"]["teacher"] == checkpoint.fingerprint(load("teacher")["model"])
+
+
+def test_it_distils_the_teacher_that_is_there_and_replaces_no_students_of_another(learn, tmp_path, capfd):
+    assert learn("--tto", "--num_epochs=2") == learn(*ALL) == 0
+    teacher = checkpoint.fingerprint(load("teacher")["model"])
+    assert load("teacher")["run"]["num_epochs"] == 2 and load("student_kd_t5")["run"]["teacher"] == teacher
+    before = snapshot(tmp_path / "weights")
+    assert learn(*ALL) == 0
+    assert capfd.readouterr().out.count("already finished") == 1 + 3 and snapshot(tmp_path / "weights") == before
+    assert learn("--tto", "--resume=False", "--num_epochs=1") == 0
+    assert learn(*ALL) == 2
+    error = capfd.readouterr().err
+    assert f"teacher {teacher[:8]}, not " in error and "--name" in error and "--resume False" in error
+    assert error.count("\n") == 1 and load("student_kd_t5")["run"]["teacher"] == teacher
+
+
+def test_a_name_is_of_the_students_and_the_table(learn, tmp_path):
+    assert learn(*ALL) == 0
+    before = snapshot(tmp_path)
+    assert learn(*ALL, "--name=a05", "--alpha=0.5") == 0
+    after = snapshot(tmp_path)
+    assert before.items() <= after.items()
+    new = [Path(path).relative_to(tmp_path).parts for path in set(after) - set(before)]
+    assert {parts[:2] for parts in new} == {("weights", "a05"), ("plots", "a05")}, (
+        "the teacher and its logits are shared"
+    )
+    assert (tmp_path / "plots" / "a05" / "results_digits_subset40" / "results.md").exists()
+    teacher = load("teacher")["model"]
+    assert load("student_kd_t5", folder="weights/a05")["run"]["teacher"] == checkpoint.fingerprint(teacher)
+
+
+def test_with_a_holdout_the_students_learn_from_a_teacher_that_has_not_seen_it_either(learn, tmp_path):
+    assert learn(*ALL) == 0
+    before = snapshot(tmp_path)
+    assert learn(*ALL, "--holdout=8") == 0
+    assert before.items() <= snapshot(tmp_path).items(), "what was made with all images stays"
+    teacher, student = (load(name, "_subset40_holdout8") for name in ("teacher", "student_kd_t5"))
+    assert teacher["run"]["holdout"] == 8 and student["run"]["teacher"] == checkpoint.fingerprint(teacher["model"])
+    text = (tmp_path / "plots" / "results_digits_subset40_holdout8" / "results.md").read_text()
+    assert text.count(", subset 40, holdout 8 ") >= 3

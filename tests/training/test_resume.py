@@ -1,189 +1,274 @@
-"""Nothing lost: a run ended at any moment and started again ends as if nobody had touched it, to the bit.
+"""Nothing is lost: a run that was ended at any moment and resumed ends bit-equal to one that was not interrupted.
 
-A few kills of each kind; tests/kill_marathon.py does more of them, through the whole command line.
+train.py with tiny models in one process, or in two as under torchrun, that sends itself a signal at a given moment.
+tests/kill_marathon.py ends real runs at random moments.
 """
 
+import itertools
 import json
 import os
 import re
 import shlex
 import signal
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from kill_marathon import COMMON, DISTILLED, MOMENTS, RUNS, STUDENT, assert_same_result, kill_and_go_on, result, wait
-from made_up import TinyTeacher, save_run
+import torch.distributed as dist
+from conftest import FORKS, Script, run_as_main
+from made_up import CPU, TinyTeacher, run_of, save_run
 
-from config import parse_train
+import train
+import training.run
+import utils
+from runtime import checkpoint
+from runtime.device import Runtime
+from runtime.log import RunLog, read_log
+from training.run import Run, RunFiles, describe_data
+
+STEM = "digits_student_kd_t5_subset40"
+SIZE = ["--dataset=digits", "--subset=40", "--batch_size=8", "--num_epochs=3", "--device=cpu", "--precision=fp32"]
+
+# ---------------------------------------------------------------------------------------------- moments
+
+
+def call_at(
+    owner, name: str, count: int, strike: Callable[[], None], counts=lambda *_: True, after: bool = True
+) -> None:
+    """Call `strike` beside the call number `count` of a function, of those calls that `counts` is true of."""
+    real, numbers = getattr(owner, name), itertools.count(1)
+
+    def wrapped(*arguments, **keywords):
+        struck = counts(*arguments) and next(numbers) == count
+        if struck and not after:
+            strike()
+        result = real(*arguments, **keywords)
+        if struck and after:
+            strike()
+        return result
+
+    setattr(owner, name, wrapped)
+
+
+MOMENTS = {
+    "save": lambda strike: call_at(
+        os, "replace", 8, strike, lambda _, path: path.name.endswith(".last.pt"), after=False
+    ),
+    "log line": lambda strike: call_at(RunLog, "append", 3, strike),
+    "end": lambda strike: call_at(os, "replace", 1, strike, lambda _, path: path.name == f"{STEM}.pt"),
+    "epoch": lambda strike: call_at(Run, "record", 8, strike),
+    "view": lambda strike: call_at(TinyTeacher, "forward", 4, strike),  # of 3 batches per view
+    "any view": lambda strike: call_at(TinyTeacher, "forward", 1, strike, after=False),
+}
+
+
+def train_until(moment: str, number: int, *arguments, **keywords) -> None:
+    """In a fork: train.py, which saves after each step and gets a signal at a moment, if there is one."""
+    Run.save_is_due = lambda run: True
+    utils.EVALUATION_BATCH = 16
+    if moment:
+        MOMENTS[moment](lambda: os.kill(os.getpid(), number))
+    run_as_main("train.py", *arguments, tiny=True, **keywords)
 
 
 @pytest.fixture(scope="module")
-def start_script(start_script):
-    """As everywhere, with models of a few thousand weights."""
-    return partial(start_script, tiny=True)
+def run(digits, tmp_path_factory):
+    """A function that runs train.py --kd in a folder: exit codes, stdout and stderr of its processes together."""
+    teacher = tmp_path_factory.mktemp("teacher") / "teacher.pt"
+    data = utils.load_images("digits", digits, CPU)
+    config = run_of("--tto --dataset digits", images=data.spec.fingerprint)
+    save_run(teacher.parent, config, name=teacher.name, model=TinyTeacher())
+    content = torch.load(teacher, weights_only=True)
+    torch.save(content | {"data": describe_data(data.spec)}, teacher)
+    command = ["--kd", *SIZE, "--views=2", f"--data_path={digits}", f"--teacher={teacher}"]
 
-
-@pytest.fixture(scope="module")
-def student(digits) -> list[str]:
-    """The command of a small student's run that saves its resume state after every step."""
-    return ["train.py", *RUNS[STUDENT], *COMMON, f"--data_path={digits}"]
-
-
-@pytest.fixture(scope="module")
-def distilled(digits, tmp_path_factory) -> list[str]:
-    """The command of a student that learns from a teacher which never learned: any logits do here."""
-    path = save_run(tmp_path_factory.mktemp("teacher"), "--tto --dataset=digits", model=TinyTeacher())
-    return ["train.py", *RUNS[DISTILLED], *COMMON, f"--data_path={digits}", f"--teacher={path}"]
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(forked, tmp_path_factory):
-    """A function that gives what a command's run leaves when nobody touches it; each command is run once."""
-    results = {}
-
-    def run(command: list[str], name: str):
-        if name not in results:
-            folder = tmp_path_factory.mktemp("uninterrupted")
-            done = forked(*command, folder=folder)
-            assert done.returncode == 0, done.stderr
-            results[name] = result(folder, name)
-        return results[name]
+    def run(
+        folder: Path, processes: int = 1, moment: str = "", number: int = signal.SIGKILL, words=command, more=()
+    ) -> tuple[list[int], str, str]:
+        environments = [{}]
+        if processes > 1:  # as with torchrun, the store where they meet outlives them
+            store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
+            shared |= {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+            environments = [shared | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(processes)]
+        scripts = []
+        for environment in environments:
+            outputs = tmp_path_factory.mktemp("outputs")
+            arguments = (moment if not scripts else "", number, [*words, *more], folder, outputs)
+            process = FORKS.Process(target=train_until, args=arguments, kwargs={"environment": environment})
+            process.start()
+            scripts.append(Script(process, outputs))
+        done = [script.end(240) for script in scripts]
+        return [d.returncode for d in done], "".join(d.stdout for d in done), "".join(d.stderr for d in done)
 
     return run
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_a_killed_student_ends_as_if_untouched(moment, student, uninterrupted, start_script, tmp_path):
-    kill_and_go_on(lambda: start_script(*student, folder=tmp_path), tmp_path, STUDENT, moment)
-    assert_same_result(tmp_path, STUDENT, uninterrupted(student, STUDENT))
+def result(folder: Path) -> dict:
+    """All that a finished run leaves, without its times: the checkpoint, the log, the logits and all names."""
+    content = checkpoint.load(folder / "weights" / f"{STEM}.pt")
+    header, lines = read_log(folder / "plots" / f"{STEM}.jsonl")
+    assert content["log"] == (folder / "plots" / f"{STEM}.jsonl").read_text()
+    lines = [{name: value for name, value in line.items() if "second" not in name} for line in lines]
+    logits = {path.name: np.load(path)["logits"] for path in sorted(folder.rglob("*.npz"))}
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if ".tmp" not in str(path)}  # of a SIGKILL
+    kept = {name: content[name] for name in ("run", "machine", "title", "data", "epoch", "metrics")}
+    return kept | {"header": header, "lines": lines, "model": content["model"], "logits": logits, "names": names}
 
 
-@pytest.mark.parametrize("moment", ["SIGKILL in mid-save", "SIGTERM in mid-epoch"])
-def test_a_killed_distillation_ends_as_if_untouched(moment, distilled, uninterrupted, start_script, tmp_path):
-    kill_and_go_on(lambda: start_script(*distilled, folder=tmp_path), tmp_path, DISTILLED, moment)
-    assert_same_result(tmp_path, DISTILLED, uninterrupted(distilled, DISTILLED))
+def assert_equal(found: dict, expected: dict) -> None:
+    assert all(torch.equal(found["model"][name], tensor) for name, tensor in expected["model"].items())
+    assert [line["epoch"] for line in found["lines"]] == [1, 2, 3]
+    assert all(np.array_equal(found["logits"][name], array) for name, array in expected["logits"].items())
+    assert found | {"model": 0, "logits": 0} == expected | {"model": 0, "logits": 0}
 
 
-def test_the_same_command_twice_is_the_same_to_the_bit(student, uninterrupted, forked, tmp_path):
-    expected = uninterrupted(student, STUDENT)
-    # How often the resume state is saved is no part of the result.
-    assert forked(*student, "--save_seconds=300", folder=tmp_path).returncode == 0
-    assert_same_result(tmp_path, STUDENT, expected)
-    other = tmp_path / "other"
-    other.mkdir()
-    assert forked(*student, "--seed=7", folder=other).returncode == 0
-    content, _ = result(other, "digits_student_seed7_subset40")
-    assert any(not torch.equal(tensor, expected[0]["model"][key]) for key, tensor in content["model"].items())
+@pytest.fixture(scope="module")
+def uninterrupted(run, tmp_path_factory):
+    """A function from a number of processes to the folder of their run that was not interrupted."""
+    folders = {}
+
+    def of(processes: int) -> Path:
+        if processes not in folders:
+            folder = tmp_path_factory.mktemp("uninterrupted")
+            codes, _, errors = run(folder, processes)
+            assert codes == [0] * processes, errors
+            folders[processes] = folder
+        return folders[processes]
+
+    return of
 
 
-def test_the_same_command_twice_in_bf16(student, forked, tmp_path):
-    results = []
-    for name in ("first", "second"):
-        folder = tmp_path / name
-        folder.mkdir()
-        assert forked(*student, "--precision=bf16", "--subset=16", "--num_epochs=1", folder=folder).returncode == 0
-        results.append(result(folder, "digits_student_subset16"))
-    assert results[0][0]["identity"]["precision"] == "bf16"
-    assert_same_result(tmp_path / "first", "digits_student_subset16", results[1])
+# ---------------------------------------------------------------------------------------------- interrupted
 
 
-def test_one_run_at_a_time_writes_a_checkpoint(student, start_script, forked, tmp_path):
-    endless = [*student, "--num_epochs=1000"]
-    state = tmp_path / "weights" / f"{STUDENT}.last.pt"
-    stale = tmp_path / "weights" / f"{STUDENT}.last.pt.4194305.tmp"  # no system has a process of this number
-    first = start_script(*endless, folder=tmp_path)
-    wait(state.exists, first)
-    second = forked(*endless, folder=tmp_path)
-    assert second.returncode == 2
-    assert second.stderr.splitlines() == [
-        f"train.py: error: another run is writing weights/{STUDENT}.pt: wait for it, or stop it"
-    ]
-    assert first.alive(), "the first run goes on"
-    os.kill(first.pid, signal.SIGKILL)
-    assert first.end().returncode == -signal.SIGKILL
-    stale.write_bytes(b"half a state")
-    before = state.read_bytes()
-
-    # Its holder is dead, so the lock is free. But it was another run that the state is of.
-    refused = forked(*endless, "--lr=0.01", "--num_epochs=7", folder=tmp_path)
-    assert refused.returncode == 2
-    assert len(refused.stderr.splitlines()) == 1
-    for told in ("num_epochs 1000, not 7", "lr 0.1, not 0.01", "--resume False"):
-        assert told in refused.stderr
-    assert "seed" not in refused.stderr
-    assert state.read_bytes() == before
-
-    third = start_script(*endless, "--resume=True", folder=tmp_path)
-    wait(lambda: f"going on with weights/{STUDENT}.last.pt" in third.read("stdout"), third)
-    wait(lambda: not stale.exists(), third)
-    os.kill(third.pid, signal.SIGTERM)
-    assert third.end().returncode == 128 + signal.SIGTERM
-
-    # --resume False starts anew, over the state of the unfinished run.
-    assert forked(*student, "--num_epochs=1", "--resume=False", folder=tmp_path).returncode == 0
-    content, log = result(tmp_path, STUDENT)
-    assert content["identity"]["num_epochs"] == 1
-    assert len(log) == 2
-    assert not state.exists()
+KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
 
 
-def test_a_stop_says_where_the_run_goes_on(student, start_script, forked, tmp_path):
-    # Saved by the signal alone, and not by the clock.
-    command = [*student, "--num_epochs=1000", "--save_seconds=300"]
-    run = start_script(*command, folder=tmp_path)
-    log = tmp_path / "plots" / f"{STUDENT}.jsonl"
-    wait(lambda: log.exists() and log.read_bytes().count(b"\n") > 2, run)
-    os.kill(run.pid, signal.SIGINT)
-    done = run.end()
-    assert done.returncode == 128 + signal.SIGINT
-    state = torch.load(tmp_path / "weights" / f"{STUDENT}.last.pt", weights_only=True)
-    where = f"weights/{STUDENT}.last.pt at epoch {state['epoch'] + 1}, step {state['step']}/5"
-    assert done.stdout.splitlines()[-1] == f"saved {where}"
-    told = re.fullmatch(r"stopped; go on with `python (train\.py .*)`\n", done.stderr)
-    assert told, done.stderr
-    going_on = start_script(*shlex.split(told[1]), folder=tmp_path)
-    wait(lambda: f"going on with {where}\n" in going_on.read("stdout"), going_on)
+@pytest.mark.parametrize(
+    "processes, moment, number",
+    [*((1, moment, KILL) for moment in ("save", "log line", "end", "epoch", "view")), (1, "epoch", TERM),
+     (1, "epoch", INT), (1, "view", TERM), *((2, "epoch", number) for number in (KILL, TERM, INT)), (2, "view", KILL)],
+)  # fmt: skip
+def test_an_interrupted_run_resumes_bit_exactly(processes, moment, number, run, uninterrupted, tmp_path):
+    codes, output, errors = run(tmp_path, processes, moment, number)
+    words = {}
+    if number == KILL:
+        assert codes[0] == -KILL and not any(code == 0 for code in codes)
+    else:
+        assert codes == [128 + number] * processes
+        python = "python" if processes == 1 else "torchrun --nproc_per_node=2"
+        told = re.fullmatch(rf"stopped; resume with `{python} train\.py (.*)`\n", errors)
+        assert told, errors
+        words = {"words": shlex.split(told[1])}
+        where = re.search(rf"saved (weights/{STEM}\.last\.pt at epoch \d, step \d/5)\n$", output)[1]
+    assert (tmp_path / "weights" / f"{STEM}.pt").exists() == (moment == "end")
+    codes, again, errors = run(tmp_path, processes, **words)
+    assert codes == [0] * processes, errors
+    assert f"resuming weights/{STEM}.last.pt at epoch" in again and "may differ" not in again
+    if number != KILL:
+        assert f"resuming {where}\n" in again
+    assert_equal(result(tmp_path), result(uninterrupted(processes)))
 
 
-def test_a_loss_that_is_not_finite_names_its_step_and_keeps_the_last_good_state(student, forked, tmp_path):
-    done = forked(*student, "--lr=1e20", folder=tmp_path)
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    pattern = r"train.py: error: the loss is (nan|inf) at epoch 1, step (\d), learning rate (\S+): .*`(.*)`"
-    told = re.match(pattern, done.stderr)
-    assert told, done.stderr
-    lower = parse_train(shlex.split(told[4])[2:])
-    assert (lower.lr, lower.resume, lower.run_name) == (1e19, "False", STUDENT)
-    step = int(told[2])
-    assert float(told[3]) == pytest.approx(1e20 * min(step / 1, (16 - step) / 14), rel=1e-3)
-    state = torch.load(tmp_path / "weights" / f"{STUDENT}.last.pt", weights_only=True)
-    assert (state["epoch"], state["step"]) == (0, step - 1), "the state of the last step whose loss was finite"
-    assert not (tmp_path / "weights" / f"{STUDENT}.pt").exists()
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_student_is_bit_equal_with_logits_that_were_computed_and_read(processes, run, uninterrupted):
+    folder = uninterrupted(processes)
+    expected = result(folder)
+    codes, _, errors = run(folder, processes, "any view", more=["--resume=False"])
+    assert codes == [0] * processes, "the teacher computed something: " + errors
+    assert_equal(result(folder), expected)
 
 
-def test_a_new_run_keeps_the_log_of_the_one_before(student, forked, tmp_path):
-    log = tmp_path / "plots" / f"{STUDENT}.jsonl"
-    log.parent.mkdir()
-    log.write_text(json.dumps({"run": "before"}) + "\n" + json.dumps({"epoch": 1}) + "\n")
-    before = log.read_bytes()
-    # What other runs left beside it, whole or not, does not keep this one from its end.
-    (log.parent / "teacher.jsonl").write_text('{"run": "teacher", "identity": {}}\n{"epoch": 1, "tra')
-    (log.parent / "notes.jsonl").write_text("[1]\n[2]\n")
-    done = forked(*student, "--num_epochs=1", folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert log.read_bytes() != before
-    assert Path(f"{log}.previous").read_bytes() == before
+def test_another_number_of_processes_computes_the_same_logits_and_may_resume(run, uninterrupted, tmp_path):
+    one, two = (result(uninterrupted(processes)) for processes in (1, 2))
+    assert all(np.array_equal(two["logits"][name], array) for name, array in one["logits"].items())
+    assert not torch.equal(one["model"]["features.0.weight"], two["model"]["features.0.weight"])
+    codes, _, errors = run(tmp_path, 2, "epoch", TERM)
+    assert codes == [128 + TERM] * 2, errors
+    codes, output, errors = run(tmp_path)
+    assert codes == [0], errors
+    assert "; it had processes 2, not 1: the result may differ\n" in output
+    assert [line["epoch"] for line in result(tmp_path)["lines"]] == [1, 2, 3]
 
 
-def test_a_run_begun_anew_in_its_middle_leaves_the_finished_ones_log(student, start_script, forked, tmp_path):
-    log = tmp_path / "plots" / f"{STUDENT}.jsonl"
-    assert forked(*student, "--num_epochs=1", folder=tmp_path).returncode == 0
-    finished = log.read_bytes()
-    run = start_script(*student, "--num_epochs=1000", folder=tmp_path)
-    wait(lambda: log.exists() and log.read_bytes() != finished and log.read_bytes().count(b"\n") > 1, run)
-    os.kill(run.pid, signal.SIGKILL)
-    run.end()
-    assert forked(*student, "--num_epochs=1", "--resume=False", folder=tmp_path).returncode == 0
-    assert Path(f"{log}.previous").read_bytes() == finished
+# ---------------------------------------------------------------------------------------------- when it is saved
+
+
+@pytest.fixture
+def learn(digits, tiny_models, tmp_path, monkeypatch):
+    """A function that runs train.py over 40 digits in the test's folder; its exit code."""
+    monkeypatch.setattr(train, "plot_curves", lambda *_: [])
+    monkeypatch.chdir(tmp_path)
+    return lambda *words: train.main([*SIZE, f"--data_path={digits}", *words])
+
+
+@pytest.mark.parametrize("cost, least", [(0.001, 1.0), (0.05, 5.0)])
+def test_saving_takes_a_hundredth_of_the_time_and_happens_once_a_second_at_most(cost, least, learn, monkeypatch):
+    clock, saved = [0.0], []
+
+    def record(run, *arguments, real=Run.record):
+        real(run, *arguments)
+        clock[0] += 0.25
+
+    def save(path, content):
+        if path.name.endswith(".last.pt"):
+            saved.append(clock[0])
+            clock[0] += cost
+
+    monkeypatch.setattr(training.run.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(Run, "record", record)
+    monkeypatch.setattr(checkpoint, "save", save)
+    assert learn("--num_epochs=40") == 0  # of 5 steps, 50 s in all
+    between = [later - earlier - cost for earlier, later in itertools.pairwise(saved)]
+    assert len(between) >= 8 and all(least - 1e-6 < seconds < least + 0.25 + 1e-6 for seconds in between)
+
+
+@pytest.mark.parametrize("resumed", [True, False])
+def test_several_processes_agree_after_each_slow_step_of_a_resumed_or_a_second_epoch(
+    resumed, tiny_models, tmp_path, monkeypatch
+):
+    """A stop signal is noticed, and the state saved, within seconds and not at the end of the epoch."""
+    clock = [0.0]
+    monkeypatch.setattr(training.run.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(training.run, "DistributedDataParallel", lambda model, **_: model)
+    monkeypatch.setattr(dist, "all_reduce", lambda values, *_: values)
+    spec, config = utils.DATA_SETS["digits"], run_of("--batch_size=8 --num_epochs=2", processes=2)
+
+    def make() -> Run:
+        return Run(config, Runtime(CPU.device, None, 0, 2), spec, 800, RunFiles(tmp_path, tmp_path, "student"))
+
+    run = make()
+    if resumed:
+        run.step, run.seconds = 3, 6.0
+        run.save()
+        run = make()
+        run.restore()
+    else:
+        run.begin_epoch(1)
+        run.agree(0, False)  # as after the end of an epoch
+    agreed = 0
+    for _ in range(10):
+        run.step += 1
+        clock[0] += 2.0
+        if run.is_time_to_agree():
+            run.agree(0, False)
+            agreed += 1
+    assert agreed >= 8
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_state(learn, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(Run, "save_is_due", lambda run: True)
+    assert learn("--lr=1e20") == 2
+    error = capfd.readouterr().err
+    told = re.search(
+        r"the loss is (nan|inf) at epoch 1, step (\d), learning rate 1e\+20: .*`--lr 1e\+19 --resume False`", error
+    )
+    assert told and error.count("\n") == 1, error
+    state = torch.load(tmp_path / "weights" / "digits_student_subset40.last.pt", weights_only=True)
+    assert (state["epoch"], state["step"]) == (0, int(told[2]) - 1), "of the last step whose loss was finite"
+    assert all(tensor.isfinite().all() for tensor in state["model"].values())
+    assert not (tmp_path / "weights" / "digits_student_subset40.pt").exists()
+    assert json.loads(state["log"])["title"] == "Student (w/o KD), subset 40"

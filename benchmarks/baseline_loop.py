@@ -1,0 +1,94 @@
+"""What the benchmarks compare with: the training loop of the usual PyTorch tutorials.
+
+PIL transforms in a DataLoader, float32, SGD; momentum, weight decay and batch size as in kuangliu/pytorch-cifar and
+weiaicunzai/pytorch-cifar100.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from data_sets import PAD, SIDE, DataSet
+from models import build_model
+from models.vgg import initialise
+from utils import Images
+
+MOMENTUM, WEIGHT_DECAY, BATCH_SIZE = 0.9, 5e-4, 128
+
+
+class PilImages(Dataset):
+    """Images one by one through PIL, as torchvision.datasets.CIFAR10 gives them."""
+
+    def __init__(self, images: Images, transform) -> None:
+        self.data, self.targets, self.transform = images.pixels.numpy(), images.labels.tolist(), transform
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int):
+        return self.transform(Image.fromarray(self.data[index])), self.targets[index]
+
+
+def baseline_batches(images: Images, spec: DataSet, batch_size: int, device: torch.device) -> Iterator[tuple]:
+    """Endless batches from a DataLoader of 2 workers that crop, flip and normalise image by image."""
+    transform = transforms.Compose(
+        [
+            transforms.RandomCrop(SIDE, padding=PAD),
+            *([transforms.RandomHorizontalFlip()] if spec.flip else []),
+            transforms.ToTensor(),
+            transforms.Normalize(spec.mean, spec.std),
+        ]
+    )
+    loader = DataLoader(
+        PilImages(images, transform), batch_size, shuffle=True, num_workers=2, drop_last=True,
+        pin_memory=device.type == "cuda", persistent_workers=True,
+    )  # fmt: skip
+    while True:
+        yield from loader
+
+
+def baseline_model(role: str, num_classes: int, device: torch.device) -> nn.Module:
+    """A role's network with the initialisation of torchvision's VGG (He et al., 2015), without the identity start."""
+    model = build_model(role, num_classes)
+    initialise(model)
+    return model.to(device)
+
+
+def baseline_optimizer(model: nn.Module, lr: float) -> torch.optim.SGD:
+    """SGD for all weights."""
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+
+
+def baseline_steps(
+    model, optimizer, batches: Iterator, device: torch.device, steps: int, teacher=None, schedule=None
+) -> float:
+    """Train for `steps` steps, with KD at T = 5 if there is a teacher; the running accuracy (0 to 1).
+
+    `schedule` is one of torch's, which sets the learning rate of the next step.
+    """
+    model.train()
+    running_loss, correct, total = 0.0, 0, 0
+    for _ in range(steps):
+        images, labels = next(batches)
+        images, labels = images.to(device), labels.to(device)
+        optimizer.zero_grad()
+        outputs = model(images)
+        loss = F.cross_entropy(outputs, labels)
+        if teacher is not None:
+            with torch.no_grad():
+                teacher_outputs = teacher(images)
+            soft = F.kl_div(F.log_softmax(outputs / 5, 1), F.softmax(teacher_outputs / 5, 1), reduction="batchmean")
+            loss = 0.9 * 25 * soft + 0.1 * loss
+        loss.backward()
+        optimizer.step()
+        if schedule is not None:
+            schedule.step()
+        running_loss += loss.item()
+        correct += (outputs.argmax(1) == labels).sum().item()
+        total += len(labels)
+    return correct / total

@@ -1,0 +1,49 @@
+"""The data sets that torchvision downloads."""
+
+import inspect
+from pathlib import Path
+
+import numpy as np
+import torchvision
+
+from data_sets import SIDE, DataSet
+from data_sets.pictures import square
+from runtime.errors import UserError
+
+
+def read_torchvision(spec: DataSet, folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Pixels and labels of "train" and "test" from torchvision, which downloads what is missing and checks its MD5."""
+    dataset_class = getattr(torchvision.datasets, spec.source)
+    if folder.name == getattr(dataset_class, "base_folder", None):
+        folder = folder.parent  # what was given is the data set's own folder
+    by_split = "split" in inspect.signature(dataset_class).parameters
+    arrays = {}
+    for split in ("train", "test"):
+        which = {"split": split} if by_split else {"train": split == "train"}
+        try:
+            try:
+                found = dataset_class(folder, download=False, **which)
+            except RuntimeError:  # not there, or not whole
+                found = dataset_class(folder, download=True, **which)
+        except (OSError, RuntimeError, EOFError, ImportError) as error:  # a network, a disk, an archive, no SciPy
+            url = getattr(dataset_class, "url", "its source")
+            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+            archive = f"put {dataset_class.filename} into {folder}, " if hasattr(dataset_class, "filename") else ""
+            raise UserError(
+                f"no complete {spec.source} in {folder}, and the download from {url} "
+                f"failed: {why}; run again with a network, {archive}or give its folder by --data_path"
+            ) from error
+        arrays[split] = as_arrays(found)
+    return arrays
+
+
+def as_arrays(found: torchvision.datasets.VisionDataset) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels (N, 32, 32, 3) uint8 and labels (N,) int64 of a data set that gives pictures and numbers of classes."""
+    pixels = getattr(found, "data", None)
+    if isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.shape[1:] == (SIDE, SIDE, 3):
+        return np.ascontiguousarray(pixels), np.asarray(found.targets, dtype=np.int64)
+    pixels, labels = np.empty((len(found), SIDE, SIDE, 3), np.uint8), np.empty(len(found), np.int64)
+    for i in range(len(found)):
+        picture, labels[i] = found[i]
+        pixels[i] = square(picture)
+    return pixels, labels

@@ -1,0 +1,196 @@
+"""Your own images, laid out as for torchvision's ImageFolder: DIR/train/<class>/*, DIR/test/<class>/*.
+
+The pictures are decoded once and packed into DIR/packed.npz, which is rebuilt after any change to the files. Order and
+split depend on the pixels, not on file names: the first images are of all classes, and renaming changes nothing.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import unicodedata
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import PIL
+
+from data_sets import SIDE
+from data_sets.pictures import read_picture, reject_decompression_bombs
+from runtime.errors import Stopped, UserError, reason
+from runtime.files import writing
+from runtime.progress import Progress
+from runtime.signals import StopSignal
+
+VERSION = 1  # of the packed file: raise it with every change to its contents
+LAYOUT = "--data_path must name a folder with train/<class>/<pictures> and, if you have one, test/<class>/<pictures>"
+VALIDATION = ("val", "valid", "validation")  # folders used for testing where there is no test folder
+SYSTEM_FILES = ("thumbs.db", "desktop.ini", "__macosx")  # left out, as are names that begin with a dot
+HELD_OUT = 10  # without a test split, one in so many images of each class is held out
+SHOWN = 3  # broken files named in an error
+
+File = tuple[str, int, Path]  # split, class number, path
+Images = tuple[np.ndarray, np.ndarray]  # pixels (N, size, size, 3) uint8, labels (N,) int64
+
+
+def read_folder(
+    root: Path, skip_broken: bool = False, size: int = SIDE, show_progress: bool = True, stop: StopSignal | None = None
+) -> tuple[tuple[str, ...], dict[str, Images], list[str]]:
+    """Class names, the images of "train" and "test", and notes to print, one line each.
+
+    UserError if the layout is wrong or a picture can't be read; Stopped if `stop` asks for it.
+    """
+    try:
+        classes, files, notes = find_files(root)
+        key = files_key(root, files, size)
+    except OSError as error:
+        raise UserError(f"can't read {error.filename or root}: {reason(error)}") from error
+    packed = load_packed(root / "packed.npz", key)
+    if packed is None:
+        packed = pack(files, size, show_progress, stop)
+        try:
+            with writing(root / "packed.npz") as temporary, open(temporary, "wb") as file:
+                np.savez(file, key=np.array(key), **packed)
+        except UserError as error:
+            notes.append(f"{error}; the pictures will be decoded again next time")
+
+    errors, labels, is_test = packed["errors"], packed["labels"], packed["is_test"]
+    if len(errors) and not skip_broken:
+        count = f"{len(errors):,} of {len(files):,} files"
+        raise UserError(f"can't read {count}; --skip_broken True leaves them out: {'; '.join(errors[:SHOWN])}")
+    if len(errors):
+        notes.append(f"left out {len(errors):,} files that can't be read, the first: {errors[0]}")
+    if not any(split == "test" for split, *_ in files):
+        is_test = hold_out(labels)
+        notes.append(f"no folder {root / 'test'}: a tenth of each class is held out for testing")
+    images = {name: (packed["pixels"][rows], labels[rows]) for name, rows in (("train", ~is_test), ("test", is_test))}
+    counts = np.bincount(images["train"][1], minlength=len(classes))
+    if not counts.all():
+        raise UserError(f"{root / 'train' / classes[counts.argmin()]} has no picture that can be read: add some")
+    if not is_test.any():
+        raise UserError(f"no picture is left to test on: put some into {root / 'test'}/<class>")
+    sizes = f"{counts.sum():,} training and {is_test.sum():,} test images of {len(classes):,} classes"
+    return classes, images, [f"{root}: {sizes}", *notes]
+
+
+def find_files(root: Path) -> tuple[tuple[str, ...], list[File], list[str]]:
+    """The class names in order, all files, and notes; UserError if the layout is wrong, OSError."""
+    train, test, notes = root / "train", root / "test", []
+    if not train.is_dir():
+        parent = root.resolve().parent
+        advice = f"; give {parent} instead" if parent / "train" == root.resolve() else ""
+        raise UserError(f"no folder {train}: {LAYOUT}{advice}")
+    folders = {"train": class_folders(train)}
+    classes = tuple(sorted(folders["train"]))
+    if len(classes) < 2:
+        raise UserError(f"{train} must have two or more class folders and has {', '.join(classes) or 'none'}: {LAYOUT}")
+    for validation in (root / name for name in VALIDATION):
+        if validation.is_dir() and test.is_dir():
+            notes.append(f"{validation} is not used: {test} is the test set")
+        elif validation.is_dir():
+            notes.append(f"no folder {test}: {validation} is the test set")
+            test = validation
+    if test.is_dir():
+        folders["test"] = class_folders(test)
+        if unknown := set(folders["test"]) - set(classes):
+            raise UserError(f"{test / min(unknown)} is not a class of {train}: rename or remove it")
+    files = [
+        (split, label, path)
+        for split, found in folders.items()
+        for label, name in enumerate(classes)
+        for folder in found.get(name, [])
+        for path in files_below(folder)
+    ]
+    if missing := set(range(len(classes))) - {label for split, label, _ in files if split == "train"}:
+        raise UserError(f"{train / classes[min(missing)]} has no pictures: add some, or remove it")
+    if "test" in folders and files[-1][0] == "train":
+        raise UserError(f"{test} has no <class>/<pictures>: add some, or remove it")
+    return classes, files, notes
+
+
+def is_listed(name: str) -> bool:
+    """Whether a name is neither hidden nor the operating system's."""
+    return not name.startswith(".") and name.lower() not in SYSTEM_FILES
+
+
+def class_folders(folder: Path) -> dict[str, list[Path]]:
+    """The folders in a folder by class name: their own name, in one Unicode form; OSError."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        if is_listed(path.name) and path.is_dir():
+            found.setdefault(unicodedata.normalize("NFC", path.name), []).append(path)
+    return found
+
+
+def files_below(folder: Path, above: tuple[Path, ...] = ()) -> list[Path]:
+    """All files below a folder, links followed, in order; UserError if a link leads back, OSError."""
+    real, files = folder.resolve(), []
+    if real in above:
+        raise UserError(f"{folder} is a link to a folder that contains it: remove the link")
+    for path in sorted(folder.iterdir()):
+        if is_listed(path.name):
+            files += files_below(path, (*above, real)) if path.is_dir() else [path]
+    return files
+
+
+def files_key(root: Path, files: list[File], size: int) -> str:
+    """A hash of all that the packed images depend on: every file's state, the image size, and the decoder."""
+    rows = []
+    for split, label, path in files:
+        rows.append([split, label, str(path.relative_to(root))])
+        with suppress(OSError):  # such a file can't be read either, which is said later
+            found = path.stat()
+            rows[-1] += [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_mode]
+    has_heif = importlib.util.find_spec("pillow_heif") is not None
+    return hashlib.sha256(json.dumps([VERSION, PIL.__version__, has_heif, size, rows]).encode()).hexdigest()
+
+
+def load_packed(path: Path, key: str) -> dict[str, np.ndarray] | None:
+    """What `pack` returned when it was saved; None if the file is missing, damaged or has another key."""
+    with suppress(OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError), np.load(path) as stored:
+        if str(stored["key"]) == key:
+            return dict(stored)
+    return None
+
+
+def pack(files: list[File], size: int, show_progress: bool, stop: StopSignal | None) -> dict[str, np.ndarray]:
+    """Pixels (N, size, size, 3) uint8, labels (N,) and is_test (N,) ordered by hash, and an error per broken file."""
+    pixels, errors = np.empty((len(files), size, size, 3), np.uint8), []
+
+    def read(i: int) -> str:
+        try:
+            pixels[i] = read_picture(files[i][2], smallest=1, size=size)
+        except UserError as error:
+            return str(error)
+        return ""
+
+    with reject_decompression_bombs(), Progress("reading pictures", len(files), show_progress, unit="file") as progress:
+        pool = ThreadPoolExecutor(os.cpu_count())
+        try:
+            for error in pool.map(read, range(len(files))):
+                errors.append(error)
+                if stop and stop.number:
+                    raise Stopped(stop.number)
+                if progress.step():
+                    progress.show("")
+        finally:
+            pool.shutdown(cancel_futures=True)
+    order = [i for i in range(len(files)) if not errors[i]]
+    order.sort(key=lambda i: (hashlib.sha256(pixels[i]).digest(), files[i][1]))
+    return {
+        "pixels": pixels[order],
+        "labels": np.array([files[i][1] for i in order], dtype=np.int64),
+        "is_test": np.array([files[i][0] == "test" for i in order], dtype=bool),
+        "errors": np.array([error for error in errors if error], dtype=str),
+    }
+
+
+def hold_out(labels: np.ndarray) -> np.ndarray:
+    """Which images (N,) are held out: of each class the first tenth, and at least one of two."""
+    is_test = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        is_test[rows[: max(len(rows) // HELD_OUT, int(len(rows) > 1))]] = True
+    return is_test

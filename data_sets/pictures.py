@@ -1,0 +1,134 @@
+"""Pictures of any size and format as square RGB pixels: every file becomes an image here."""
+
+import contextlib
+import io
+import struct
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError, features
+
+from data_sets import SIDE
+from runtime.errors import UserError
+
+SMALLEST = 8  # pixels along a side; a smaller picture shows nothing
+LARGEST_TEXT = 64 * 2**20  # bytes of a PNG's text or colour profile; Pillow's limit of 1 MiB refuses sound files
+BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # TIFF tags
+HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
+AVIF_BRANDS = (b"avif", b"avis")
+BOMB = (Image.DecompressionBombWarning, Image.DecompressionBombError)
+# What Pillow raises for damaged files, depending on the format. UnidentifiedImageError is an OSError.
+DAMAGED = (OSError, ValueError, SyntaxError, RuntimeError, KeyError, TypeError, struct.error)
+
+
+def square(picture: Image.Image, size: int = SIDE) -> np.ndarray:
+    """A picture's centre square (size, size, 3) uint8: upright by its EXIF, transparency on white.
+
+    UserError if the range of its values is unknown.
+    """
+    tiff_tags = getattr(picture, "tag_v2", {})
+    picture = eight_bits(ImageOps.exif_transpose(picture), picture.format, tiff_tags)
+    mode = "RGBA" if picture.has_transparency_data else "RGB"
+    picture = ImageOps.fit(picture.convert(mode), (size, size), Image.Resampling.BICUBIC)
+    if mode == "RGBA":
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    return np.array(picture)
+
+
+def eight_bits(picture: Image.Image, file_format: str | None, tiff_tags: Mapping[int, Any]) -> Image.Image:
+    """A picture with at most 8 bits per channel; UserError if the range of its values is unknown."""
+    if not picture.mode.startswith(("I", "F")):
+        return picture
+    if picture.mode.startswith("I;16"):
+        known = file_format in (None, "PNG", "JPEG2000") or tiff_tags.get(BITS_PER_SAMPLE) == (16,)
+    else:  # Pillow scales PPM to 16 bits, and older versions read 16-bit PNG files in mode I
+        known = picture.mode == "I" and file_format in ("PNG", "PPM")
+    if not known:
+        raise UserError(f"mode {picture.mode} has no known range of values: save the picture with 8 bits per channel")
+    grey = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    # Pillow inverts TIFF files in which 0 is white only up to 8 bits.
+    return ImageOps.invert(grey) if tiff_tags.get(PHOTOMETRIC) == 0 else grey
+
+
+@contextlib.contextmanager
+def reject_decompression_bombs() -> Iterator[None]:
+    """Set Pillow's limits while files are read, in all threads: huge pictures are errors, long PNG texts are not."""
+    text_limit = PngImagePlugin.MAX_TEXT_CHUNK
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        PngImagePlugin.MAX_TEXT_CHUNK = LARGEST_TEXT
+        try:
+            yield
+        finally:
+            PngImagePlugin.MAX_TEXT_CHUNK = text_limit
+
+
+def read_picture(path: Path, smallest: int = SMALLEST, size: int = SIDE) -> np.ndarray:
+    """The `square` (size, size, 3) uint8 of a picture file; call it inside `reject_decompression_bombs`.
+
+    UserError, one line, if the file can't be read, is damaged or huge, or has fewer than `smallest` pixels on a side.
+    """
+    try:
+        if not path.is_file():  # opening a pipe would block
+            raise UserError("not an existing file")
+        with open(path, "rb") as file:
+            try:
+                return decode(file, smallest, size)
+            except OSError:
+                file.seek(0)
+                if file.read(2) != b"\xff\xd8":  # not a JPEG
+                    raise
+                return decode(add_jpeg_end(file), smallest, size)
+    except BOMB:
+        limit = f"{Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels"
+        raise UserError(f"{path}: more than {limit}: make it smaller") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except DAMAGED as error:
+        system = error.strerror if isinstance(error, OSError) else None  # permission denied, say
+        raise UserError(f"{path}: {system or 'damaged, or not a picture that Pillow can read'}") from error
+
+
+def decode(file: BinaryIO, smallest: int, size: int) -> np.ndarray:
+    """The `square` of an open picture file; raises as Pillow does, and UserError."""
+    with open_picture(file) as picture:
+        width, height = picture.size
+        if min(width, height) < smallest:
+            raise UserError(f"{width} x {height} pixels: the picture must have at least {smallest} x {smallest}")
+        picture.draft("RGB", (4 * size, 4 * size))  # a large JPEG is decoded at a fraction of its size
+        return square(picture, size)
+
+
+def open_picture(file: BinaryIO) -> Image.Image:
+    """Image.open, with pillow_heif for iPhone photos (HEIC); UserError if they need it and it is not installed."""
+    try:
+        return Image.open(file)
+    except UnidentifiedImageError:
+        file.seek(4)
+        kind, brand = file.read(4), file.read(4)
+        is_heic, is_avif = brand in HEIC_BRANDS, brand in AVIF_BRANDS and not features.check("avif")
+        if kind != b"ftyp" or not (is_heic or is_avif):
+            raise
+    try:
+        import pillow_heif
+    except ImportError:
+        name = "HEIC/HEIF" if is_heic else "AVIF"
+        raise UserError(f"{name} pictures need another package: pip install --upgrade pillow pillow-heif") from None
+    pillow_heif.register_heif_opener()
+    return Image.open(file)
+
+
+def add_jpeg_end(file: BinaryIO) -> BinaryIO:
+    """A JPEG file with an end marker added, as browsers read it; OSError if more than the marker is missing.
+
+    Other bytes in front of the marker change the pixels only if image data is missing.
+    """
+    file.seek(0)
+    data = file.read()
+    filled = [io.BytesIO(data + filler + b"\xff\xd9") for filler in (b"", b"\x55" * 64)]
+    if Image.open(filled[0]).tobytes() != Image.open(filled[1]).tobytes():
+        raise OSError("image data is missing")
+    return filled[0]

@@ -1,0 +1,173 @@
+"""Command line options as fields of a dataclass: how a value is read, checked, shown in the help and typed again."""
+
+import argparse
+import math
+import os
+import re
+import shlex
+import sys
+from dataclasses import field, fields
+from pathlib import Path
+
+LARGEST = 2**31 - 1  # of all whole numbers, so that arithmetic on them does not overflow
+
+# ---------------------------------------------------------------------------------------------- values
+
+
+def boolean(text: str) -> bool:
+    """True/False, yes/no, 1/0 in any case (argparse's own `type=bool` reads "False" as True)."""
+    word = text.lower()
+    if word not in ("true", "yes", "1", "false", "no", "0"):
+        raise argparse.ArgumentTypeError(f"expected True or False, not {text!r}")
+    return word in ("true", "yes", "1")
+
+
+def number(kind: type, at_least: float = -math.inf, above: float = -math.inf, at_most: float = math.inf):
+    """A parser of finite numbers of one kind within bounds."""
+    at_most = min(at_most, LARGEST) if kind is int else at_most
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+            finite = math.isfinite(value)
+        except (ValueError, OverflowError):
+            name = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"expected {name}, not {text!r}") from None
+        if not finite or value < at_least or value <= above or value > at_most:
+            bounds = [f"at least {at_least}"] if at_least > -math.inf else []
+            bounds += [f"above {above}"] if above > -math.inf else []
+            bounds += [f"at most {at_most}"] if at_most < math.inf else []
+            raise argparse.ArgumentTypeError(f"must be {' and '.join(bounds) or 'finite'}, not {text}")
+        return value
+
+    return parse
+
+
+def device_name(text: str) -> str:
+    """auto, cpu, mps, cuda or cuda:N."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"expected auto, cpu, cuda, cuda:N or mps, not {text!r}")
+    return text
+
+
+def folder_name(text: str) -> Path:
+    """The path of a folder, ~ expanded; an empty word, perhaps of an unset variable, is an error."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected the name of a folder, not ''")
+    return Path(os.path.expanduser(text))
+
+
+def file_name(text: str) -> Path:
+    """The path of a file, ~ expanded; a folder is an error."""
+    path = Path(os.path.expanduser(text))
+    try:
+        is_folder = path.is_dir()
+    except (OSError, ValueError) as error:  # the name is too long or holds a NUL
+        raise argparse.ArgumentTypeError(f"{text!r} can't be the name of a file: {error}") from None
+    if is_folder or not path.name:
+        raise argparse.ArgumentTypeError(f"expected the name of a file, not {text!r}")
+    return path
+
+
+def plain_word(text: str) -> str:
+    """A name that is safe in a path: letters, digits, `.`, `_` and `-`, not only dots."""
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", text) or not text.strip("."):
+        raise argparse.ArgumentTypeError(f"expected letters, digits, '.', '_' and '-', not {text!r}")
+    return text
+
+
+def format_number(value: float) -> str:
+    """A number as one would type it, exactly: 5.0 is 5, and no two numbers look alike."""
+    return repr(value).removesuffix(".0")
+
+
+def typed(value) -> str:
+    """An option's value as one would type it in a shell."""
+    if isinstance(value, tuple):
+        return " ".join(map(typed, value))
+    return format_number(value) if isinstance(value, float) else shlex.quote(str(value))
+
+
+# ---------------------------------------------------------------------------------------------- parser
+
+
+def option(group: str, text: str, parse=str, default=None, **argparse_keywords):
+    """A dataclass field that is a command line option, shown in a group of the help."""
+    metadata = {"group": group, "help": text, "parse": parse, "keywords": argparse_keywords}
+    return field(default=default, metadata=metadata)
+
+
+def option_help(f) -> str:
+    """What an option means, in which unit, and its default."""
+    text = f.metadata["help"]
+    return text if f.default is None else f"{text} (default: {f.default})"
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, exit code 2."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def build_parser(script: str, options_class: type, description: str) -> Parser:
+    """The parser of a script, from the fields of its options; an option that is not given is not in its result."""
+    usage = f"{script} [options]"
+    parser = Parser(script, usage, description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    groups = {}
+    for f in fields(options_class):
+        keywords = dict(f.metadata["keywords"])
+        if f.metadata["parse"] is boolean:
+            keywords |= {"nargs": "?", "const": True, "metavar": "True|False"}
+        elif "choices" not in keywords:
+            kinds = {float: "X", int: "N", Path: "PATH"}
+            keywords["metavar"] = next((v for k, v in kinds.items() if k.__name__ in str(f.type)), f.name.upper())
+        title = f.metadata["group"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        text = option_help(f).replace("%", "%%")
+        groups[title].add_argument(f"--{f.name}", type=f.metadata["parse"], help=text, **keywords)
+    return parser
+
+
+def parse_words(parser: Parser, argv: list | None) -> dict:
+    """What was typed, by the options' names; `argv` None is the command line. A wrong option exits with code 2."""
+    words = sys.argv[1:] if argv is None else [str(word) for word in argv]
+    # --num-epochs is --num_epochs
+    words = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), word) for word in words]
+    try:
+        os.getcwd()
+    except OSError:
+        parser.error("the current folder does not exist any more: change to another one")
+    given = vars(parser.parse_args(words))
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+
+
+def check_conflicts(parser: Parser, given: dict, needs: dict, excludes: dict) -> None:
+    """Exit with code 2 if an option lacks one that it needs, or meets one that it excludes."""
+    chosen = [name for name, value in given.items() if value is not False]
+    for name in chosen:
+        for other in excludes.get(name, ()):
+            if other in chosen:
+                parser.error(f"--{name} and --{other} can't be combined: leave one of them out")
+    for name in given:
+        if needs.get(name) and not any(other in chosen for other in needs[name]):
+            wanted = " or ".join(f"--{other} True" for other in needs[name])
+            parser.error(f"--{name} requires {wanted}: add that, or leave --{name} out")
+
+
+def answer_early(parse) -> None:
+    """Parse the command line before the slow imports, so that --help and a wrong option answer at once."""
+    parse()
+    before = os.environ.get("MPLBACKEND")
+    os.environ["MPLBACKEND"] = "agg"  # figures are files; a notebook's own backend may not be installed here
+    try:
+        import matplotlib  # noqa: F401
+        import torchvision  # noqa: F401
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
+    finally:
+        os.environ.pop("MPLBACKEND")
+        if before is not None:
+            os.environ["MPLBACKEND"] = before

@@ -1,0 +1,366 @@
+"""From what was typed to the runs to do, which runs belong together, and a run under way."""
+
+import json
+import re
+import shlex
+from dataclasses import asdict, fields, replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from made_up import CPU, random_images, run_of, runs_of
+
+import train
+import training.run
+from config import parse_test, parse_train
+from data_sets import DATA_SETS
+from runtime.device import Runtime
+from runtime.errors import UserError
+from training.recipes import CIFAR, OPTIMIZERS, RECIPE_FIELDS, recipe_of, scale_recipe
+from training.run import Run, RunFiles
+from training.runs import (
+    RunConfig,
+    RunName,
+    describe_differences,
+    differences,
+    is_baseline_of,
+    is_plain_kd_beside,
+    labels,
+    name_of,
+    names_of,
+    plan,
+    row_order,
+    run_from,
+    same_row,
+    saw_held_out,
+)
+from utils import Data
+
+SPEC = replace(DATA_SETS["cifar10"], fingerprint="a" * 16, train_images=50_000)
+DIGITS = replace(DATA_SETS["digits"], fingerprint="c" * 16, train_images=5000)
+
+
+# ---------------------------------------------------------------------------------------------- names
+
+
+NAMES = [
+    ("", "student", "Student (w/o KD)"),
+    ("--tto True", "teacher", "Teacher (VGG19 with BN)"),
+    ("--tto True --seed 7 --subset 40", "teacher_seed7_subset40", "Teacher (VGG19 with BN), subset 40"),
+    ("--kd True --seed 42", "student_kd_t5", "Student (with KD, Temp = 5)"),
+    ("--kd True --temp 5.0000001", "student_kd_t5.0000001", "Student (with KD, Temp = 5.0000001)"),
+    ("--kd True --temp 1e3 --seed 0", "student_kd_t1000_seed0", "Student (with KD, Temp = 1000)"),
+    ("--kd True --loss dkd", "student_dkd_t4", "Student (with DKD, Temp = 4, 1 TCKD + 8 NCKD + 1 CE)"),
+    ("--kd True --loss kd_as_ls", "student_kd_as_ls_t2", "Student (with KD_AS_LS, Temp = 2, 9 KL + 0.1 CE)"),
+    ("--dataset digits --kd True --seed 7", "digits_student_kd_t5_seed7", "Student (with KD, Temp = 5)"),
+    ("--subset 40 --holdout 8 --seed 7", "student_seed7_subset40_holdout8", "Student (w/o KD), subset 40, holdout 8"),
+]
+
+
+@pytest.mark.parametrize("command, stem, title", NAMES)
+def test_each_run_has_a_file_name_a_title_and_a_command_that_both_scripts_understand(command, stem, title):
+    words = shlex.split(command)
+    name = name_of(parse_train(words))
+    assert name.stem == stem and name_of(parse_test(words)) == name
+    assert run_of(command).title == title and name.title == re.sub(r", [\d.]+ \w+ \+.* CE\)", ")", title)
+    for script, parse in (("train.py", parse_train), ("test.py", parse_test)):
+        typed = shlex.split(name.command(script, weights_path="my weights"))
+        assert typed[:2] == ["python", script]
+        options = parse(typed[2:])
+        assert name_of(options) == name and str(options.weights_path) == "my weights"
+
+
+def test_a_title_tells_weights_other_than_the_usual_ones():
+    titles = {command: run_of(f"--kd {command}").title for command in ("--alpha 0.5 --subset 40", "--alpha 0.9")}
+    expected = ["Student (with KD, Temp = 5, 0.5 KL + 0.5 CE), subset 40", "Student (with KD, Temp = 5)"]
+    assert list(titles.values()) == expected
+
+
+def test_a_student_learns_from_the_teacher_of_the_same_images_whatever_its_seed():
+    for words, stem in (("", "teacher"), ("--subset=40 --holdout=8", "teacher_subset40_holdout8")):
+        assert name_of(parse_train(["--kd", "--seed=7", *words.split()])).teacher_name.stem == stem
+    assert RunName("digits", loss="kd", temp=5.0).teacher_name == RunName("digits", "teacher")
+
+
+@pytest.mark.parametrize("options", ["--seed 7", "--dataset folder --skip_broken --name a", "--flip False"])
+def test_the_command_that_train_prints_evaluates_the_run(options, tmp_path, monkeypatch, capsys):
+    data = Data(SPEC, random_images(40), random_images(8))
+    monkeypatch.setattr(train, "load_images", lambda *_: data)
+    monkeypatch.setattr(train, "train", lambda *_: {})
+    words = [*shlex.split(options), "--device=cpu", "--weights_path", tmp_path / "w w", "--plots_path", tmp_path]
+    assert train.main(words) == 0
+    (command,) = re.findall("evaluate it with `python test.py (.*)`", capsys.readouterr().out)
+    trained, tested = parse_train(words), parse_test(shlex.split(command))
+    assert name_of(tested) == name_of(trained) and tested.skip_broken == trained.skip_broken
+    assert (tested.weights_folder, tested.plots_folder) == (trained.weights_folder, trained.plots_folder)
+
+
+# ---------------------------------------------------------------------------------------------- the plan
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "digits", "folder"])
+@pytest.mark.parametrize("role, word", [("teacher", "--tto"), ("student", "")])
+def test_a_single_run_has_the_recipe_where_nothing_was_typed(dataset, role, word):
+    spec = replace(DATA_SETS[dataset], classes=("a", "b"), train_images=2000, fingerprint="d" * 16)
+    for optimizer in OPTIMIZERS:
+        recipe = asdict(recipe_of(dataset, role, optimizer, 2000))
+        (run,) = runs_of(f"--dataset={dataset} {word} --optimizer={optimizer}", spec)
+        expected = recipe | {"views": recipe["views"] or (162 if spec.flip else 81), "num_classes": 2}
+        expected |= {"images": "d" * 16, "flip": spec.flip, "optimizer": optimizer, "role": role, "seed": 42}
+        assert {name: getattr(run, name) for name in expected} == expected
+        (changed,) = runs_of(f"--dataset={dataset} {word} --optimizer={optimizer} --lr=0.5 --views=3", spec)
+        assert changed == replace(run, lr=0.5, views=3)
+        assert (run.loss, run.temp, run.kd_weights, run.ce_weight, run.teacher) == (None, None, (), 1.0, None)
+
+
+def test_all_plans_every_run_once_and_in_order():
+    options = parse_train(["--all", "--loss", "kd", "ls", "--temp", "5", "20", "--seeds", "2", "--seed", "7"])
+    students = [f"student{kd}_seed{seed}" for seed in (7, 8) for kd in ("", "_kd_t5", "_kd_t20", "_ls_t5", "_ls_t20")]
+    assert [name.stem for name in names_of(options)] == ["teacher", *students]
+    runs = plan(options, SPEC, "bf16", 2)
+    assert [run.stem for run in runs] == ["teacher", *students]
+    assert {(run.precision, run.processes, run.num_classes) for run in runs} == {("bf16", 2, 10)}
+    assert [name.stem for name in names_of(parse_train(["--all"]))] == [
+        "teacher", "student", "student_kd_t5", "student_kd_t20",
+    ]  # fmt: skip
+
+
+def test_each_loss_has_its_own_temperatures_and_weights():
+    runs = runs_of("--all --loss kd ls dkd --matched")
+    assert [(run.stem, run.kd_weights, run.ce_weight) for run in runs[2:]] == [
+        ("student_kd_t5", (0.9,), 0.1), ("student_kd_t20", (0.9,), 0.1), ("student_ls_t2", (9.0,), 0.1),
+        ("student_dkd_t4", (1.0, 8.0), 1.0), ("student_kd_as_ls_t2", (9.0,), 0.1),
+        ("student_kd_as_dkd_t4", (9.0,), 1.0),
+    ]  # fmt: skip
+    assert [run.stem for run in runs_of("--all --matched --loss ls kd_as_ls")[2:]] == [
+        "student_ls_t2", "student_kd_as_ls_t2",
+    ]  # fmt: skip
+    assert runs_of("--kd --loss dkd") == [runs[5]], "--all trains the run that is trained alone"
+    as_ls = replace(run_of("--kd --temp=2 --kd_weight=9"), loss="kd_as_ls")
+    assert run_of("--kd --loss kd_as_ls") == as_ls
+    assert run_of("--kd --alpha=0.3") == run_of("--kd --kd_weight=0.3 --ce_weight=0.7")
+    assert run_of("--kd --alpha=0.9") == run_of("--kd"), "1 - 0.9 is 0.1"
+    assert run_of("--kd --ce_weight=0.5").kd_weights == (0.9,)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_with_all_the_recipe_options_are_the_students(optimizer):
+    typed = {"num_epochs": 1, "lr": 9.0, "head_lr": 0.7, "norm_lr": 7.0, "batch_size": 3, "weight_decay": 0.1}
+    typed |= {"views": 2}
+    assert set(typed) == set(RECIPE_FIELDS)
+    shared = f"--dataset=digits --optimizer={optimizer} --subset=40 --holdout=8"
+    words = " ".join(f"--{name}={value}" for name, value in typed.items())
+    teacher, *students = runs_of(f"--all --seed=43 --alpha=0.5 --temp 20 {shared} {words}", DIGITS)
+    assert [teacher] == runs_of(f"--tto {shared}", DIGITS)
+    assert [student.stem for student in students] == [
+        "digits_student_seed43_subset40_holdout8", "digits_student_kd_t20_seed43_subset40_holdout8",
+    ]  # fmt: skip
+    assert students[1].kd_weights == (0.5,) and students[1].ce_weight == 0.5
+    for student in students:
+        assert {name: getattr(student, name) for name in typed} == typed
+
+
+def test_one_run_typed_in_two_ways_is_one_run():
+    assert runs_of("--tto --views=162") == runs_of("--tto") != runs_of("--tto --views=8")
+    options = parse_train(["--sync_bn"])
+    one, two = (plan(options, SPEC, "fp32", processes)[0] for processes in (1, 2))
+    assert one == run_of("") and not one.sync_bn, "there is nothing to synchronise in one process"
+    assert two.sync_bn and differences(one, two) == ["sync_bn", "processes"]
+
+
+def test_a_run_is_plain_values():
+    for run in (run_of("--tto"), run_of("--kd --loss dkd --subset 40")):
+        values = json.loads(json.dumps(asdict(run)))
+        assert run_from(values) == run
+        with pytest.raises(TypeError, match="unexpected"):
+            run_from(values | {"unexpected": 1})
+        with pytest.raises(TypeError, match="lr"):
+            run_from({name: value for name, value in values.items() if name != "lr"})
+
+
+def test_recipes_are_scaled_to_a_folder_within_bounds():
+    teacher, sgd = CIFAR["teacher", "muon"], CIFAR["student", "sgd"]
+    found = {}
+    for images in (1, 100, 4000, 12_500, 25_000, 50_000, 200_000, 1_000_000):
+        found[images] = (scale_recipe(teacher, images).num_epochs, scale_recipe(teacher, images).batch_size)
+        assert scale_recipe(sgd, images).batch_size == min(found[images][1], 128)
+        assert replace(scale_recipe(teacher, images), num_epochs=16, batch_size=256) == teacher
+    assert found == {
+        1: (64, 32), 100: (64, 32), 4000: (64, 32), 12_500: (64, 128), 25_000: (32, 256), 50_000: (16, 256),
+        200_000: (4, 256), 1_000_000: (4, 256),
+    }  # fmt: skip
+    assert recipe_of("folder", "teacher", "muon", 25_000) == scale_recipe(teacher, 25_000)
+    assert recipe_of("cifar100", "teacher", "muon", 25_000) == teacher, "only a folder's is scaled"
+
+
+# ---------------------------------------------------------------------------------------------- comparing runs
+
+OF_KD = {"loss", "temp", "kd_weights", "ce_weight", "teacher"}
+
+
+def changed(run: RunConfig, name: str) -> RunConfig:
+    """The run with another value of a field."""
+    value = getattr(run, name)
+    if isinstance(value, bool):
+        return replace(run, **{name: not value})
+    if isinstance(value, str):
+        return replace(run, **{name: {"loss": "ls", "role": "teacher"}.get(name, f"{value}x")})
+    return replace(run, **{name: (*value, 1.0) if isinstance(value, tuple) else (value or 0) + 7})
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(RunConfig)])
+def test_which_runs_belong_together(name):
+    baseline, run = run_of(""), run_of("--kd")
+    other = changed(run, name)
+    assert differences(run, other) == differences(other, run) == [name]
+    assert differences(run, run) == differences(run, other, {name, "lr"}) == []
+    assert same_row(run, other) == (name == "seed")
+    assert is_baseline_of(baseline, run) and is_baseline_of(baseline, other) == (name in OF_KD)
+    assert name in OF_KD or not is_baseline_of(changed(baseline, name), run)
+
+
+def test_a_baseline_is_the_student_without_kd_of_one_with_it():
+    baseline, run, teacher = run_of(""), run_of("--kd --loss dkd"), run_of("--tto")
+    assert is_baseline_of(baseline, run) and not is_baseline_of(run, baseline)
+    for one in (baseline, run, teacher):
+        assert not is_baseline_of(one, one)
+    assert not is_baseline_of(teacher, run)
+
+
+def test_differences_in_words():
+    run, other = run_of("--kd --loss dkd"), run_of("--kd --loss dkd --kd_weight 2 8 --lr 0.5", teacher="c" * 16)
+    weights = "kd_weights 1 8, not 2 8"
+    assert describe_differences(run, other) == f"lr 0.1, not 0.5; {weights}; teacher bbbbbbbb, not cccccccc"
+    assert describe_differences(run, other, {"lr", "teacher"}) == weights
+    assert describe_differences(run, run) == ""
+
+
+def test_plain_kd_beside_another_loss_is_of_the_same_teacher_and_recipe():
+    dkd = run_of("--kd --loss dkd")
+    for command in ("--kd", "--kd --temp 20", "--kd --loss kd_as_dkd", "--kd --loss kd_as_dkd --temp 1"):
+        assert is_plain_kd_beside(run_of(command), dkd), command
+        assert not is_plain_kd_beside(dkd, run_of(command)), command
+        assert not is_plain_kd_beside(run_of(command, teacher="c" * 16), dkd), command
+        assert not is_plain_kd_beside(run_of(f"{command} --seed 7"), dkd), command
+    for command in ("", "--kd --alpha 0.5", "--kd --loss kd_as_ls", "--kd --loss ls", "--kd --loss dkd --temp 2"):
+        assert not is_plain_kd_beside(run_of(command), dkd), command
+    assert not is_plain_kd_beside(run_of("--kd"), run_of("--kd --temp 20"))
+    assert not is_plain_kd_beside(run_of("--kd"), run_of("--kd --loss kd_as_dkd"))
+
+
+@pytest.mark.parametrize(
+    "teacher, student, saw",
+    [
+        ("", "", False),  # nothing is held out
+        ("", "--subset 40", False),
+        ("", "--holdout 8", True),
+        ("", "--subset 40 --holdout 8", True),
+        ("--holdout 8", "--holdout 8", False),
+        ("--holdout 8", "--holdout 9", True),
+        ("--subset 33", "--subset 40 --holdout 8", True),
+        ("--subset 40 --holdout 8", "--subset 30 --holdout 8", True),
+        ("--subset 100", "--holdout 500", False),
+        ("--subset 9000", "--holdout 8", True),  # there are 5,000
+        ("--subset 9000 --holdout 8", "--subset 7000 --holdout 8", False),
+    ],
+)
+def test_whether_a_teacher_was_trained_on_images_that_are_held_out(teacher, student, saw):
+    (run,), (name,) = runs_of(f"--dataset digits --tto {teacher}"), runs_of(f"--dataset digits {student}")
+    assert saw_held_out(run, name, 5000) is saw
+
+
+def test_the_order_of_a_table():
+    commands = ("--tto", "", "--seed 43", "--kd", "--kd --temp 20", "--kd --loss ls", "--kd --loss ls --seed 43")
+    commands += ("--kd --loss dkd --temp 1", "--kd --loss kd_as_ls")
+    runs = [run_of(command) for command in commands]
+    backwards = runs[::-1]
+    assert sorted(backwards, key=row_order) == runs
+
+
+# ---------------------------------------------------------------------------------------------- labels
+
+
+def test_rows_of_one_title_say_in_what_they_differ():
+    kd, baseline = run_of("--kd"), run_of("")
+    runs = [run_of("--tto --num_epochs 3"), baseline, kd, run_of("--kd --temp 20", teacher="c" * 16)]
+    assert labels(runs) == [run.title for run in runs], "one of a title needs no more"
+    for changes, words in (
+        ([{"num_epochs": 30}, {"num_epochs": 60}], ["num_epochs 30", "num_epochs 60"]),
+        ([{}, {"teacher": "c" * 16}], ["teacher bbbbbbbb", "teacher cccccccc"]),
+        ([{"lr": 0.1, "views": 2}, {"lr": 0.2, "views": 3}], ["lr 0.1, views 2", "lr 0.2, views 3"]),
+        ([{"sync_bn": True, "seed": 1}, {"seed": 2}], ["sync_bn True", "sync_bn False"]),
+        ([{"seed": 1}, {"seed": 1}], ["", ""]),
+    ):
+        first, second = (replace(kd, **change) for change in changes)
+        found = labels([first, baseline, second])
+        assert found[1] == baseline.title
+        assert [found[0], found[2]] == [f"{kd.title}, {word}".removesuffix(", ") for word in words]
+
+
+# ---------------------------------------------------------------------------------------------- a run under way
+
+
+@pytest.fixture
+def make_run(tiny_models, tmp_path, monkeypatch):
+    """A function that makes a run of 5 steps per epoch, as the first of a number of processes that are all alike."""
+    monkeypatch.setattr(training.run, "DistributedDataParallel", lambda model, **_: model)
+
+    def make(world_size: int = 1, command: str = "") -> Run:
+        monkeypatch.setattr(dist, "all_reduce", lambda values: values.mul_(world_size))
+        config = run_of(f"--batch_size=8 --num_epochs=2 --lr=0.1 {command}", processes=world_size)
+        runtime = Runtime(CPU.device, None, 0, world_size)
+        return Run(config, runtime, SPEC, 40, RunFiles(tmp_path, tmp_path, config.stem))
+
+    return make
+
+
+def step(run: Run, right: int) -> None:
+    """A step of which each process counts 8 / world size images."""
+    count = run.batch_size // run.runtime.world_size
+    correct = torch.tensor([right / run.runtime.world_size, count], dtype=torch.float64)
+    run.record(torch.tensor(2.0), torch.tensor(1.0), torch.tensor(0.5), correct, count)
+
+
+@pytest.mark.parametrize("before", [1, 2])
+@pytest.mark.parametrize("after", [1, 2])
+def test_a_resumed_epochs_sums_are_shared_out_among_its_processes(before, after, make_run):
+    run = make_run(before)
+    run.log.append(run.header())
+    for right in (4, 6):
+        step(run, right)
+    own = run.totals.clone()
+    run.save()
+    assert torch.equal(run.totals, own), "a save adds nothing to a process's own sums"
+    again = make_run(after)
+    again.restore()
+    assert (again.epoch, again.step) == (0, 2)
+    assert again.runtime.total(again.totals).tolist() == [32, 16, 8, 10, 16]
+    assert "loss 2.000 top1 62.50%" in train.progress_text(again)
+    step(again, 8)
+    assert "top1 75.00%" in train.progress_text(again)
+    assert again.runtime.total(again.totals).tolist() == [48, 24, 12, 18, 24]
+
+
+def test_processes_must_share_a_batch_evenly(make_run):
+    with pytest.raises(UserError, match="3 processes can't share batches of 8: give a multiple"):
+        make_run(3)
+    with pytest.raises(UserError, match="64 processes can't share batches of 64"):
+        make_run(64, "--batch_size=64")  # of 40 images
+    assert make_run(4).batch_size == 8 and make_run(1, "--batch_size=64").batch_size == 40
+
+
+def test_the_time_left_is_told_however_long_it_is(make_run, monkeypatch):
+    monkeypatch.setattr(training.run.time, "monotonic", lambda: 0.0)
+    run = make_run()
+    step(run, 4)
+    for seconds, text in ((4.0, "2 img/s lr 0.1000 left 0:00:36"), (1e300, "0 img/s lr 0.1000 left for ever")):
+        run.seconds = seconds
+        assert train.progress_text(run) == f"loss 2.000 top1 50.00% {text}"
+
+
+def test_a_loss_that_is_not_finite_names_its_first_step(make_run):
+    run = make_run()
+    for loss in (1.0, 2.0, float("inf"), float("nan")):
+        run.record(torch.tensor(loss), *torch.zeros(2), torch.zeros(2), 8)
+    with pytest.raises(UserError, match="loss is inf at epoch 1, step 3, .*`--lr 0.01 --resume False`"):
+        run.check_finite()

@@ -1,0 +1,315 @@
+"""The teacher's logits: computed once, exact, never confused with others, and kept in memory where none can be written.
+
+That a student is bit-equal whether they were computed or read, after a kill too: tests/runtime/test_processes.py.
+"""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY, room, snapshot
+from made_up import CPU, TinyTeacher, content_of, random_images, run_of
+
+import models
+import train
+import utils
+from data_sets import DATA_SETS
+from runtime import checkpoint
+from runtime.device import Runtime
+from training.teacher_logits import TeacherLogits, write_logits
+from utils import Normaliser, Views
+
+COUNT = 24
+IMAGES = random_images(COUNT)
+SPEC = replace(DATA_SETS["cifar10"], fingerprint="a" * 16, train_images=COUNT)
+ROWS = torch.arange(COUNT)
+VIEWS = Views(IMAGES, SPEC, CPU.device)
+
+
+@pytest.fixture
+def make(tiny_models, tmp_path):
+    """A function that makes a teacher's logits in the test's folder; its weights are drawn from a seed."""
+
+    def make(weights: int = 0, spec=SPEC, runtime=CPU) -> TeacherLogits:
+        content = content_of(run_of("--tto"), weights=weights)
+        return TeacherLogits(tmp_path / "teacher.pt", spec, runtime, tmp_path, content)
+
+    return make
+
+
+def forward_passes(teacher: TeacherLogits) -> list[int]:
+    """How many images each forward pass of the teacher had."""
+    return [len(images) for images in teacher.model.seen]
+
+
+# ---------------------------------------------------------------------------------------------- exact
+
+
+def test_logits_are_the_models_in_evaluation_mode_in_half_precision(make, monkeypatch):
+    monkeypatch.setattr(utils, "EVALUATION_BATCH", 10)
+    teacher = make()
+    before = {name: value.clone() for name, value in teacher.model.state_dict().items()}
+    for k in (0, 7, 161):
+        logits = teacher.of_view(k, VIEWS, ROWS)
+        expected = teacher.model(VIEWS.images(ROWS, k))
+        assert logits.dtype == torch.float16 and logits.shape == (COUNT, 10) and not expected.requires_grad
+        torch.testing.assert_close(logits.float(), expected, rtol=2**-11, atol=1e-6)
+    tested = teacher.of_test_images(IMAGES[:5])
+    expected = teacher.model(Normaliser(SPEC, CPU.device)(IMAGES.pixels[:5]))
+    torch.testing.assert_close(tested.float(), expected, rtol=2**-11, atol=1e-6)
+    assert set(forward_passes(teacher)) == {10, COUNT, 5}, "full batches, and those of this test"
+    assert all(torch.equal(before[name], value) for name, value in teacher.model.state_dict().items())
+
+
+def test_a_view_is_computed_once_and_a_subset_reads_the_logits_of_the_full_set(make, tmp_path):
+    few = make().of_view(0, VIEWS, ROWS[:9])
+    computed = [make().of_view(k, VIEWS, ROWS) for k in range(3)]
+    assert len(few) == 9 and torch.equal(computed[0][:9], few) and len(computed[0]) == COUNT, "computed again"
+    before = snapshot(tmp_path)
+    assert sorted(Path(path).name for path in before) == ["00.npz", "01.npz", "02.npz", "teacher.json"]
+    again = make()
+    assert all(torch.equal(again.of_view(k, VIEWS, ROWS), computed[k]) for k in range(3))
+    assert torch.equal(again.of_view(1, VIEWS, ROWS[:9]), computed[1][:9])
+    assert not again.model.seen and snapshot(tmp_path) == before
+    assert not torch.equal(computed[0], computed[1])
+
+
+def test_the_key_changes_with_all_that_logits_depend_on(make):
+    bf16 = Runtime(CPU.device, torch.bfloat16)
+    pixels, mean = replace(SPEC, fingerprint="b" * 16), replace(SPEC, mean=(0.5, 0.5, 0.5))
+    std, flip = replace(SPEC, std=(0.2, 0.2, 0.2)), replace(SPEC, flip=False)
+    made = [make(), make(weights=1), make(runtime=bf16), *(make(spec=spec) for spec in (pixels, mean, std, flip))]
+    assert len({teacher.folder for teacher in made}) == len(made)
+    for teacher in made:
+        teacher.of_view(0, Views(IMAGES, teacher.spec, CPU.device), ROWS)
+        assert teacher.model.seen, "no other's logits are read"
+    assert make().folder == made[0].folder
+
+
+def test_logits_of_a_real_teacher_hardly_depend_on_the_batch():
+    torch.manual_seed(0)
+    teacher = models.build_model("teacher").to(memory_format=torch.channels_last)
+    images = VIEWS.images(ROWS[:8], 0)
+    with torch.no_grad():
+        teacher.train()(images)  # running statistics of these images, so that the logits differ from one another
+        together = teacher.eval()(images)
+        alone = torch.cat([teacher(image[None]) for image in images])
+    assert ((together - alone).abs().max() / alone.std()) < 1e-4  # half precision itself: 5e-4
+
+
+# ---------------------------------------------------------------------------------------------- never confused
+
+
+def flip_bit(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def save_npy(path: Path) -> None:
+    with open(path, "wb") as file:
+        np.save(file, np.zeros((COUNT, 10), np.float16))
+
+
+FOREIGN = {
+    "empty": lambda path, key: path.write_bytes(b""),
+    "half": lambda path, key: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "a bit flipped in the logits": lambda path, key: flip_bit(path, 300),
+    "a bit flipped in the directory": lambda path, key: flip_bit(path, path.read_bytes().index(b"PK\1\2") + 11),
+    "an array": lambda path, key: save_npy(path),
+    "another key": lambda path, key: write_logits(path.parent, path.name, np.ones((COUNT, 10), np.float16), "other"),
+    "other classes": lambda path, key: write_logits(path.parent, path.name, np.ones((COUNT, 9), np.float16), key),
+    "another type": lambda path, key: write_logits(path.parent, path.name, np.ones((COUNT, 10), np.float32), key),
+    "too few": lambda path, key: write_logits(path.parent, path.name, np.ones((COUNT - 1, 10), np.float16), key),
+    "not finite": lambda path, key: write_logits(path.parent, path.name, np.full((COUNT, 10), np.inf, np.float16), key),
+}
+
+
+@pytest.mark.parametrize("damage", FOREIGN)
+def test_a_damaged_or_foreign_file_is_computed_again(damage, make):
+    teacher = make()
+    expected = teacher.of_view(3, VIEWS, ROWS)
+    path = teacher.folder / "03.npz"
+    whole = path.read_bytes()
+    FOREIGN[damage](path, teacher.key)
+    assert path.read_bytes() != whole
+    again = make()
+    assert torch.equal(again.of_view(3, VIEWS, ROWS), expected) and again.model.seen
+    assert path.read_bytes() == whole and [p.name for p in path.parent.iterdir() if p.name[0] == "."] == []
+
+
+def test_what_can_not_be_written_stays_in_memory_and_is_said_once(make, tmp_path, capfd):
+    expected = [make().of_view(k, VIEWS, ROWS) for k in range(2)]
+    for path in (folder := make().folder).iterdir():
+        path.unlink()
+    folder.rmdir()
+    folder.write_text("a file, where a folder has to be")
+    teacher = make()
+    for _ in range(2):
+        assert all(torch.equal(teacher.of_view(k, VIEWS, ROWS), expected[k]) for k in range(2))
+    said = capfd.readouterr().out
+    assert said.count("\n") == 1 and str(folder) in said and "; the teacher's logits stay in memory" in said
+    assert len(teacher.model.seen) == 2
+
+
+# ---------------------------------------------------------------------------------------------- through train.py
+
+
+@pytest.fixture
+def learn(digits, tiny_models, tmp_path, monkeypatch):
+    """A function that runs train.py over 40 digits in the test's folder; its exit code."""
+    monkeypatch.setattr(train, "plot_curves", lambda *_: [])
+    monkeypatch.chdir(tmp_path)
+    size = ["--dataset=digits", "--subset=40", "--batch_size=8", "--num_epochs=2"]
+    return lambda *words: train.main([*size, f"--data_path={digits}", "--device=cpu", "--precision=fp32", *words])
+
+
+STUDENT = "digits_student_kd_t5_subset40.pt"
+
+
+def weights_of(path: str) -> dict[str, torch.Tensor]:
+    return checkpoint.load(Path(path))["model"]
+
+
+def assert_bit_equal(path: str, expected: dict[str, torch.Tensor]) -> None:
+    found = weights_of(path)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def logits_of(folder: Path) -> dict[str, str]:
+    """All files of logits below `folder`."""
+    return {path: content for path, content in snapshot(folder).items() if "_logits_" in path}
+
+
+def test_students_of_any_seed_temperature_loss_or_subset_share_the_logits(learn, tmp_path):
+    assert learn("--tto") == learn("--kd", "--subset=60", "--teacher=weights/digits_teacher_subset40.pt") == 0
+    before = logits_of(tmp_path)
+    assert len(before) == 3, "two views and their description"
+    for words in (["--seed=7"], ["--temp=2"], ["--loss", "ls"], ["--name=a", "--num_epochs=4"]):
+        assert learn("--kd", *words) == 0
+        assert logits_of(tmp_path) == before
+    assert learn("--kd", "--views=81", "--name=b", "--num_epochs=5") == 0
+    assert before.items() <= logits_of(tmp_path).items() and len({Path(p).parent for p in logits_of(tmp_path)}) == 1
+    assert learn("--kd", "--views=162", "--flip", "--name=c") == 0
+    assert len({Path(path).parent for path in logits_of(tmp_path)}) == 2, "mirrored views are others"
+
+
+def test_all_162_views_are_computed_once(learn, tmp_path, monkeypatch):
+    monkeypatch.setattr(utils, "EVALUATION_BATCH", 40)
+    monkeypatch.setattr("os.fsync", lambda file: None)  # 700 of them
+    assert learn("--tto") == 0
+    computed = []
+
+    def compute_logits(*arguments, real=utils.compute_logits, **keywords):
+        computed.append(keywords["title"])
+        return real(*arguments, **keywords)
+
+    monkeypatch.setattr("training.teacher_logits.compute_logits", compute_logits)
+    assert learn("--kd", "--flip", "--views=162", "--num_epochs=170", "--batch_size=40") == 0
+    assert sorted(computed) == sorted(f"teacher's logits of view {k}" for k in range(162))
+    assert {Path(p).name for p in logits_of(tmp_path)} == {"teacher.json", *(f"{k:02}.npz" for k in range(162))}
+
+
+def test_a_read_only_folder_or_a_full_disk_costs_the_files_alone(learn, digits, forked, tmp_path, capfd):
+    assert learn("--tto") == learn("--kd") == 0
+    expected = weights_of(f"weights/{STUDENT}")
+    (folder,) = {Path(path).parent for path in logits_of(tmp_path)}
+    for path in folder.iterdir():
+        path.unlink()
+    folder.chmod(0o555)
+    words = ["--kd", "--dataset=digits", "--subset=40", "--batch_size=8", "--num_epochs=2", f"--data_path={digits}"]
+    words += ["--device=cpu", "--precision=fp32", "--resume=False"]
+    done = forked("train.py", *words, folder=tmp_path, tiny=True)  # without root's power over permissions
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall("can't write .*the teacher's logits stay in memory", done.stdout)) == 1
+    assert_bit_equal(f"weights/{STUDENT}", expected)
+    folder.chmod(0o755)
+
+    def write_to_a_full_disk(*arguments, real=write_logits):
+        with room(100):
+            real(*arguments)
+
+    capfd.readouterr()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.teacher_logits.write_logits", write_to_a_full_disk)
+        assert learn("--kd", "--resume=False") == 0
+    output = capfd.readouterr().out
+    assert len(re.findall("can't write .*00.npz: .*the teacher's logits stay in memory|01.npz", output)) == 1
+    assert_bit_equal(f"weights/{STUDENT}", expected)
+    assert not list(folder.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------- a folder of logits
+
+
+@pytest.fixture
+def mine(learn, digits, tmp_path):
+    """A folder of logits as docs/teacher_logits.md writes it, of the very teacher in weights/."""
+    assert learn("--tto") == 0
+    model = TinyTeacher()
+    checkpoint.load_weights(model, checkpoint.load(tmp_path / "weights" / "digits_teacher_subset40.pt"))
+    (code,) = re.findall("```python\n(.*?)```", (REPOSITORY / "docs" / "teacher_logits.md").read_text(), re.DOTALL)
+    for of_the_page, here in (
+        ('"cifar10", Path("data")', f'"digits", Path({str(digits)!r})'),
+        ('"auto", "auto"', '"cpu", "fp32"'),
+        ("range(16)", "range(2)"),
+    ):
+        assert of_the_page in code
+        code = code.replace(of_the_page, here)
+    exec(code, {"make_my_model": lambda: model})
+    return tmp_path / "weights" / "my_teacher"
+
+
+def test_a_folder_of_logits_teaches_like_the_checkpoint(mine, learn, tmp_path, monkeypatch):
+    assert learn("--kd") == 0
+    expected = checkpoint.load(tmp_path / "weights" / STUDENT)
+    monkeypatch.setattr(TinyTeacher, "forward", None)
+    before = snapshot(mine)
+    assert learn("--kd", f"--teacher={mine}", "--name=mine") == 0
+    assert_bit_equal(f"weights/mine/{STUDENT}", expected["model"])
+    assert (
+        checkpoint.load(Path("weights/mine", STUDENT))["run"]["teacher"] == "my-model-1" != expected["run"]["teacher"]
+    )
+    assert snapshot(mine) == before
+
+
+def describe(folder: Path, **changes) -> None:
+    content = json.loads((folder / "teacher.json").read_text())
+    (folder / "teacher.json").write_text(json.dumps(content | changes))
+
+
+WRONG = {
+    "missing view": (
+        lambda folder: (folder / "01.npz").unlink(),
+        r"01.npz is missing: write it again, or give another",
+    ),
+    "damaged view": (lambda folder: flip_bit(folder / "00.npz", 300), "00.npz is damaged: write it again"),
+    "fewer images": (
+        lambda folder: write_logits(folder, "00.npz", np.ones((39, 10), np.float16), "my-model-1"),
+        "00.npz has the logits of 39 images, not 40",
+    ),
+    "another key": (lambda folder: describe(folder, key="my-model-2"), "belongs to other logits"),
+    "other classes": (lambda folder: describe(folder, classes=["cat", "dog"]), "has logits of 2 other classes"),
+    "other images": (lambda folder: describe(folder, images="b" * 16), "has logits of other images than digits here"),
+    "no description": (lambda folder: (folder / "teacher.json").unlink(), "is no folder of logits: can't read"),
+    "no JSON": (lambda folder: (folder / "teacher.json").write_text("[1"), "does not describe a teacher's logits"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_folder_of_logits_that_does_not_fit_is_one_line(wrong, mine, learn, capfd):
+    spoil, tells = WRONG[wrong]
+    spoil(mine)
+    capfd.readouterr()
+    assert learn("--kd", f"--teacher={mine}") == 2
+    error = capfd.readouterr().err
+    assert re.search(tells, error) and error.count("\n") == 1
+
+
+def test_logits_of_unmirrored_views_do_not_teach_mirrored_ones(mine, learn, capfd):
+    assert learn("--kd", f"--teacher={mine}", "--flip=True") == 2
+    assert capfd.readouterr().err.count("\n") == 1

@@ -1,0 +1,87 @@
+"""What a model trains with if the user does not say: by data set, role and optimizer, and by loss.
+
+Standard library only: `--help` reads these tables.
+"""
+
+import math
+from dataclasses import dataclass, fields, replace
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The numbers of a training."""
+
+    num_epochs: int
+    lr: float  # peak learning rate
+    head_lr: float = 1.0  # learning rate of the last layer, as a fraction of lr
+    norm_lr: float = 1.0  # of batch norm, as a fraction of lr
+    batch_size: int = 256  # over all devices
+    weight_decay: float = 0.0
+    views: int | None = None  # augmented views per image; None: all
+
+
+RECIPE_FIELDS = tuple(f.name for f in fields(Recipe))
+OPTIMIZERS = ("muon", "sgd")
+CIFAR = {
+    ("teacher", "muon"): Recipe(num_epochs=16, lr=0.1, head_lr=0.003, norm_lr=0.15),
+    ("student", "muon"): Recipe(num_epochs=30, lr=0.1, head_lr=0.2, norm_lr=0.15, views=16),
+    ("teacher", "sgd"): Recipe(num_epochs=60, lr=0.05, head_lr=0.05, batch_size=128, weight_decay=5e-4),
+    ("student", "sgd"): Recipe(num_epochs=60, lr=0.1, batch_size=128, weight_decay=5e-4),
+}
+DIGITS = {
+    ("teacher", "muon"): Recipe(num_epochs=3, lr=0.1, head_lr=0.003, norm_lr=0.15, batch_size=128),
+    ("student", "muon"): Recipe(num_epochs=3, lr=0.1, head_lr=0.2, norm_lr=0.15, batch_size=64, views=2),
+    ("teacher", "sgd"): Recipe(num_epochs=9, lr=0.05, head_lr=0.05, batch_size=64, weight_decay=5e-4),
+    ("student", "sgd"): Recipe(num_epochs=4, lr=0.1, batch_size=64, weight_decay=5e-4, views=4),
+}
+
+
+def recipe_of(dataset: str, role: str, optimizer: str, train_images: int) -> Recipe:
+    """The recipe of a role ("teacher" | "student") on a data set; a folder's is scaled to its number of images."""
+    if dataset == "folder":
+        return scale_recipe(CIFAR[role, optimizer], train_images)
+    return (DIGITS if dataset == "digits" else CIFAR)[role, optimizer]
+
+
+def scale_recipe(recipe: Recipe, images: int) -> Recipe:
+    """A recipe for 50,000 training images at another number of them: as many images are seen in all, within bounds.
+
+    At most four times as many epochs and at least a quarter, in batches of at most a 64th of the images (a power of
+    two, from 32 up to the recipe's).
+    """
+    epochs = round(recipe.num_epochs * min(max(50_000 / images, 0.25), 4))
+    batch_size = min(max(2 ** int(math.log2(max(images / 64, 1))), 32), recipe.batch_size)
+    return replace(recipe, num_epochs=epochs, batch_size=batch_size)
+
+
+@dataclass(frozen=True)
+class LossDefaults:
+    """Temperatures and weights of a loss: those of its paper's own code for CIFAR-100."""
+
+    function: str  # of training/losses.py
+    temps: tuple[float, ...]  # --all trains a student at each; a single run uses the first
+    kd_weights: tuple[float, ...]  # one per term
+    ce_weight: float
+
+
+ALPHA = 0.9  # of plain KD
+
+
+def ce_weight_of(alpha: float) -> float:
+    """1 - alpha, as 0.1 and not 0.09999999999999998."""
+    return round(1 - alpha, 12)
+
+
+LOSS_DEFAULTS = {
+    "kd": LossDefaults("kd", (5.0, 20.0), (ALPHA,), ce_weight_of(ALPHA)),
+    "ls": LossDefaults("ls", (2.0,), (9.0,), 0.1),
+    "dkd": LossDefaults("dkd", (4.0,), (1.0, 8.0), 1.0),
+    "ttm": LossDefaults("ttm", (10.0,), (45.0,), 1.0),
+    "wttm": LossDefaults("wttm", (5.0,), (4.0,), 1.0),
+}
+# Plain KD at the temperature and total weight of another loss: does the loss help, or its weight?
+LOSS_DEFAULTS |= {
+    f"kd_as_{name}": LossDefaults("kd", row.temps, (sum(row.kd_weights),), row.ce_weight)
+    for name, row in LOSS_DEFAULTS.items()
+    if name != "kd"
+}

@@ -1,0 +1,266 @@
+"""From what was typed to the runs to do, and which runs belong together. Standard library and tables only.
+
+Three objects: the options of config.py hold what the user typed; a RunName holds what a run's files are called after;
+a RunConfig holds every value that shapes the run's result. `plan` is the only way from options to RunConfigs.
+"""
+
+from dataclasses import asdict, dataclass, fields, replace
+
+from data_sets import DataSet
+from runtime.cli import format_number, typed
+from training.recipes import LOSS_DEFAULTS, RECIPE_FIELDS, ce_weight_of, recipe_of
+
+DEFAULT_SEED = 42
+
+
+@dataclass(frozen=True)
+class RunName:
+    """What a run's files are called after."""
+
+    dataset: str = "cifar10"
+    role: str = "student"  # or "teacher"
+    loss: str | None = None  # of distillation; None: without KD
+    temp: float | None = None
+    seed: int = DEFAULT_SEED
+    subset: int | None = None
+    holdout: int = 0
+
+    @property
+    def kd(self) -> bool:
+        """Whether this is a student with KD."""
+        return self.loss is not None
+
+    @property
+    def teacher_name(self) -> "RunName":
+        """The teacher to learn from: of a trial, one of the same images; its seed is always the default one."""
+        return RunName(self.dataset, "teacher", subset=self.subset, holdout=self.holdout)
+
+    @property
+    def split(self) -> str:
+        """What the run is evaluated on: "test" or "holdout"."""
+        return "holdout" if self.holdout else "test"
+
+    @property
+    def prefix(self) -> str:
+        """What file names begin with; CIFAR-10 has no prefix."""
+        return "" if self.dataset == "cifar10" else f"{self.dataset}_"
+
+    @property
+    def trial(self) -> str:
+        """What the file names of a trial end with."""
+        subset = f"_subset{self.subset}" if self.subset else ""
+        return subset + (f"_holdout{self.holdout}" if self.holdout else "")
+
+    @property
+    def stem(self) -> str:
+        """The file name without its suffix: teacher, student or student_kd_t5, and what differs from the defaults."""
+        kd = f"_{self.loss}_t{format_number(self.temp)}" if self.kd else ""
+        seed = "" if self.seed == DEFAULT_SEED else f"_seed{self.seed}"
+        return f"{self.prefix}{self.role}{kd}{seed}{self.trial}"
+
+    @property
+    def title(self) -> str:
+        """The run in a table or a figure, without its seed."""
+        if self.role == "teacher":
+            title = "Teacher (VGG19 with BN)"
+        elif self.kd:
+            title = f"Student (with {loss_function(self.loss).upper()}, Temp = {format_number(self.temp)})"
+        else:
+            title = "Student (w/o KD)"
+        return title + "".join(
+            f", {name} {getattr(self, name)}" for name in ("subset", "holdout") if getattr(self, name)
+        )
+
+    def command(self, script: str, **folders) -> str:
+        """What to type to train ("train.py") or to evaluate ("test.py") this run, with further options."""
+        words = ["python", script]
+        words += ["--tto True"] if self.role == "teacher" else []
+        if self.kd:
+            words += ["--kd True"] + ([f"--loss {self.loss}"] if self.loss != "kd" else [])
+            words += [f"--temp {format_number(self.temp)}"]
+        for name in ("dataset", "seed", "subset", "holdout"):
+            if getattr(self, name) != getattr(RunName, name):
+                words.append(f"--{name} {getattr(self, name)}")
+        return " ".join(words + [f"--{name} {typed(value)}" for name, value in folders.items()])
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(RunName):
+    """Everything that shapes a run's result, as plain values; the machine does not belong to it."""
+
+    num_classes: int
+    images: str  # the fingerprint of the data set
+    flip: bool
+    optimizer: str
+    num_epochs: int
+    batch_size: int
+    lr: float
+    head_lr: float
+    norm_lr: float
+    weight_decay: float
+    views: int
+    kd_weights: tuple[float, ...]  # without KD ()
+    ce_weight: float  # without KD 1.0
+    sync_bn: bool
+    compile: bool
+    deterministic: bool
+    precision: str
+    processes: int
+    teacher: str | None = None  # the fingerprint of its weights, once it is loaded
+
+    @property
+    def title(self) -> str:
+        """As of its name, with the weights of the loss unless they are the usual ones."""
+        if not self.kd or (self.loss == "kd" and (self.kd_weights, self.ce_weight) == usual_weights("kd")):
+            return super().title
+        terms = {"kd": ("KL",), "dkd": ("TCKD", "NCKD")}.get(loss_function(self.loss), (self.loss.upper(),))
+        weighted = zip((*self.kd_weights, self.ce_weight), (*terms, "CE"), strict=True)
+        sum_of_terms = " + ".join(f"{format_number(weight)} {term}" for weight, term in weighted)
+        return super().title.replace(")", f", {sum_of_terms})", 1)
+
+
+def run_from(values: dict) -> RunConfig:
+    """The run of a checkpoint or a log, from `asdict` of it; TypeError if fields are missing or unknown."""
+    return RunConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def loss_function(loss: str) -> str:
+    """The function of training/losses.py that a loss uses."""
+    return LOSS_DEFAULTS[loss].function
+
+
+def usual_weights(loss: str) -> tuple[tuple[float, ...], float]:
+    """The default weights of a loss: of its terms, and of the cross-entropy."""
+    return LOSS_DEFAULTS[loss].kd_weights, LOSS_DEFAULTS[loss].ce_weight
+
+
+# ---------------------------------------------------------------------------------------------- the plan
+
+
+def name_of(options) -> RunName:
+    """The run that the options of either script name; with several temperatures or losses, the first."""
+    loss = (options.loss or ("kd",))[0]
+    kd = {"loss": loss, "temp": (options.temp or LOSS_DEFAULTS[loss].temps)[0]} if options.kd else {}
+    role = "teacher" if options.tto else "student"
+    seed = DEFAULT_SEED if options.seed is None else options.seed
+    return RunName(options.dataset, role, **kd, seed=seed, subset=options.subset, holdout=options.holdout)
+
+
+def names_of(options) -> list[RunName]:
+    """The runs to do, in order: one, or with --all the teacher, then the students of each seed."""
+    first = name_of(options)
+    if not options.all:
+        return [first]
+    losses = options.loss or ("kd",)
+    if options.matched:
+        losses = tuple(dict.fromkeys((*losses, *(f"kd_as_{loss}" for loss in losses if loss_function(loss) != "kd"))))
+    names = [first.teacher_name]
+    for seed in range(first.seed, first.seed + options.seeds):
+        names.append(replace(first, seed=seed))
+        for loss in losses:
+            for temp in options.temp or LOSS_DEFAULTS[loss].temps:
+                names.append(replace(first, seed=seed, loss=loss, temp=temp))
+    return names
+
+
+def plan(options, data: DataSet, precision: str, processes: int) -> list[RunConfig]:
+    """The runs that the options of train.py ask for, with every value filled in."""
+    return [resolve(name, options, data, precision, processes) for name in names_of(options)]
+
+
+def resolve(name: RunName, options, data: DataSet, precision: str, processes: int) -> RunConfig:
+    """One run of the plan: the recipe's values where nothing was typed."""
+    recipe = asdict(recipe_of(name.dataset, name.role, options.optimizer, data.train_images))
+    if not (options.all and name.role == "teacher"):  # with --all these options are the students'
+        recipe |= {f: getattr(options, f) for f in RECIPE_FIELDS if getattr(options, f) is not None}
+    if recipe["views"] is None:
+        recipe["views"] = data.views
+    kd_weights, ce_weight = usual_weights(name.loss) if name.kd else ((), 1.0)
+    if name.kd and options.alpha is not None:
+        kd_weights, ce_weight = (options.alpha,), ce_weight_of(options.alpha)
+    if name.kd and options.kd_weight is not None:
+        kd_weights = options.kd_weight
+    if name.kd and options.ce_weight is not None:
+        ce_weight = options.ce_weight
+    return RunConfig(
+        **asdict(name),
+        **recipe,
+        num_classes=len(data.classes),
+        images=data.fingerprint,
+        flip=data.flip,
+        optimizer=options.optimizer,
+        kd_weights=kd_weights,
+        ce_weight=ce_weight,
+        sync_bn=options.sync_bn and processes > 1,
+        compile=options.compile,
+        deterministic=options.deterministic,
+        precision=precision,
+        processes=processes,
+    )
+
+
+# ---------------------------------------------------------------------------------------------- comparing runs
+
+LOSS_FIELDS = {"loss", "temp", "kd_weights", "ce_weight"}
+KD_FIELDS = LOSS_FIELDS | {"teacher"}
+
+
+def differences(run: RunConfig, other: RunConfig, ignoring: set[str] = frozenset()) -> list[str]:
+    """The names of the fields in which two runs differ."""
+    names = [f.name for f in fields(RunConfig) if f.name not in ignoring]
+    return [name for name in names if getattr(run, name) != getattr(other, name)]
+
+
+def describe_differences(run: RunConfig, other: RunConfig, ignoring: set[str] = frozenset()) -> str:
+    """In what `run` differs from another, in words: `num_epochs 30, not 16`."""
+    names = differences(run, other, ignoring)
+    return "; ".join(f"{say(run, name)}, not {say(other, name, '')}" for name in names)
+
+
+def say(run: RunConfig, name: str, label: str | None = None) -> str:
+    """A field in words."""
+    value = getattr(run, name)
+    value = value[:8] if name in ("teacher", "images") and value else value
+    value = typed(value) if isinstance(value, (tuple, float)) else value
+    return f"{name if label is None else label} {value}".strip()
+
+
+def same_row(run: RunConfig, other: RunConfig) -> bool:
+    """Whether two runs are seeds of one row."""
+    return not differences(run, other, {"seed"})
+
+
+def is_baseline_of(run: RunConfig, other: RunConfig) -> bool:
+    """Whether `run` is the same-seed baseline without KD of the run `other` with KD."""
+    return other.kd and not run.kd and not differences(run, other, KD_FIELDS)
+
+
+def is_plain_kd_beside(run: RunConfig, other: RunConfig) -> bool:
+    """Whether `run` is plain KD, at its usual weights or those of the other loss, and `other` another loss."""
+    if not (run.kd and other.kd) or loss_function(other.loss) == "kd" or differences(run, other, LOSS_FIELDS):
+        return False
+    usual = run.loss == "kd" and (run.kd_weights, run.ce_weight) == usual_weights("kd")
+    return usual or run.loss == f"kd_as_{other.loss}"
+
+
+def saw_held_out(run: RunConfig, name: RunName, train_images: int) -> bool:
+    """Whether `run` was trained on images that `name` holds out, the last ones of the training images."""
+    seen = min(run.subset or train_images, train_images) - run.holdout
+    return name.holdout > 0 and seen > min(name.subset or train_images, train_images) - name.holdout
+
+
+def row_order(run: RunName) -> tuple:
+    """The place of a run in a table: the teacher, the student without KD, then by loss, temperature and seed."""
+    loss = list(LOSS_DEFAULTS).index(run.loss) if run.kd else -1
+    return run.role != "teacher", loss, run.temp or 0.0, run.seed
+
+
+def labels(runs: list[RunConfig]) -> list[str]:
+    """A title for each of these rows, with the fields that tell it apart from others of its title."""
+    found = []
+    for run in runs:
+        rivals = [other for other in runs if other.title == run.title]
+        names = {name for rival in rivals for name in differences(run, rival, {"seed"})}
+        apart = [f.name for f in fields(RunConfig) if f.name in names]
+        found.append(", ".join([run.title, *(say(run, name) for name in apart)]))
+    return found

@@ -1,0 +1,174 @@
+"""The teacher's logits of each view of the training images, computed once and shared by all its students.
+
+The teacher is in evaluation mode and an image's k-th view is always the same, so its logits never change: one file per
+view, `<teacher>_logits_<key>/07.npz`, whose key is a hash of all that logits depend on. `rm -r weights/*_logits_*`
+removes them all; they are computed again when needed.
+"""
+
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data_sets import DataSet
+from runtime import checkpoint
+from runtime.device import Runtime
+from runtime.errors import UserError, reason
+from runtime.files import writing
+from runtime.signals import StopSignal
+from training.run import load_model, mismatch
+from training.runs import RunName
+from utils import Images, Views, compute_logits, held_out_logits
+
+VERSION = 1  # of the forward pass and the views: a change that alters logits gets a new number
+UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)  # of a damaged or foreign .npz
+
+
+class TeacherLogits:
+    """A teacher in a checkpoint, or a folder of logits that somebody's model wrote."""
+
+    def __init__(
+        self, path: Path, spec: DataSet, runtime: Runtime, weights_path: Path, content: dict | None = None
+    ) -> None:
+        """`content` is the teacher's checkpoint, None if `path` is a folder. UserError if it can't teach on `spec`."""
+        self.path, self.spec, self.runtime, self.content, self.model = path, spec, runtime, content, None
+        self.in_memory: dict[str, np.ndarray] = {}  # what can't be written
+        if content is None:
+            self.folder = path
+            self.fingerprint = self.key = read_description(path, spec)
+        else:
+            self.model = load_model(content, runtime)
+            self.fingerprint = checkpoint.fingerprint(content["model"])
+            facts = (VERSION, self.fingerprint, spec.fingerprint, spec.mean, spec.std, spec.flip, runtime.precision)
+            self.key = checkpoint.fingerprint({}, *facts)
+            self.folder = weights_path / f"{path.stem}_logits_{self.key}"
+
+    @property
+    def title(self) -> str:
+        """The path, and the seed of a teacher that train.py trained."""
+        return f"{self.path} (seed {self.content['run']['seed']})" if self.content else f"{self.path} (logits)"
+
+    def of_view(self, k: int, views: Views, rows: torch.Tensor, stop: StopSignal | None = None) -> torch.Tensor:
+        """Logits (N, C) float16 on the device: row i is training image i in its k-th view, for all i in `rows`."""
+        count = int(rows.max()) + 1
+        logits = self.read(f"{k:02}.npz", count)
+        if logits is None:
+            logits = compute_logits(
+                self.model, lambda some: views.images(some, k), count, len(self.spec.classes), self.runtime, stop,
+                title=f"teacher's logits of view {k}",
+            )  # fmt: skip
+            logits = self.write(f"{k:02}.npz", logits)
+        return torch.from_numpy(logits[:count]).to(self.runtime.device)
+
+    def of_test_images(self, images: Images, holdout: int = 0, stop: StopSignal | None = None) -> torch.Tensor:
+        """Logits (N, C) float64 on the CPU of the first N test images, or of the last `holdout` training images."""
+        name = f"holdout{holdout}.npz" if holdout else "test.npz"
+        logits = self.read(name, len(images))
+        if logits is None:
+            logits = self.write(name, held_out_logits(self.model, images, self.spec, self.runtime, stop))
+        return torch.from_numpy(logits[: len(images)]).double()
+
+    def read(self, name: str, count: int) -> np.ndarray | None:
+        """The first `count` logits of a file, float16; None if they have to be computed.
+
+        UserError if that takes a model, and only the folder of logits was given.
+        """
+        logits, why = self.in_memory.get(name), "is missing"
+        if logits is None:
+            try:
+                with np.load(self.folder / name) as stored:  # which checks the file's check sums
+                    if str(stored["key"]) == self.key:
+                        logits = stored["logits"]
+                    why = "belongs to other logits"
+            except FileNotFoundError:
+                pass
+            except UNREADABLE:
+                why = "is damaged"
+        if logits is not None and (logits.dtype != np.float16 or logits.shape[1:] != (len(self.spec.classes),)):
+            logits, why = None, "has another shape or type than (images, classes) float16"
+        if logits is not None and len(logits) < count:
+            logits, why = None, f"has the logits of {len(logits)} images, not {count}"
+        if logits is not None and not np.isfinite(logits).all():
+            logits, why = None, "has logits that are not finite"
+        if self.model is None and logits is None:
+            raise UserError(f"{self.folder / name} {why}: write it again, or give another --teacher")
+        missing = self.runtime.agree(logits is None)[0]  # of one process: then all compute
+        return None if missing else logits
+
+    def write(self, name: str, logits: torch.Tensor) -> np.ndarray:
+        """Keep logits as float16, on disk or, where that fails, in memory; what was kept."""
+        halves = logits.half().numpy()
+        if not self.runtime.is_main:
+            self.in_memory[name] = halves
+            return halves
+        try:
+            write_logits(self.folder, name, halves, self.key)
+            describe_logits(self.folder, self.spec, self.key)
+        except UserError as error:
+            if not self.in_memory:
+                self.runtime.print(f"{error}; the teacher's logits stay in memory")
+            self.in_memory[name] = halves
+        return halves
+
+
+def write_logits(folder: Path, name: str, logits: np.ndarray, key: str) -> None:
+    """Write logits (N, C) float16 to `folder`, atomically and with check sums; UserError if that fails."""
+    with writing(folder / name) as temporary, open(temporary, "wb") as file:
+        np.savez(file, logits=logits, key=np.array(key))
+
+
+def describe_logits(folder: Path, spec: DataSet, key: str) -> None:
+    """Write what the logits in `folder` are of, unless it is there."""
+    path = folder / "teacher.json"
+    if not path.exists():
+        content = {"key": key, "classes": list(spec.classes), "images": spec.fingerprint}
+        with writing(path) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def read_description(folder: Path, spec: DataSet) -> str:
+    """The key of a folder of logits; UserError if it is none, or of other classes or images than `spec`."""
+    path = folder / "teacher.json"
+    try:
+        content = json.loads(path.read_text())
+        key, classes, images = str(content["key"]), tuple(content["classes"]), content["images"]
+    except OSError as error:
+        raise UserError(f"{folder} is no folder of logits: can't read {path}: {reason(error)}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} does not describe a teacher's logits: see docs/teacher_logits.md") from error
+    if classes != spec.classes:
+        raise UserError(f"{folder} has logits of {len(classes)} other classes: give another --teacher")
+    if images != spec.fingerprint:
+        raise UserError(f"{folder} has logits of other images than {spec.name} here: give another --teacher")
+    return key
+
+
+# ---------------------------------------------------------------------------------------------- the teacher of a run
+
+
+def teacher_path(student: RunName, options) -> Path:
+    """The checkpoint of a student's teacher, or the folder of its logits; UserError if there is none."""
+    name = student.teacher_name
+    path = options.teacher or options.weights_path / f"{name.stem}.pt"
+    if not path.exists():
+        train = name.command(
+            "train.py", **options.folders("data_path", "skip_broken", "flip", "weights_path", "plots_path")
+        )
+        raise UserError(f"no teacher {path}: train one with `{train}`, or name another one by --teacher")
+    return path
+
+
+def load_teacher(student: RunName, options, spec: DataSet, runtime: Runtime) -> TeacherLogits:
+    """The teacher of a student; UserError if there is none, or if it can't teach on `spec`, the data as it was read."""
+    path = teacher_path(student, options)
+    content = None if path.is_dir() else checkpoint.load(path)
+    if content and (why := teacher_mismatch(content, student, spec)):
+        raise UserError(f"the teacher {path} {why}: name another one by --teacher, or another --weights_path")
+    return TeacherLogits(path, spec, runtime, options.weights_path, content)
+
+
+def teacher_mismatch(content: dict, student: RunName, spec: DataSet) -> str:
+    """Why a checkpoint can't teach a student on these images, in words, or nothing."""
+    return "is a student" if content["run"]["role"] != "teacher" else mismatch(content, student, spec)
