@@ -59,6 +59,8 @@ def find_checkpoint(options: config.TestOptions, runtime: Runtime) -> dict:
     if not path.exists() and published.exists() and not options.folders("weights_path", "name"):
         runtime.print(f"there is no {path}: evaluating the published {published}")
         return checkpoint.load(published)
+    if not path.exists() and path == options.teacher:
+        raise UserError(f"no teacher {path}: check the name that --teacher gives")
     if not path.exists():
         train = name.command("train.py", **options.folders())
         raise UserError(f"no checkpoint {path}: train it with `{train}`, or give its folder by --weights_path")

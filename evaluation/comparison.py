@@ -12,7 +12,7 @@ from runtime.device import Runtime
 from runtime.errors import UserError
 from runtime.signals import StopSignal
 from training.run import load_model, mismatch, spec_of
-from training.runs import RunConfig, run_from
+from training.runs import RunConfig, labels, run_from, same_row
 from training.teacher_logits import TeacherLogits
 from utils import Data, Images, held_out_logits
 
@@ -72,3 +72,22 @@ def measure_all(
             numbers |= measure_cost(model, content["path"], in_training).medians()
         shown.append(content | {"measured": numbers})
     return shown
+
+
+def rows_of(contents: list[dict]) -> dict[str, list[dict]]:
+    """Checkpoints by the label of their row: those that differ in the seed alone share one, copies of a run do not."""
+    rows: list[list[dict]] = []
+    for content in contents:
+        run = run_from(content["run"])
+        others = ([run_from(other["run"]) for other in row] for row in rows)
+        fits = (same_row(row[0], run) and run.seed not in {other.seed for other in row} for row in others)
+        place = next((i for i, fit in enumerate(fits) if fit), None)
+        if place is None:
+            rows.append([content])
+        else:
+            rows[place].append(content)
+    names = labels([run_from(row[0]["run"]) for row in rows])
+    for i, row in enumerate(rows):
+        if names[i] in names[:i]:
+            names[i] += f", {row[0]['path']}"
+    return dict(zip(names, rows, strict=True))

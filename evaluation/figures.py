@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from matplotlib.font_manager import FontProperties, findfont, get_font
 
+from evaluation.comparison import rows_of
 from evaluation.measures import BINS, reliability
-from training.runs import RunConfig, labels, row_order, run_from, same_row
+from training.runs import row_order, run_from
 from utils import COLOURS, new_axes, new_figure, save_figure
 
 PICTURES_SHOWN = 12  # in one figure: more make it too tall
@@ -108,23 +109,14 @@ def plot_comparison(contents: list[dict], path: Path) -> Path:
 
     Runs that differ in the seed alone are one line, their mean, on a band from the least to the most.
     """
-    rows: list[tuple[RunConfig, list[np.ndarray]]] = []
-    for content in sorted(contents, key=lambda content: row_order(run_from(content["run"]))):
-        run = run_from(content["run"])
-        lines = [json.loads(line) for line in content["log"].splitlines()[1:]]
-        curve = np.array([line[run.split]["top1"] for line in lines])
-        curves = next((curves for other, curves in rows if same_row(other, run)), None)
-        if curves is None:
-            rows.append((run, [curve]))
-        else:
-            curves.append(curve)
-    first = rows[0][0]
+    contents = sorted(contents, key=lambda content: row_order(run_from(content["run"])))
+    first = run_from(contents[0]["run"])
     images = "held-out images" if first.holdout else "test images"
     axes = new_axes(f"Top-1 accuracy on the {images} of {first.dataset}", "accuracy (%)")
-    titles = labels([run for run, _ in rows])
-    for colour, title, (_, curves) in zip(itertools.cycle(COLOURS), titles, rows, strict=False):
-        epochs, tops = range(1, len(curves[0]) + 1), np.array(curves)
-        mean = tops.mean(axis=0)
+    for colour, (title, row) in zip(itertools.cycle(COLOURS), rows_of(contents).items(), strict=False):
+        logs = [[json.loads(line) for line in content["log"].splitlines()[1:]] for content in row]
+        tops = np.array([[line[first.split]["top1"] for line in log] for log in logs])
+        epochs, mean = range(1, tops.shape[1] + 1), tops.mean(axis=0)
         label = f"{title}: {mean[-1]:.2f}" + (f" (mean of {len(tops)})" if len(tops) > 1 else "")
         axes.plot(epochs, mean, color=colour, marker="." if len(epochs) == 1 else None, label=label)
         if len(tops) > 1:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from evaluation.comparison import TOPS
+from evaluation.comparison import TOPS, rows_of
 from evaluation.figures import plot_comparison
 from evaluation.inference import Cost, count_parameters
 from evaluation.measures import BINS, holm, paired_gain, wilson
@@ -21,9 +21,7 @@ from training.runs import (
     differences,
     is_baseline_of,
     is_plain_kd_beside,
-    labels,
     run_from,
-    same_row,
 )
 
 EXTREMES = 10  # classes shown at each end, if there are too many to show all
@@ -148,25 +146,6 @@ MEASURED = {
     "images_per_second": ("Images/s", "{:,.0f}".format),
 }
 OTHER_MACHINES = "†"
-
-
-def rows_of(contents: list[dict]) -> dict[str, list[dict]]:
-    """Checkpoints by the label of their row: those that differ in the seed alone share one, copies of a run do not."""
-    rows: list[list[dict]] = []
-    for content in contents:
-        run = run_from(content["run"])
-        others = ([run_from(other["run"]) for other in row] for row in rows)
-        fits = (same_row(row[0], run) and run.seed not in {other.seed for other in row} for row in others)
-        place = next((i for i, fit in enumerate(fits) if fit), None)
-        if place is None:
-            rows.append([content])
-        else:
-            rows[place].append(content)
-    names = labels([run_from(row[0]["run"]) for row in rows])
-    for i, row in enumerate(rows):
-        if names[i] in names[:i]:
-            names[i] += f", {row[0]['path']}"
-    return dict(zip(names, rows, strict=True))
 
 
 def collect(contents: list[dict]) -> dict:

@@ -16,11 +16,13 @@ from pathlib import Path
 import made_up
 import numpy as np
 import pytest
+import torch
 
 import models
 from evaluation import inference
 from utils import load_images
 
+torch.set_num_threads(1)  # as in the processes that tests start: bits may depend on it
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Nothing may be downloaded by a test: no proxy listens there, so the network is always "missing".
 NO_NETWORK = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "no_proxy": "127.0.0.1"}

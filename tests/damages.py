@@ -12,7 +12,7 @@ from runtime import checkpoint
 
 QUICK = "--dataset digits --subset 40 --batch_size 8 --num_epochs 1 --device cpu --precision fp32 --data_path {digits}"
 
-Prepare = Callable[[Path], object]  # changes the folder of a test
+Prepare = Callable[[Path], object]  # changes a file, or the folder of a test
 
 
 def flip_bit(path: Path) -> None:
@@ -32,32 +32,24 @@ def hostile(path: Path) -> None:
     torch.save({"format": checkpoint.FORMAT, "model": Hostile()}, path)
 
 
-def checkpoint_of(command: str = "--tto", then: Prepare = lambda path: None, **more) -> Prepare:
-    """Writes the checkpoint of `train.py COMMAND`, with weights that fit no model and `more` contents; damages it."""
+def in_weights(name: str, write: Prepare) -> Prepare:
+    """Lets `write` make a file of that name in the folder of the checkpoints."""
 
-    def prepare(path: Path) -> None:
-        checkpoint.save(path, content_of(run_of(command), model=nn.Linear(100, 100)) | more)
-        then(path)
+    def prepare(folder: Path) -> None:
+        (folder / "weights").mkdir()
+        write(folder / "weights" / name)
 
     return prepare
 
 
-# Each with a pattern of what is said of it.
-DAMAGES = {
-    "text": (lambda path: path.write_text("these are my notes\n"), "is damaged, or no file that torch.save wrote"),
-    "hostile": (hostile, "is damaged"),
-    "truncated": (checkpoint_of(then=lambda path: os.truncate(path, path.stat().st_size - 1)), "is damaged"),
-    "bit flipped": (checkpoint_of(then=flip_bit), "is damaged"),
-    "directory": (Path.mkdir, "can't read .*: Is a directory|is no folder of logits"),
-    "a list": (lambda path: torch.save([1, 2, 3], path), "holds a list, not a checkpoint"),
-    "bare weights": (
-        lambda path: torch.save({"weight": torch.zeros(3)}, path), r"holds a state dict of 1 entries \(weight\)",
-    ),
-    "other format": (checkpoint_of(format=checkpoint.FORMAT + 1), "has format 4, this version reads format 3"),
-}  # fmt: skip
+def checkpoint_of(command: str, then: Prepare = lambda path: None) -> Prepare:
+    """Writes the checkpoint of `train.py COMMAND`, with weights that fit no model, and damages it."""
 
+    def prepare(path: Path) -> None:
+        checkpoint.save(path, content_of(run_of(command), model=nn.Linear(100, 100)))
+        then(path)
 
-# ------------------------------------------------------------------------------ files and folders
+    return prepare
 
 
 def link_data(folder: Path, cifar10: Path) -> Path:
@@ -70,7 +62,7 @@ def link_data(folder: Path, cifar10: Path) -> Path:
 
 
 def replace_batch(name: str, damage: Prepare) -> Callable[[Path, Path], None]:
-    """Puts a damaged copy in the place of one file of the data, or nothing."""
+    """Puts a damaged copy, or nothing, in the place of one file of the data."""
 
     def prepare(folder: Path, cifar10: Path) -> None:
         file = link_data(folder, cifar10) / name
@@ -78,21 +70,5 @@ def replace_batch(name: str, damage: Prepare) -> Callable[[Path, Path], None]:
         file.unlink()
         file.write_bytes(content)
         damage(file)
-
-    return prepare
-
-
-def file_as_folder(name: str) -> Prepare:
-    return lambda folder: (folder / name).write_text("a file\n")
-
-
-def folder_with_mode(name: str, mode: int) -> Prepare:
-    return lambda folder: (folder / name).mkdir(mode=mode)
-
-
-def in_weights(name: str, damage: Prepare) -> Prepare:
-    def prepare(folder: Path) -> None:
-        (folder / "weights").mkdir()
-        damage(folder / "weights" / name)
 
     return prepare

@@ -220,7 +220,12 @@ def change(path, part: str, **changes) -> None:
 
 @pytest.mark.parametrize(
     "part, changes",
-    [("run", {}), ("machine", {"torch": "2.11.0"}), ("machine", {"device": "another"}), ("run", {"processes": 2})],
+    [
+        ("run", {}),
+        ("machine", {"torch": "2.11.0"}),
+        ("machine", {"device": "another"}),
+        ("run", {"processes": 2, "sync_bn": True}),
+    ],
 )
 def test_a_run_resumes_elsewhere_and_says_that_the_result_may_differ(part, changes, stopped, learn, capfd):
     change(stopped, part, **changes)
@@ -229,14 +234,14 @@ def test_a_run_resumes_elsewhere_and_says_that_the_result_may_differ(part, chang
     line = capfd.readouterr().out.splitlines()[0]
     assert line.startswith(f"resuming weights/{STEM}.last.pt at epoch 1, step 2/5")
     assert ("the result may differ" in line) == bool(changes)
-    assert all(f"it had {name} {value}, not " in line for name, value in changes.items())
+    assert all(f"{name} {value}, not " in line for name, value in changes.items())
     finished = checkpoint.load(stopped.with_name(f"{STEM}.pt"))
     assert finished["run"]["processes"] == 1 and finished["machine"]["torch"] == torch.__version__
     assert not stopped.exists()
 
 
 @pytest.mark.parametrize(
-    "changes", [{"views": 3}, {"optimizer": "sgd"}, {"ce_weight": 0.5}, {"sync_bn": True}, {"lr": 0.3, "processes": 2}]
+    "changes", [{"views": 3}, {"optimizer": "sgd"}, {"ce_weight": 0.5}, {"lr": 0.3, "processes": 2}]
 )
 def test_an_unfinished_run_with_other_options_is_not_resumed(changes, stopped, learn, capfd):
     change(stopped, "run", **changes)

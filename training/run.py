@@ -95,7 +95,7 @@ class Run:
         self.optimizer = make_optimizer(self.model, config, runtime.autocast_dtype or torch.float32)
         self.forward = torch.compile(self.model) if config.compile else self.model
         if world > 1:
-            self.forward = DistributedDataParallel(self.forward, broadcast_buffers=False)
+            self.forward = DistributedDataParallel(self.forward)
         self.log = RunLog(files.log, runtime.is_main)
         self.saved_at, self.save_seconds = time.monotonic(), 0.0
         self.begin_epoch(0)
@@ -169,14 +169,15 @@ class Run:
 
     def is_time_to_agree(self) -> bool:
         """Whether the processes, if there are several, talk after this step: about once a second or every 16th."""
-        return self.runtime.world_size == 1 or self.step in (self.next_agreement, self.steps, 0)
+        return self.runtime.world_size == 1 or self.step in (0, self.steps) or self.step >= self.next_agreement
 
     def agree(self, stop: int, save: bool) -> tuple[int, bool]:
         """The stop signal that any process got, or 0, and whether any of them wants to save."""
         self.count_time()
         step_seconds = self.seconds / max(self.step, 1)
         stop, save, step_seconds = self.runtime.agree(stop, save, step_seconds)
-        self.next_agreement = self.step + min(max(int(1 / max(step_seconds, 1e-9)), 1), 16)
+        pause = min(max(int(1 / max(step_seconds, 1e-9)), 1), 16) if self.step else 1
+        self.next_agreement = self.step + pause
         return int(stop), bool(save)
 
     def save(self) -> None:

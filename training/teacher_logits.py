@@ -7,6 +7,7 @@ removes them all; they are computed again when needed.
 
 import json
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,8 @@ from training.runs import RunName
 from utils import Images, Views, compute_logits, held_out_logits
 
 VERSION = 1  # of the forward pass and the views: a change that alters logits gets a new number
-UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)  # of a damaged or foreign .npz
+# What reading a damaged or foreign .npz raises, in zipfile and numpy.
+UNREADABLE = (OSError, ValueError, KeyError, EOFError, TypeError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 
 
 class TeacherLogits:
@@ -63,11 +65,17 @@ class TeacherLogits:
         return torch.from_numpy(logits[:count]).to(self.runtime.device)
 
     def of_test_images(self, images: Images, holdout: int = 0, stop: StopSignal | None = None) -> torch.Tensor:
-        """Logits (N, C) float64 on the CPU of the first N test images, or of the last `holdout` training images."""
-        name = f"holdout{holdout}.npz" if holdout else "test.npz"
-        logits = self.read(name, len(images))
+        """Logits (N, C) float64 on the CPU of the first N test images, or with `holdout` of these held-out images.
+
+        UserError if they have to be computed, and only a folder of logits was given.
+        """
+        if holdout:  # images that depend on --subset, too: not kept
+            if self.model is None:
+                raise UserError(f"{self.folder} has no logits of held-out images: give a checkpoint as --teacher")
+            return held_out_logits(self.model, images, self.spec, self.runtime, stop).half().double()
+        logits = self.read("test.npz", len(images))
         if logits is None:
-            logits = self.write(name, held_out_logits(self.model, images, self.spec, self.runtime, stop))
+            logits = self.write("test.npz", held_out_logits(self.model, images, self.spec, self.runtime, stop))
         return torch.from_numpy(logits[: len(images)]).double()
 
     def read(self, name: str, count: int) -> np.ndarray | None:
@@ -123,7 +131,7 @@ def describe_logits(folder: Path, spec: DataSet, key: str) -> None:
     """Write what the logits in `folder` are of, unless it is there."""
     path = folder / "teacher.json"
     if not path.exists():
-        content = {"key": key, "classes": list(spec.classes), "images": spec.fingerprint}
+        content = {"key": key, "classes": list(spec.classes), "images": spec.fingerprint, "flip": spec.flip}
         with writing(path) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n")
 
@@ -133,7 +141,7 @@ def read_description(folder: Path, spec: DataSet) -> str:
     path = folder / "teacher.json"
     try:
         content = json.loads(path.read_text())
-        key, classes, images = str(content["key"]), tuple(content["classes"]), content["images"]
+        key, classes, images, flip = str(content["key"]), tuple(content["classes"]), content["images"], content["flip"]
     except OSError as error:
         raise UserError(f"{folder} is no folder of logits: can't read {path}: {reason(error)}") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -142,6 +150,8 @@ def read_description(folder: Path, spec: DataSet) -> str:
         raise UserError(f"{folder} has logits of {len(classes)} other classes: give another --teacher")
     if images != spec.fingerprint:
         raise UserError(f"{folder} has logits of other images than {spec.name} here: give another --teacher")
+    if flip != spec.flip:
+        raise UserError(f"{folder} has logits of views for --flip {flip}, not {spec.flip}: give another --teacher")
     return key
 
 

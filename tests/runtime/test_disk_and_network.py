@@ -8,11 +8,6 @@ from pathlib import Path
 import pytest
 from conftest import assert_one_line, snapshot
 from damages import QUICK, link_data
-from made_up import CPU, TinyTeacher, content_of, run_of
-
-from runtime import checkpoint
-from training.run import describe_data
-from utils import load_images
 
 
 class BreaksOff(socketserver.StreamRequestHandler):
@@ -88,18 +83,3 @@ def test_a_write_that_fails_leaves_what_was_there(file_size, tells, tmp_path, di
     assert after == before
     done = forked(*again, folder=tmp_path, tiny=True)
     assert done.returncode == 0, "the disk has space again: " + done.stderr
-
-
-def test_logits_that_cannot_be_written_stay_in_memory(tmp_path, digits, forked):
-    spec = load_images("digits", digits, CPU).spec
-    run = run_of("--tto --dataset=digits", images=spec.fingerprint)
-    content = content_of(run, model=TinyTeacher()) | {"data": describe_data(spec)}
-    checkpoint.save(tmp_path / "weights" / "teacher.pt", content)
-    # 5,000 x 10 numbers of 2 bytes are 100 kB: more than any other file that the run writes.
-    words = quick(digits, "--kd", "--teacher=weights/teacher.pt", "--subset=5000", "--num_epochs=2", "--batch_size=500")
-    done = forked(*words, folder=tmp_path, file_size=99_000, tiny=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("the teacher's logits stay in memory") == 1
-    assert "can't write weights/teacher_logits_" in done.stdout
-    assert not list(tmp_path.rglob("*.npz"))
-    assert (tmp_path / "weights" / "digits_student_kd_t5_subset5000.pt").exists()

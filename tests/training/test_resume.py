@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import FORKS, Script, run_as_main
-from made_up import CPU, TinyTeacher, run_of, save_run
+from made_up import CPU, TinyTeacher, run_of
 
 import train
 import training.run
@@ -26,7 +26,7 @@ import utils
 from runtime import checkpoint
 from runtime.device import Runtime
 from runtime.log import RunLog, read_log
-from training.run import Run, RunFiles, describe_data
+from training.run import Run, RunFiles
 
 STEM = "digits_student_kd_t5_subset40"
 SIZE = ["--dataset=digits", "--subset=40", "--batch_size=8", "--num_epochs=3", "--device=cpu", "--precision=fp32"]
@@ -76,13 +76,7 @@ def train_until(moment: str, number: int, *arguments, **keywords) -> None:
 @pytest.fixture(scope="module")
 def run(digits, tmp_path_factory):
     """A function that runs train.py --kd in a folder: exit codes, stdout and stderr of its processes together."""
-    teacher = tmp_path_factory.mktemp("teacher") / "teacher.pt"
-    data = utils.load_images("digits", digits, CPU)
-    config = run_of("--tto --dataset digits", images=data.spec.fingerprint)
-    save_run(teacher.parent, config, name=teacher.name, model=TinyTeacher())
-    content = torch.load(teacher, weights_only=True)
-    torch.save(content | {"data": describe_data(data.spec)}, teacher)
-    command = ["--kd", *SIZE, "--views=2", f"--data_path={digits}", f"--teacher={teacher}"]
+    command = [*SIZE, f"--data_path={digits}"]
 
     def run(
         folder: Path, processes: int = 1, moment: str = "", number: int = signal.SIGKILL, words=command, more=()
@@ -103,6 +97,9 @@ def run(digits, tmp_path_factory):
         done = [script.end(240) for script in scripts]
         return [d.returncode for d in done], "".join(d.stdout for d in done), "".join(d.stderr for d in done)
 
+    folder = tmp_path_factory.mktemp("teacher")
+    assert run(folder, words=[*command, "--tto"])[0] == [0]
+    command += ["--kd", "--views=2", f"--teacher={folder}/weights/digits_teacher_subset40.pt"]
     return run
 
 

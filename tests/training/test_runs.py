@@ -51,7 +51,7 @@ NAMES = [
     ("--kd True --temp 5.0000001", "student_kd_t5.0000001", "Student (with KD, Temp = 5.0000001)"),
     ("--kd True --temp 1e3 --seed 0", "student_kd_t1000_seed0", "Student (with KD, Temp = 1000)"),
     ("--kd True --loss dkd", "student_dkd_t4", "Student (with DKD, Temp = 4, 1 TCKD + 8 NCKD + 1 CE)"),
-    ("--kd True --loss kd_as_ls", "student_kd_as_ls_t2", "Student (with KD_AS_LS, Temp = 2, 9 KL + 0.1 CE)"),
+    ("--kd True --loss kd_as_ls", "student_kd_as_ls_t2", "Student (with KD, Temp = 2, 9 KL + 0.1 CE)"),
     ("--dataset digits --kd True --seed 7", "digits_student_kd_t5_seed7", "Student (with KD, Temp = 5)"),
     ("--subset 40 --holdout 8 --seed 7", "student_seed7_subset40_holdout8", "Student (w/o KD), subset 40, holdout 8"),
 ]
