@@ -50,7 +50,12 @@ def find_checkpoint(options: config.TestOptions, runtime: Runtime) -> dict:
     UserError if there is none, or if it is damaged or holds something else.
     """
     if options.checkpoint:
-        return checkpoint.load(options.checkpoint)
+        content = checkpoint.load(options.checkpoint)
+        if "metrics" not in content:
+            raise UserError(f"{options.checkpoint} is an unfinished run: rerun its command to finish it")
+        if content["run"]["role"] == "teacher" and options.teacher:
+            raise UserError(f"{options.checkpoint} is a teacher: leave --teacher out")
+        return content
     name = name_of(options)
     path = options.weights_folder / f"{name.stem}.pt"
     if options.tto and options.teacher:
@@ -211,7 +216,8 @@ def classify(options: config.TestOptions, runtime: Runtime) -> None:
         model, title = load_model(content, runtime), run_from(content["run"]).title
         for temp in options.soften or (1.0,):
             label = f"{title}, T = {format_number(temp)}" if options.soften else title
-            answers[label] = inference.classify(model, pixels, spec_of(content), runtime, temp)
+            in_training = as_trained(runtime, run_from(content["run"]), options.precision)
+            answers[label] = inference.classify(model, pixels, spec_of(content), in_training, temp)
     if runtime.is_main:
         path = options.plots_folder / f"{contents[0]['path'].stem}_{'softened' if options.soften else 'images'}.png"
         figures.plot_pictures(pixels, names[: figures.PICTURES_SHOWN], answers, spec.classes, path)

@@ -192,6 +192,7 @@ def train_all(options: config.TrainOptions) -> None:
                 if teacher is None:  # one for all students
                     teacher = load_teacher(run, options, data.spec, runtime)
                     runtime.print(f"the teacher is {teacher.title}")
+                    contents = [teacher.content, *contents] if options.teacher and teacher.content else contents
                 run = replace(run, teacher=teacher.fingerprint)
             files = files_of(run, options)
             content = find_finished(run, files, options, data.spec)

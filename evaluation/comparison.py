@@ -65,8 +65,8 @@ def measure_all(
         numbers = measure(logits, images.labels)
         if run.role == "teacher":
             teachers.setdefault(checkpoint.fingerprint(content["model"]), logits)
-        elif (teacher := run.teacher if run.kd else next(iter(teachers), None)) in teachers:
-            numbers |= fidelity(logits, teachers[teacher], images.labels)
+        elif (its_teacher := run.teacher if run.kd else next(iter(teachers), None)) in teachers:
+            numbers |= fidelity(logits, teachers[its_teacher], images.labels)
         numbers["seconds"] = content["seconds"]
         if cost and runtime.is_main:
             numbers |= measure_cost(model, content["path"], in_training).medians()

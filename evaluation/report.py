@@ -180,7 +180,7 @@ def collect(contents: list[dict]) -> dict:
             if differences_of_pairs:
                 results["gains"].append({"model": label, **paired_gain(differences_of_pairs)})
             else:
-                results["notes"].append(f"{label}: no gain, {why_no_pair(runs[0], contents)}")
+                results["notes"].append(f"{label}: no baseline, {why_no_pair(runs[0], contents)}")
         for other_label, others in rows.items():
             differences_of_pairs = paired_differences(row, others, is_plain_kd_beside)
             if differences_of_pairs:
@@ -212,7 +212,7 @@ def why_no_pair(run: RunConfig, contents: list[dict]) -> str:
     if not others:
         return "there is no student without KD"
     nearest = min(others, key=lambda other: len(differences(other, run, KD_FIELDS)))
-    return f"no baseline: the nearest student without KD has {describe_differences(nearest, run, KD_FIELDS)}"
+    return f"the nearest student without KD has {describe_differences(nearest, run, KD_FIELDS)}"
 
 
 def points(gain: dict) -> str:
@@ -262,7 +262,9 @@ def results_text(results: dict) -> str:
         tested = sum("p" in gain for gain in results["gains_over_kd"])
         rows = [[gain["model"], gain["over"], points(gain), verdict(gain)] for gain in results["gains_over_kd"]]
         texts.append(table(["Loss", "Over plain KD, same seeds", "Top 1, points", "Verdict"], rows))
-        texts.append(f"Verdicts at the 5% level, with Holm's correction for {tested} comparisons.")
+        texts.append(
+            f"Verdicts at the 5% level, with Holm's correction for {tested} comparison{'' if tested == 1 else 's'}."
+        )
     for row in results["rows"]:
         if "machines" in row:
             texts.append(f"{OTHER_MACHINES} {row['model']}: runs of different machines, {'; '.join(row['machines'])}")

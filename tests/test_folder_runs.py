@@ -91,21 +91,6 @@ def test_a_changed_picture_is_another_run(root, tmp_path, capfd):
     assert len(keys) == 2, "other logits"
 
 
-def test_an_unfinished_run_of_other_pictures_is_not_resumed(root, monkeypatch, capfd):
-    def end_epoch(*arguments):
-        raise train.Stopped(15)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "end_epoch", end_epoch)
-        assert learn() == 128 + 15
-    (root / "train" / CLASSES[0] / "0.png").unlink()
-    capfd.readouterr()
-    assert learn() == 2
-    error = capfd.readouterr().err
-    assert "folder_student.last.pt is an unfinished run with images " in error and error.count("\n") == 1
-    assert learn("--resume=False") == 0
-
-
 def test_other_classes_are_an_error(root, tmp_path, capfd):
     assert learn("--tto") == learn() == 0
     for split in ("train", "test"):

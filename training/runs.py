@@ -154,7 +154,7 @@ def names_of(options) -> list[RunName]:
     losses = options.loss or ("kd",)
     if options.matched:
         losses = tuple(dict.fromkeys((*losses, *(f"kd_as_{loss}" for loss in losses if loss_function(loss) != "kd"))))
-    names = [first.teacher_name]
+    names = [] if options.teacher else [first.teacher_name]
     for seed in range(first.seed, first.seed + options.seeds):
         names.append(replace(first, seed=seed))
         for loss in losses:

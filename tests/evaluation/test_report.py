@@ -95,7 +95,7 @@ def test_a_note_says_why_there_is_no_pair(name, value):
     kd = content("--kd")
     found = report.collect([far, near, kd])
     assert not found["gains"] and found["notes"] == [
-        f"{KD}: no gain, no baseline: the nearest student without KD has {name} {value}, not {kd['run'][name]}"
+        f"{KD}: no baseline, the nearest student without KD has {name} {value}, not {kd['run'][name]}"
     ]
     assert report.results_text(found).endswith(f"{found['notes'][0]}\n")
     assert report.collect([content("--tto"), kd])["notes"][0].endswith("there is no student without KD")

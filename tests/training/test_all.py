@@ -126,6 +126,7 @@ def test_a_name_is_of_the_students_and_the_table(learn, tmp_path):
     after = snapshot(tmp_path)
     assert before.items() <= after.items()
     new = [Path(path).relative_to(tmp_path).parts for path in set(after) - set(before)]
+    assert not any("teacher" in parts[-1] for parts in new)
     assert {parts[:2] for parts in new} == {("weights", "a05"), ("plots", "a05")}, (
         "the teacher and its logits are shared"
     )

@@ -130,20 +130,6 @@ def test_a_damaged_or_foreign_file_is_computed_again(damage, make):
     assert path.read_bytes() == whole and [p.name for p in path.parent.iterdir() if p.name[0] == "."] == []
 
 
-def test_what_can_not_be_written_stays_in_memory_and_is_said_once(make, tmp_path, capfd):
-    expected = [make().of_view(k, VIEWS, ROWS) for k in range(2)]
-    for path in (folder := make().folder).iterdir():
-        path.unlink()
-    folder.rmdir()
-    folder.write_text("a file, where a folder has to be")
-    teacher = make()
-    for _ in range(2):
-        assert all(torch.equal(teacher.of_view(k, VIEWS, ROWS), expected[k]) for k in range(2))
-    said = capfd.readouterr().out
-    assert said.count("\n") == 1 and str(folder) in said and "; the teacher's logits stay in memory" in said
-    assert len(teacher.model.seen) == 2
-
-
 # ---------------------------------------------------------------------------------------------- through train.py
 
 
