@@ -190,9 +190,11 @@ def train_all(options: config.TrainOptions) -> None:
         for run in runs:
             if run.kd:
                 if teacher is None:  # one for all students
-                    teacher = load_teacher(run, options, data.spec, runtime)
+                    trained = contents[0] if options.all and not options.teacher else None
+                    teacher = load_teacher(run, options, data.spec, runtime, trained)
                     runtime.print(f"the teacher is {teacher.title}")
                     contents = [teacher.content, *contents] if options.teacher and teacher.content else contents
+                teacher.check_views(run.views)
                 run = replace(run, teacher=teacher.fingerprint)
             files = files_of(run, options)
             content = find_finished(run, files, options, data.spec)

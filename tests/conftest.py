@@ -77,6 +77,28 @@ def tiny_models(monkeypatch):
     monkeypatch.setattr(inference, "pass_seconds", lambda *arguments: np.array([0.01, 0.02, 0.03]))
 
 
+@pytest.fixture
+def learn(request, digits, tiny_models, tmp_path, monkeypatch):
+    """A function that runs train.py over 40 digits for one epoch in the test's folder; its exit code.
+
+    Further options are those that the test's module calls LEARN.
+    """
+    import train
+    from evaluation import report
+
+    monkeypatch.setattr(train, "plot_curves", lambda *_: [])
+    monkeypatch.setattr(report, "plot_comparison", lambda contents, path: path)
+    monkeypatch.chdir(tmp_path)
+    size = [
+        "--dataset=digits",
+        "--subset=40",
+        "--batch_size=8",
+        "--num_epochs=1",
+        *getattr(request.module, "LEARN", []),
+    ]
+    return lambda *words: train.main([*size, f"--data_path={digits}", "--device=cpu", "--precision=fp32", *words])
+
+
 def run_script(name: str, *arguments: str, timeout: float = 300, **keywords) -> subprocess.CompletedProcess:
     """`python NAME ARGUMENTS`, as typed, with one thread and no network; `keywords` go to subprocess.run."""
     environment = {**os.environ, **NOTEBOOK, **NO_NETWORK, **ONE_THREAD, **keywords.pop("env", {})}

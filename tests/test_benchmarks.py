@@ -81,7 +81,8 @@ def test_the_tables_of_speed_are_those_of_the_published_runs():
     trainings = bench.read_results(SPEED / "time_to_accuracy.json")
     for role in ("student", "teacher"):
         tables.append(bench.tables(bench.best_curves([t for t in trainings if t["settings"]["role"] == role])))
-    page = [row for row in cells((REPOSITORY / "docs" / "speed.md").read_text()) if not row[0].startswith(":-")]
+    text = (REPOSITORY / "docs" / "speed.md").read_text()
+    page = [row for row in cells(text.partition("## Small maps")[0]) if not row[0].startswith(":-")]
     assert len(page) > 15
     published = cells("\n".join(tables))
     assert [row for row in page if row not in published] == []
@@ -100,12 +101,6 @@ def test_a_small_run_of_time_to_accuracy_is_kept_and_not_repeated(digits, tiny_m
     settings = [training["settings"] for training in bench.read_results(tmp_path / "r.json")]
     assert [(s["side"], s["train_images"]) for s in settings] == [("ours", 128), ("baseline", 128)]
     assert all(s["holdout"] == 500 for s in settings)
-
-
-@pytest.mark.parametrize("words", ["--tto True", "--num-epochs 3", "--kd=True", "--images 100", "--rolle teacher"])
-def test_a_wrong_option_exits_with_code_2(words, tmp_path):
-    with pytest.raises(SystemExit, match="2"):
-        bench.parse(words.split(), str(tmp_path))
 
 
 def test_throughput_has_a_rate_in_every_row(tiny_models, monkeypatch, folders):

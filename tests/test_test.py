@@ -19,9 +19,7 @@ import train
 from data_sets import DATA_SETS
 from evaluation import comparison, figures
 from runtime import checkpoint
-from runtime.errors import Stopped
 from runtime.log import read_log
-from runtime.signals import StopSignal
 from training.run import describe_data
 from training.runs import name_of
 from training.teacher_logits import describe_logits, write_logits
@@ -272,14 +270,6 @@ def test_each_run_is_found_by_its_options_and_by_its_file(report_of, evaluate):
     assert evaluate("--checkpoint=none.pt") == 2
 
 
-def test_a_file_of_another_run_in_a_runs_place_is_an_error(evaluate, capfd):
-    save("--kd", "teacher.pt")
-    save("--dataset digits", "student.pt")
-    for words, tells in {"--tto": "a student of cifar10, not a teacher", "": "a student of digits, not a "}.items():
-        assert evaluate(*words.split()) == 2
-        assert f" holds {tells}" in capfd.readouterr().err
-
-
 def test_without_a_checkpoint_of_ones_own_the_published_one_is_evaluated(report_of, evaluate, capfd, tmp_path):
     published = save_run(tmp_path / "published" / "cifar10", run_of(), weights=1)
     save_run(tmp_path / "published" / "cifar10", run_of("--kd"), weights=2)
@@ -459,13 +449,6 @@ def test_with_a_teacher_its_own_students_and_those_without_kd_are_shown(compare,
     assert compare(f"--teacher={other}")[1] == [TEACHER, STUDENT, "Student (with KD, Temp = 20)"]
     assert evaluate("--compare", "True", "--teacher=none.pt") == 2
     assert capfd.readouterr().err.endswith("error: no checkpoint none.pt\n")
-
-
-def test_a_stop_signal_ends_a_comparison(evaluate):
-    contents = [checkpoint.load(save())]
-    assert len(comparison.measure_all(contents, DATA, CPU, stop=StopSignal())) == 1
-    with pytest.raises(Stopped):
-        comparison.measure_all(contents, DATA, CPU, stop=StopSignal(number=signal.SIGTERM))
 
 
 def test_what_cannot_be_compared_is_named_and_left_out(compare):

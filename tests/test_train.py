@@ -24,15 +24,6 @@ from utils import load_images
 STEM = "digits_student_subset40"
 
 
-@pytest.fixture
-def learn(digits, tiny_models, tmp_path, monkeypatch):
-    """A function that runs train.py over 40 digits in the test's folder; its exit code."""
-    monkeypatch.setattr(train, "plot_curves", lambda *_: [])
-    monkeypatch.chdir(tmp_path)
-    size = ["--dataset=digits", "--subset=40", "--batch_size=8", "--num_epochs=1"]
-    return lambda *words: train.main([*size, f"--data_path={digits}", "--device=cpu", "--precision=fp32", *words])
-
-
 # ---------------------------------------------------------------------------------------------- the loop
 
 

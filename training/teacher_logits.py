@@ -25,7 +25,7 @@ from utils import Images, Views, compute_logits, held_out_logits
 
 VERSION = 1  # of the forward pass and the views: a change that alters logits gets a new number
 # What reading a damaged or foreign .npz raises, in zipfile and numpy.
-UNREADABLE = (OSError, ValueError, KeyError, EOFError, TypeError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+UNREADABLE = (OSError, ValueError, KeyError, EOFError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 class TeacherLogits:
@@ -51,6 +51,14 @@ class TeacherLogits:
     def title(self) -> str:
         """The path, and the seed of a teacher that train.py trained."""
         return f"{self.path} (seed {self.content['run']['seed']})" if self.content else f"{self.path} (logits)"
+
+    def check_views(self, count: int) -> None:
+        """UserError if a folder of logits lacks one of the first `count` views, before hours of training."""
+        missing = [k for k in range(count) if not (self.folder / f"{k:02}.npz").exists()]
+        if self.model is None and missing:
+            raise UserError(
+                f"{self.folder} lacks {len(missing)} of {count} views, the first {missing[0]:02}.npz: write it"
+            )
 
     def of_view(self, k: int, views: Views, rows: torch.Tensor, stop: StopSignal | None = None) -> torch.Tensor:
         """Logits (N, C) float16 on the device: row i is training image i in its k-th view, for all i in `rows`."""
@@ -131,7 +139,13 @@ def describe_logits(folder: Path, spec: DataSet, key: str) -> None:
     """Write what the logits in `folder` are of, unless it is there."""
     path = folder / "teacher.json"
     if not path.exists():
-        content = {"key": key, "classes": list(spec.classes), "images": spec.fingerprint, "flip": spec.flip}
+        content = {
+            "key": key,
+            "classes": list(spec.classes),
+            "images": spec.fingerprint,
+            "flip": spec.flip,
+            "version": VERSION,
+        }
         with writing(path) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n")
 
@@ -142,10 +156,12 @@ def read_description(folder: Path, spec: DataSet) -> str:
     try:
         content = json.loads(path.read_text())
         key, classes, images, flip = str(content["key"]), tuple(content["classes"]), content["images"], content["flip"]
+        if content["version"] != VERSION:
+            raise ValueError(f"version {content['version']}")
     except OSError as error:
         raise UserError(f"{folder} is no folder of logits: can't read {path}: {reason(error)}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} does not describe a teacher's logits: see docs/teacher_logits.md") from error
+        raise UserError(f"{path} does not describe logits for this version: see docs/teacher_logits.md") from error
     if classes != spec.classes:
         raise UserError(f"{folder} has logits of {len(classes)} other classes: give another --teacher")
     if images != spec.fingerprint:
@@ -170,10 +186,15 @@ def teacher_path(student: RunName, options) -> Path:
     return path
 
 
-def load_teacher(student: RunName, options, spec: DataSet, runtime: Runtime) -> TeacherLogits:
-    """The teacher of a student; UserError if there is none, or if it can't teach on `spec`, the data as it was read."""
-    path = teacher_path(student, options)
-    content = None if path.is_dir() else checkpoint.load(path)
+def load_teacher(
+    student: RunName, options, spec: DataSet, runtime: Runtime, content: dict | None = None
+) -> TeacherLogits:
+    """The teacher of a student, from its `content` if that was read before.
+
+    UserError if there is none, or if it can't teach on `spec`, the data as it was read.
+    """
+    path = content["path"] if content else teacher_path(student, options)
+    content = content or (None if path.is_dir() else checkpoint.load(path))
     if content and (why := teacher_mismatch(content, student, spec)):
         raise UserError(f"the teacher {path} {why}: name another one by --teacher, or another --weights_path")
     return TeacherLogits(path, spec, runtime, options.weights_path, content)

@@ -4,29 +4,18 @@ import json
 import re
 from pathlib import Path
 
-import pytest
 import torch
 from conftest import snapshot
 
 import train
 import utils
-from evaluation import report
 from runtime import checkpoint
 from runtime.errors import Stopped
 
 RUNS = ["teacher", "student", "student_kd_t5", "student_seed43", "student_kd_t5_seed43"]
 
 
-@pytest.fixture
-def learn(digits, tiny_models, tmp_path, monkeypatch):
-    """A function that runs train.py over 40 digits in the test's folder; its exit code."""
-    monkeypatch.setattr(train, "plot_curves", lambda *_: [])
-    monkeypatch.setattr(report, "plot_comparison", lambda contents, path: path)
-    monkeypatch.chdir(tmp_path)
-    size = ["--dataset=digits", "--subset=40", "--batch_size=8", "--num_epochs=1", "--views=2"]
-    return lambda *words: train.main([*size, f"--data_path={digits}", "--device=cpu", "--precision=fp32", *words])
-
-
+LEARN = ["--views=2"]
 ALL = ["--all", "--temp", "5"]
 
 
@@ -144,3 +133,13 @@ def test_with_a_holdout_the_students_learn_from_a_teacher_that_has_not_seen_it_e
     assert teacher["run"]["holdout"] == 8 and student["run"]["teacher"] == checkpoint.fingerprint(teacher["model"])
     text = (tmp_path / "plots" / "results_digits_subset40_holdout8" / "results.md").read_text()
     assert text.count(", subset 40, holdout 8 ") >= 3
+
+
+def test_all_with_a_teacher_trains_no_other_and_shows_it_in_the_table(learn, tmp_path):
+    assert learn("--tto") == 0
+    path = Path("weights/digits_teacher_subset40.pt").rename("mine.pt")
+    assert learn(*ALL, f"--teacher={path}") == 0
+    assert not list(tmp_path.glob("weights/*teacher*.pt"))
+    rows = table_of(tmp_path)["rows"]
+    assert [row["model"].split(" (")[0] for row in rows] == ["Teacher", "Student", "Student"]
+    assert all("agreement" in row for row in rows[1:])

@@ -1,7 +1,6 @@
 """Nothing is lost: a run that was ended at any moment and resumed ends bit-equal to one that was not interrupted.
 
 train.py with tiny models in one process, or in two as under torchrun, that sends itself a signal at a given moment.
-tests/kill_marathon.py ends real runs at random moments.
 """
 
 import itertools
@@ -20,7 +19,6 @@ import torch.distributed as dist
 from conftest import FORKS, Script, run_as_main
 from made_up import CPU, TinyTeacher, run_of
 
-import train
 import training.run
 import utils
 from runtime import checkpoint
@@ -29,7 +27,14 @@ from runtime.log import RunLog, read_log
 from training.run import Run, RunFiles
 
 STEM = "digits_student_kd_t5_subset40"
-SIZE = ["--dataset=digits", "--subset=40", "--batch_size=8", "--num_epochs=3", "--device=cpu", "--precision=fp32"]
+LEARN = SIZE = [
+    "--dataset=digits",
+    "--subset=40",
+    "--batch_size=8",
+    "--num_epochs=3",
+    "--device=cpu",
+    "--precision=fp32",
+]
 
 # ---------------------------------------------------------------------------------------------- moments
 
@@ -192,14 +197,6 @@ def test_another_number_of_processes_computes_the_same_logits_and_may_resume(run
 
 
 # ---------------------------------------------------------------------------------------------- when it is saved
-
-
-@pytest.fixture
-def learn(digits, tiny_models, tmp_path, monkeypatch):
-    """A function that runs train.py over 40 digits in the test's folder; its exit code."""
-    monkeypatch.setattr(train, "plot_curves", lambda *_: [])
-    monkeypatch.chdir(tmp_path)
-    return lambda *words: train.main([*SIZE, f"--data_path={digits}", *words])
 
 
 @pytest.mark.parametrize("cost, least", [(0.001, 1.0), (0.05, 5.0)])
