@@ -115,7 +115,7 @@ def digits(tmp_path_factory) -> Path:
 
 
 @contextlib.contextmanager
-def room(size: int):
+def disk(size: int):
     """Within the block, a write beyond `size` bytes of a file fails as on a full disk (Python ignores SIGXFSZ)."""
     _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))

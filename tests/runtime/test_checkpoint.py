@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from conftest import room
+from conftest import disk
 from made_up import tiny_student
 
 from models import build_model
@@ -58,7 +58,7 @@ def test_no_flipped_bit_of_a_checkpoint_goes_unseen(tmp_path):
 def test_a_full_disk_leaves_the_old_file(tmp_path):
     path = tmp_path / "small.pt"
     path.write_bytes(b"old")
-    with room(5000), pytest.raises(UserError, match="can't write .*small.pt: File too large; the old file is unchang"):
+    with disk(5000), pytest.raises(UserError, match="can't write .*small.pt: File too large; the old file is unchang"):
         checkpoint.save(path, {"model": {"weight": torch.zeros(2000)}})
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"old"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, room, snapshot
+from conftest import REPOSITORY, disk, snapshot
 from made_up import CPU, TinyTeacher, content_of, random_images, run_of
 
 import utils
@@ -195,7 +195,7 @@ def test_a_read_only_folder_or_a_full_disk_costs_the_files_alone(learn, digits, 
     folder.chmod(0o755)
 
     def write_to_a_full_disk(*arguments, real=write_logits):
-        with room(100):
+        with disk(100):
             real(*arguments)
 
     capfd.readouterr()
