@@ -45,7 +45,7 @@ def measure_all(
     With `cost` they are timed, too. Stopped if a signal came.
     """
     shown, teachers = [], {}  # the logits of each teacher, by its fingerprint
-    if teacher and contents:
+    if teacher and teacher.model is None and contents:  # a teacher with a model is among the checkpoints
         first = run_from(contents[0]["run"])
         with contextlib.suppress(UserError):  # a folder of logits may have none of the test images
             logits = teacher.of_test_images(data.held_out(first.subset, first.holdout), first.holdout, stop)
@@ -64,7 +64,7 @@ def measure_all(
         logits = logits_of(model, content, images, in_training, stop)
         numbers = measure(logits, images.labels)
         if run.role == "teacher":
-            teachers.setdefault(checkpoint.fingerprint(content["model"]), logits)
+            teachers[checkpoint.fingerprint(content["model"])] = logits
         elif (its_teacher := run.teacher if run.kd else next(iter(teachers), None)) in teachers:
             numbers |= fidelity(logits, teachers[its_teacher], images.labels)
         numbers["seconds"] = content["seconds"]
