@@ -1,6 +1,7 @@
 """Muon and SGD; the learning rate of a step."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from training.runs import RunConfig
@@ -12,6 +13,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 3
 WARM_UP = 0.1  # fraction of all steps
 TINY = 1e-7  # keeps a norm from zero
+SMALLEST_GRAM = 64  # rows of a Gram matrix; smaller ones are padded
 
 
 def learning_rate(step: int, total: int, peak: float) -> float:
@@ -20,72 +22,112 @@ def learning_rate(step: int, total: int, peak: float) -> float:
     return peak * min((step + 1) / warm_up, (total - step) / max(total - warm_up, 1))
 
 
-def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
-    """U V^T, nearly, of each matrix U S V^T in a batch (B, M, N), in the batch's type, by Newton-Schulz iteration.
+def set_norms(tensors: list[torch.Tensor], norms: list[float]) -> None:
+    """Scale each tensor to a norm of its own, in place; zeros stay zeros."""
+    found = torch._foreach_norm(tensors)
+    torch._foreach_clamp_min_(found, TINY)
+    torch._foreach_div_(found, norms)
+    torch._foreach_div_(tensors, found)
 
-    An iteration is X <- (a + b A + c A^2) X with A = X X^T (Bernstein & Newhouse, 2024; Jordan et al., 2024). All
-    its factors are polynomials of the first A and commute, so they are gathered in one small square matrix, and
-    the large one is multiplied twice however many iterations there are.
+
+def newton_schulz(gram: torch.Tensor) -> torch.Tensor:
+    """The polynomial P (B, M, M) of Gram matrices A = X X^T, trace(A) = 1, for which P X is nearly orthogonal.
+
+    An iteration is X <- (a + b A + c A^2) X (Bernstein & Newhouse, 2024; Jordan et al., 2024). The factors of all
+    iterations are polynomials of the first A and commute, so X itself is multiplied only once, by their product.
     """
-    if matrices.shape[1] > matrices.shape[2]:
-        return orthogonalise(matrices.mT).mT
-    gram = matrices @ matrices.mT
-    squared_norm = gram.diagonal(dim1=1, dim2=2).float().sum(1).clamp(min=TINY**2).to(gram.dtype).view(-1, 1, 1)
-    gram = gram / squared_norm
     a, b, c = COEFFICIENTS
-    identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-    product = identity / squared_norm.sqrt()
-    for step in range(1, NEWTON_SCHULZ_STEPS + 1):
-        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c) + a * identity
-        product = factor @ product
-        if step < NEWTON_SCHULZ_STEPS:
-            gram = factor @ gram @ factor
-    return product @ matrices
+    product = None
+    for step in range(NEWTON_SCHULZ_STEPS):
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal(dim1=1, dim2=2).add_(a)
+        product = factor if product is None else factor.bmm(product)
+        if step < NEWTON_SCHULZ_STEPS - 1:
+            gram = factor.bmm(gram).bmm(factor)
+    return product
 
 
-class Muon(torch.optim.SGD):
+def orthogonalise(matrices: list[torch.Tensor], dtype: torch.dtype) -> None:
+    """Replace each matrix U S V^T (M, N) of norm 1 by nearly U V^T, in place; computed in `dtype`.
+
+    Matrices of one shape are one batch, and all Gram matrices that have one size when padded with zeros are another:
+    a GPU waits for the number of these products, not for their size.
+    """
+    alike: dict[torch.Size, list[torch.Tensor]] = {}
+    for matrix in matrices:
+        wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
+        alike.setdefault(wide.shape, []).append(wide)
+    by_size: dict[int, list[torch.Tensor]] = {}
+    for (side, _), same in alike.items():
+        size = max(SMALLEST_GRAM, 2 ** (side - 1).bit_length())
+        by_size.setdefault(size, []).append(torch.stack(same).to(dtype))
+    results = {}
+    for size, batches in by_size.items():
+        grams = [pad(batch.bmm(batch.mT), size) for batch in batches]
+        products = newton_schulz(torch.cat(grams)).split([len(batch) for batch in batches])
+        for batch, product in zip(batches, products, strict=True):
+            side = batch.shape[1]
+            results[batch.shape[1:]] = product[:, :side, :side].bmm(batch).unbind()
+    targets = [matrix for same in alike.values() for matrix in same]
+    torch._foreach_copy_(targets, [result for shape in alike for result in results[shape]])
+
+
+def pad(squares: torch.Tensor, size: int) -> torch.Tensor:
+    """Square matrices (B, M, M) padded with zeros to (B, size, size)."""
+    missing = size - squares.shape[1]
+    return F.pad(squares, (0, missing, 0, missing)) if missing else squares
+
+
+def as_matrix(weight: torch.Tensor) -> torch.Tensor:
+    """A view (O, everything else) of a weight or gradient, its columns in the order of memory."""
+    if weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last):
+        weight = weight.movedim(1, -1)
+    return weight.flatten(1)
+
+
+class Muon(torch.optim.Optimizer):
     """SGD whose every step is orthogonalised (Jordan et al., 2024), so that no gradient's size counts.
 
-    A weight is seen as a matrix, of a convolution (out, in * 3 * 3), a vector as one row, and its step is the nearest
-    orthogonal matrix: all directions are learnt at one speed, the rare ones too. A convolution is brought to norm
-    sqrt(out) before it; batch norm takes that scale out again, and the learning rate is relative to it. All others'
-    steps have root mean square 1, times the rate (steepest descent in a norm of the layer's own: Bernstein &
-    Newhouse, 2024).
+    A weight is seen as a matrix, of a convolution (out, in * 3 * 3), and its step is the nearest orthogonal matrix: all
+    directions are learnt at one speed, the rare ones too. A convolution is brought to norm sqrt(out) before it; batch
+    norm takes that scale out again, and the learning rate is relative to it. All others' steps, vectors' too, have root
+    mean square 1, times the rate (steepest descent in a norm of the layer's own: Bernstein & Newhouse, 2024).
     """
 
-    def __init__(self, groups: list[dict], dtype: torch.dtype, **keywords) -> None:
-        """`dtype` is that of the orthogonalisation."""
-        super().__init__(groups, **keywords)
+    def __init__(self, groups: list[dict], dtype: torch.dtype, lr: float) -> None:
+        """Groups with "momentum" and "keeps_norm"; `dtype` is that of the orthogonalisation."""
+        super().__init__(groups, {"lr": lr, "weight_decay": 0.0})
         self.dtype = dtype
 
     @torch.no_grad()
-    def step(self, closure=None):
-        """One step of all groups."""
+    def step(self, closure=None) -> None:
+        """One step of all groups. The gradients are used up."""
         for group in self.param_groups:
-            self.prepare(group["params"], group["muon_momentum"])
-        return super().step(closure)  # to which such a step is just a gradient
+            weights, beta = group["params"], group["momentum"]
+            momenta = [self.momentum_of(weight) for weight in weights]
+            steps = [weight.grad for weight in weights]
+            torch._foreach_mul_(momenta, beta)
+            torch._foreach_add_(momenta, steps)
+            torch._foreach_add_(steps, momenta, alpha=beta)  # Nesterov's
+            if group["keeps_norm"]:
+                set_norms(weights, [len(weight) ** 0.5 for weight in weights])
+        steps = [weight.grad for group in self.param_groups for weight in group["params"]]
+        set_norms(steps, [1.0 if step.ndim > 1 else len(step) ** 0.5 for step in steps])
+        orthogonalise([as_matrix(step) for step in steps if step.ndim > 1], self.dtype)
+        for group in self.param_groups:
+            weights, steps = group["params"], [weight.grad for weight in group["params"]]
+            if steps[0].ndim > 1 and not group["keeps_norm"]:
+                torch._foreach_mul_(steps, [max(step.shape) ** 0.5 for step in steps])
+            if group["weight_decay"]:
+                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(weights, steps, alpha=-group["lr"])
 
-    def prepare(self, weights: list[torch.Tensor], beta: float) -> None:
-        """Put the steps to take in place of the gradients, and bring convolutions (O, I, H, W) to their norm."""
-        alike: dict[torch.Size, list[torch.Tensor]] = {}
-        for weight in weights:
-            state = self.state[weight]
-            if "muon_buffer" not in state:
-                state["muon_buffer"] = torch.zeros_like(weight)
-            momentum = state["muon_buffer"]
-            momentum.mul_(beta).add_(weight.grad)
-            weight.grad.add_(momentum, alpha=beta)  # Nesterov's
-            alike.setdefault(weight.shape, []).append(weight)
-        for shape, those in alike.items():  # matrices of one shape in one product
-            # In memory a channels_last weight is (O, H, W, I): that order of columns needs no transposition.
-            rows = [w.grad[None] if w.ndim == 1 else w.grad.movedim(1, -1) for w in those]
-            steps = orthogonalise(torch.stack([row.flatten(1) for row in rows]).to(self.dtype))
-            for weight, row, step in zip(those, rows, steps, strict=True):
-                if weight.ndim == 4:
-                    weight.mul_(len(weight) ** 0.5 / weight.norm().clamp(min=TINY))
-                else:
-                    step = step * max(step.shape) ** 0.5
-                weight.grad.copy_(step.view(row.shape).movedim(-1, 1).reshape(shape))
+    def momentum_of(self, weight: torch.Tensor) -> torch.Tensor:
+        """The momentum of a weight, zeros at first."""
+        state = self.state[weight]
+        if not state:
+            state["momentum"] = torch.zeros_like(weight)
+        return state["momentum"]
 
 
 def make_optimizer(model: nn.Module, run: RunConfig, dtype: torch.dtype) -> torch.optim.Optimizer:
@@ -105,12 +147,12 @@ def make_optimizer(model: nn.Module, run: RunConfig, dtype: torch.dtype) -> torc
         {"params": [head.weight], "lr_scale": run.head_lr, "weight_decay": run.weight_decay},
         {"params": [head.bias], "lr_scale": run.head_lr},
     ]
-    fused = convolutions[0].device.type != "mps"
     if not is_muon:
-        return torch.optim.SGD(groups, lr=run.lr, momentum=MOMENTUM, nesterov=True, fused=fused)
+        return torch.optim.SGD(groups, lr=run.lr, momentum=MOMENTUM, nesterov=True)
     for group in groups:
-        group["muon_momentum"] = MUON_MOMENTUM if group["params"] is convolutions else MOMENTUM
-    return Muon(groups, dtype, lr=run.lr, fused=fused)
+        group["keeps_norm"] = group["params"] is convolutions
+        group["momentum"] = MUON_MOMENTUM if group["keeps_norm"] else MOMENTUM
+    return Muon(groups, dtype, lr=run.lr)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -23,14 +23,14 @@ class Recipe:
 RECIPE_FIELDS = tuple(f.name for f in fields(Recipe))
 OPTIMIZERS = ("muon", "sgd")
 CIFAR = {
-    ("teacher", "muon"): Recipe(num_epochs=16, lr=0.1, head_lr=0.003, norm_lr=0.15),
-    ("student", "muon"): Recipe(num_epochs=30, lr=0.1, head_lr=0.2, norm_lr=0.15, views=16),
+    ("teacher", "muon"): Recipe(num_epochs=16, lr=0.1, head_lr=0.003, norm_lr=0.11),
+    ("student", "muon"): Recipe(num_epochs=30, lr=0.1, head_lr=0.2, norm_lr=0.11, views=16),
     ("teacher", "sgd"): Recipe(num_epochs=60, lr=0.05, head_lr=0.05, batch_size=128, weight_decay=5e-4),
     ("student", "sgd"): Recipe(num_epochs=60, lr=0.1, batch_size=128, weight_decay=5e-4),
 }
 DIGITS = {
-    ("teacher", "muon"): Recipe(num_epochs=3, lr=0.1, head_lr=0.003, norm_lr=0.15, batch_size=128),
-    ("student", "muon"): Recipe(num_epochs=3, lr=0.1, head_lr=0.2, norm_lr=0.15, batch_size=64, views=2),
+    ("teacher", "muon"): Recipe(num_epochs=3, lr=0.1, head_lr=0.003, norm_lr=0.11, batch_size=128),
+    ("student", "muon"): Recipe(num_epochs=3, lr=0.1, head_lr=0.2, norm_lr=0.11, batch_size=64, views=2),
     ("teacher", "sgd"): Recipe(num_epochs=9, lr=0.05, head_lr=0.05, batch_size=64, weight_decay=5e-4),
     ("student", "sgd"): Recipe(num_epochs=4, lr=0.1, batch_size=64, weight_decay=5e-4, views=4),
 }
