@@ -61,8 +61,9 @@ class Options:
     )
     device: str = option(MACHINE, "auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:N or mps", device_name, "auto")
     precision: str = option(
-        MACHINE, "auto (bf16 where it is faster), bf16 or fp32", default="auto", choices=("auto", "bf16", "fp32")
-    )
+        MACHINE, "auto (bf16 where it is faster, else fp32), bf16, fp16 (for CUDA cards without bf16) or fp32",
+        default="auto", choices=("auto", "bf16", "fp16", "fp32"),
+    )  # fmt: skip
     weights_path: Path = option(FILES, "folder of the checkpoints", folder_name, Path("weights"))
     plots_path: Path = option(FILES, "folder of the logs and figures", folder_name, Path("plots"))
     name: str | None = option(

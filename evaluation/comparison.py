@@ -8,7 +8,7 @@ import torch
 from evaluation.inference import measure_cost
 from evaluation.measures import fidelity, measure
 from runtime import checkpoint
-from runtime.device import Runtime
+from runtime.device import PRECISIONS, Runtime
 from runtime.errors import UserError
 from runtime.signals import StopSignal
 from training.run import load_model, mismatch, spec_of
@@ -20,8 +20,10 @@ TOPS = {"top1": "top-1", "top5": "top-5"}
 
 
 def as_trained(runtime: Runtime, run: RunConfig, precision: str = "auto") -> Runtime:
-    """The runtime in which a checkpoint repeats its log: float32, with --precision auto, if it was trained so."""
-    return replace(runtime, autocast_dtype=None) if precision == "auto" and run.precision == "fp32" else runtime
+    """The runtime in which a checkpoint repeats its log, with --precision auto; bf16 only where it is fast."""
+    if precision != "auto" or run.precision == "bf16":
+        return runtime
+    return replace(runtime, autocast_dtype=PRECISIONS[run.precision])
 
 
 def logits_of(

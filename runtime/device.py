@@ -15,6 +15,8 @@ from torch import nn
 
 from runtime.errors import UserError
 
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 @dataclass(frozen=True)
 class Runtime:
@@ -31,8 +33,8 @@ class Runtime:
 
     @property
     def precision(self) -> str:
-        """The word bf16 or fp32."""
-        return "bf16" if self.autocast_dtype is torch.bfloat16 else "fp32"
+        """The autocast type as --precision names it."""
+        return next(word for word, dtype in PRECISIONS.items() if dtype is self.autocast_dtype)
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -43,7 +45,7 @@ class Runtime:
     @property
     def product_map(self) -> int:
         """Up to which map side a model computes convolutions as matrix products, or 0."""
-        return largest_product_map(self.device, self.autocast_dtype is torch.bfloat16)
+        return largest_product_map(self.device, self.precision)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """The context of every forward pass."""
@@ -120,6 +122,29 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", int(index or os.environ.get("LOCAL_RANK", 0)))
 
 
+def training_error(device: torch.device) -> str:
+    """What is wrong with a training step of a small network on a device, compared with the CPU's, or ""."""
+
+    def gradients(device: torch.device) -> list[torch.Tensor]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            images = torch.randn(4, 3, 8, 8)
+            layers = [nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3)]
+            model = nn.Sequential(*layers)
+        model.to(device)(images.to(device)).square().mean().backward()
+        return [weight.grad.cpu() for weight in model.parameters()]
+
+    try:
+        found = gradients(device)
+    except (RuntimeError, NotImplementedError) as error:
+        return str(error).splitlines()[0]
+    expected = gradients(torch.device("cpu"))
+    # The first bias has no gradient but rounding: batch norm takes the bias out again.
+    largest = max(gradient.norm() for gradient in expected)
+    errors = [float((got - wanted).norm() / largest) for got, wanted in zip(found, expected, strict=True)]
+    return "" if max(errors) < 0.01 else f"gradients differ from the CPU's by {100 * max(errors):.0f}%"
+
+
 def has_fast_bf16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 matrices faster than float32 ones.
 
@@ -134,14 +159,15 @@ def has_fast_bf16(device: torch.device) -> bool:
     return False
 
 
-def largest_product_map(device: torch.device, bf16: bool) -> int:
+def largest_product_map(device: torch.device, precision: str) -> int:
     """Up to which map side convolutions are faster as matrix products (models/convolution.py), or 0.
 
     Measured for VGG19's training, docs/speed.md; never by batch size, so that results stay reproducible.
     """
-    if device.type != "cpu" or (bf16 and not has_fast_bf16(device)):
+    if device.type != "cpu":
         return 0
-    return 4 if bf16 or "Intel" in processor() else 0
+    fast = {"bf16": has_fast_bf16(device), "fp32": "Intel" in processor()}
+    return 4 if fast.get(precision) else 0
 
 
 def processor() -> str:

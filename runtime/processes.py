@@ -6,7 +6,7 @@ import os
 import torch
 import torch.distributed as dist
 
-from runtime.device import Runtime, has_fast_bf16, keep_freed_memory, pick_device
+from runtime.device import PRECISIONS, Runtime, has_fast_bf16, keep_freed_memory, pick_device, training_error
 from runtime.errors import ReportedElsewhere, Stopped, UserError
 
 
@@ -39,12 +39,34 @@ def torch_settings(device: torch.device, deterministic: bool):
         torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
 
 
+def working_device(name: str) -> torch.device:
+    """The device of a --device word, unless it is MPS and computes wrongly: then the CPU, or a UserError for "mps"."""
+    device = pick_device(name)
+    if device.type != "mps" or not (error := training_error(device)):
+        return device
+    if name == "mps":
+        raise UserError(
+            f"--device mps: a trial step of training fails with torch {torch.__version__} ({error}); try cpu"
+        )
+    print(f"MPS is not used: a trial step of training fails with torch {torch.__version__} ({error})", flush=True)
+    return torch.device("cpu")
+
+
+def pick_precision(word: str, device: torch.device) -> str:
+    """The precision of a --precision word on a device; UserError if the device lacks it."""
+    if word == "fp16" and device.type == "mps":
+        raise UserError("--precision fp16 is for CUDA cards without bf16: leave it out")
+    if word != "auto":
+        return word
+    return "bf16" if has_fast_bf16(device) else "fp32"
+
+
 @contextlib.contextmanager
 def start(device_name: str, precision: str, deterministic: bool = False):
     """Yield the Runtime of this process; under torchrun it joins and leaves the process group."""
-    device, world_size = pick_device(device_name), process_count()
-    bf16 = precision == "bf16" or (precision == "auto" and has_fast_bf16(device))
-    runtime = Runtime(device, torch.bfloat16 if bf16 else None)
+    world_size = process_count()
+    device = working_device(device_name)
+    runtime = Runtime(device, PRECISIONS[pick_precision(precision, device)])
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch_settings(device, deterministic))
         stack.enter_context(torch.random.fork_rng(devices=[]))
@@ -52,6 +74,8 @@ def start(device_name: str, precision: str, deterministic: bool = False):
             keep_freed_memory()
         if world_size > 1:
             runtime = stack.enter_context(process_group(runtime, world_size))
+        if precision == "auto" and device.type == "cuda" and runtime.precision == "fp32":
+            runtime.print("this card has no fast bf16 and computes in fp32; try --precision fp16")
         yield runtime
 
 

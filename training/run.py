@@ -96,6 +96,9 @@ class Run:
         self.forward = torch.compile(self.model) if config.compile else self.model
         if world > 1:
             self.forward = DistributedDataParallel(self.forward)
+            self.forward.broadcast_buffers = False  # they are shared once, before an evaluation
+        # Keeps small gradients from becoming zero in float16; skips a step whose gradients overflow.
+        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
         self.log = RunLog(files.log, runtime.is_main)
         self.saved_at, self.save_seconds = time.monotonic(), 0.0
         self.begin_epoch(0)
@@ -119,8 +122,9 @@ class Run:
         """One step of the optimizer, down the gradient of a loss."""
         set_learning_rate(self.optimizer, self.lr)
         self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
 
     def record(self, loss, ce, kl, correct, count: int) -> None:
         """Count a step: mean losses and correct predictions over `count` images; nothing waits for the device."""
@@ -186,7 +190,8 @@ class Run:
         totals = self.runtime.total(self.totals)
         if self.runtime.is_main:
             position = {"step": self.step, "seconds": self.seconds, "totals": totals}
-            checkpoint.save(self.files.resume, self.state(**position, optimizer=self.optimizer.state_dict()))
+            states = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+            checkpoint.save(self.files.resume, self.state(**position, **states))
         self.saved_at = time.monotonic()
         self.save_seconds = self.saved_at - start
 
@@ -203,6 +208,7 @@ class Run:
             )
         checkpoint.load_weights(self.model, state)
         self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
         # Sums over all processes then: each takes its share, so that they add up to the same.
         self.totals += (state["totals"] / self.runtime.world_size).to(self.totals)

@@ -68,19 +68,20 @@ def test_a_training_step_of_the_teacher_is_the_same():
 
 
 @pytest.mark.parametrize(
-    ("kind", "bf16", "amx", "avx512_bf16", "name", "side"),
+    ("kind", "precision", "amx", "avx512_bf16", "name", "side"),
     [
-        ("cpu", True, True, True, "Intel", 4),
-        ("cpu", True, False, True, "Intel", 0),  # emulated
-        ("cpu", True, False, True, "AMD", 4),
-        ("cpu", False, False, True, "AMD", 0),
-        ("cpu", False, True, True, "Intel", 4),
-        ("cuda", True, True, True, "Intel", 0),
-        ("mps", False, True, True, "Apple", 0),
+        ("cpu", "bf16", True, True, "Intel", 4),
+        ("cpu", "bf16", False, True, "Intel", 0),  # emulated
+        ("cpu", "bf16", False, True, "AMD", 4),
+        ("cpu", "fp32", False, True, "AMD", 0),
+        ("cpu", "fp32", True, True, "Intel", 4),
+        ("cpu", "fp16", True, True, "Intel", 0),
+        ("cuda", "bf16", True, True, "Intel", 0),
+        ("mps", "fp32", True, True, "Apple", 0),
     ],
 )
-def test_where_products_are_used(monkeypatch, kind, bf16, amx, avx512_bf16, name, side):
+def test_where_products_are_used(monkeypatch, kind, precision, amx, avx512_bf16, name, side):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
     monkeypatch.setattr(device, "processor", lambda: name)
-    assert device.largest_product_map(torch.device(kind), bf16) == side
+    assert device.largest_product_map(torch.device(kind), precision) == side

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from conftest import FORKS
 
 from runtime import processes
-from runtime.device import Runtime, device_title, machine, pick_device
+from runtime.device import Runtime, device_title, machine, pick_device, training_error
 from runtime.errors import UserError
-from runtime.processes import start
+from runtime.processes import pick_precision, start, working_device
 from runtime.signals import StopSignal
 
 CPU = torch.device("cpu")
@@ -44,6 +44,49 @@ def test_each_process_has_a_device_of_its_own_with_its_number(name, environment,
             pick_device(name)
     else:
         assert str(pick_device(name)) == expected  # torch.cuda.set_device refuses one without its number
+
+
+@pytest.mark.parametrize("name", ["auto", "mps"])
+@pytest.mark.parametrize("error", ["", "it computes nonsense"])
+def test_mps_is_used_if_it_trains_as_the_cpu_does(name, error, monkeypatch, capsys):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(processes, "training_error", lambda device: error)
+    if name == "mps" and error:
+        with pytest.raises(UserError, match=f"--device mps: .* fails .*{error}"):
+            working_device(name)
+    else:
+        assert working_device(name).type == ("cpu" if error else "mps")
+    told = capsys.readouterr().out
+    assert told.count("\n") == (name == "auto" and error != "") and (error in told or name == "mps")
+
+
+def test_a_trial_step_finds_what_a_device_computes_wrongly(monkeypatch):
+    assert training_error(CPU) == ""
+    assert "meta" in training_error(torch.device("meta")), "a device that lacks an operation"
+    real, calls = torch.nn.BatchNorm2d.forward, []
+
+    def wrong_at_first(self, images):
+        calls.append(1)
+        return real(self, images * (2 if len(calls) == 1 else 1)) * (1.1 if len(calls) == 1 else 1)
+
+    monkeypatch.setattr(torch.nn.BatchNorm2d, "forward", wrong_at_first)
+    state = torch.get_rng_state()
+    assert "gradients differ from the CPU's by" in training_error(CPU)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    "word, device, fast, expected",
+    [("auto", "cuda", True, "bf16"), ("auto", "cuda", False, "fp32"), ("fp16", "cuda", False, "fp16"),
+     ("bf16", "cpu", False, "bf16"), ("auto", "mps", False, "fp32"), ("fp16", "mps", False, None)],
+)  # fmt: skip
+def test_the_precision_of_a_device(word, device, fast, expected, monkeypatch):
+    monkeypatch.setattr(processes, "has_fast_bf16", lambda device: fast)
+    if expected:
+        assert pick_precision(word, torch.device(device)) == expected
+    else:
+        with pytest.raises(UserError, match="--precision fp16 is for CUDA cards"):
+            pick_precision(word, torch.device(device))
 
 
 def test_a_total_leaves_the_processes_own_values_alone(monkeypatch):

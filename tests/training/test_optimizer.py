@@ -18,8 +18,8 @@ from training.optimizer import (
     learning_rate,
     make_optimizer,
     orthogonalise,
-    set_norms,
     set_learning_rate,
+    set_norms,
 )
 from training.recipes import OPTIMIZERS
 

@@ -266,3 +266,30 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(learn, tmp_path, mo
     assert all(tensor.isfinite().all() for tensor in state["model"].values())
     assert not (tmp_path / "weights" / "digits_student_subset40.pt").exists()
     assert json.loads(state["log"])["title"] == "Student (w/o KD), subset 40"
+
+
+def test_float16_skips_a_step_whose_gradients_overflow_and_its_scale_is_resumed(tiny_models, tmp_path):
+    spec, config = utils.DATA_SETS["digits"], run_of("--batch_size=8", precision="fp16")
+    runtime = Runtime(CPU.device, torch.float16)
+
+    def make() -> Run:
+        return Run(config, runtime, spec, 80, RunFiles(tmp_path, tmp_path, "student"))
+
+    def step(run: Run, factor: float) -> list[torch.Tensor]:
+        with runtime.autocast():
+            logits = run.forward(torch.linspace(-1, 1, 8 * 3 * 32 * 32).view(8, 3, 32, 32))
+        run.update(logits.float().square().mean() * factor)
+        run.step += 1
+        momenta = [state["momentum"] for state in run.optimizer.state_dict()["state"].values()]
+        return [tensor.clone() for tensor in (*run.model.parameters(), *momenta)]
+
+    run = make()
+    before, first_scale = step(run, 1.0), run.scaler.get_scale()
+    assert all(map(torch.equal, before, step(run, float("inf"))))
+    assert run.scaler.get_scale() == first_scale / 2
+    run.save()
+    resumed = make()
+    resumed.restore()
+    assert resumed.scaler.get_scale() == first_scale / 2
+    after = step(run, 1.0)
+    assert all(map(torch.equal, after, step(resumed, 1.0))) and not all(map(torch.equal, after, before))

@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# What a CUDA machine has to show, in ten minutes, in this order. Run it again to go on where it ended.
+#
+#     bash tools/gpu_check.sh                          all parts
+#     DATA=/tmp/data bash tools/gpu_check.sh resume    one part: resume, cifar10, speed or cifar100
+#     EXTRA="--subset 500 --num_epochs 1" ...          a trial of the script itself, on a CPU
+#
+# Logs and tables are written to $OUT. CIFAR must be unpacked in $DATA where there is no network.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3} DATA=${DATA:-data} OUT=${OUT:-out} RUNS=${RUNS:-/tmp/gpu_check} EXTRA=${EXTRA:-}
+LIMIT=${LIMIT:-580} # seconds in all
+export OMP_NUM_THREADS=4 PYTHONUNBUFFERED=1
+mkdir -p "$OUT" "$RUNS"
+
+within() { # SECONDS COMMAND...: stopped by SIGTERM, so that it resumes, after so many seconds or at the limit
+  local left=$((LIMIT - SECONDS))
+  timeout -s TERM -k 10 "$((left < $1 ? (left > 0 ? left : 1) : $1))" "${@:2}"
+}
+
+train() { within "$1" $PYTHON train.py --data_path "$DATA" "${@:2}" $EXTRA; }
+
+resume() { # a student with KD, killed by SIGKILL under way and resumed, is bit-equal to one that was not
+  local name options
+  for name in whole killed; do
+    (
+      options="--dataset digits --deterministic True --weights_path $RUNS/$name --plots_path $RUNS/$name/plots"
+      train 90 --tto True $options
+      [ $name = killed ] && timeout -s KILL "${KILL_AFTER:-15}" $PYTHON train.py --data_path "$DATA" --kd True $options --num_epochs 40 $EXTRA
+      train 90 --kd True $options --num_epochs 40
+    ) > "$OUT/resume_$name.log" 2>&1 &
+  done
+  wait
+  grep -h "resuming\|rror\|arning" "$OUT"/resume_*.log
+  $PYTHON - "$RUNS" << 'END'
+import pathlib, sys, torch
+for stem in ("digits_teacher", "digits_student_kd_t5"):
+    models = [torch.load(path, weights_only=True)["model"] for name in ("whole", "killed")
+              for path in pathlib.Path(sys.argv[1], name).glob(f"{stem}*.pt") if ".last" not in path.name]
+    equal = len(models) == 2 and all(torch.equal(models[0][key], models[1][key]) for key in models[0])
+    print(f"{stem}: bit-equal {equal}")
+END
+}
+
+table() { # DATASET SECONDS: the teacher, then the students of three seeds at the same time, then the table
+  local options="--dataset $1 --weights_path $RUNS/$1 --plots_path $RUNS/$1/plots" end=$((SECONDS + $2)) seed
+  train "$2" --tto True $options 2>&1 | tee "$OUT/$1.log"
+  for seed in 42 43 44; do
+    train $((end - SECONDS)) --all True --seed $seed $options > "$OUT/$1_$seed.log" 2>&1 &
+  done
+  wait
+  train 90 --all True --seeds 3 $options 2>&1 | tee -a "$OUT/$1.log"
+  tar czf "$OUT/$1.tgz" -C "$RUNS/$1" --exclude='*teacher*' .
+}
+
+speed() {
+  within 90 $PYTHON tools/kernels.py ${PEAK:+--peak $PEAK} 2>&1 | tee "$OUT/kernels.log"
+  within 120 $PYTHON benchmarks/throughput.py --quick --json "$OUT/throughput.json" | tee "$OUT/throughput.md"
+}
+
+for part in ${@:-resume cifar10 speed cifar100}; do
+  echo "=== $SECONDS s: $part, $($PYTHON -c 'import torch; print(torch.__version__, torch.cuda.is_available() and torch.cuda.get_device_name())')"
+  case $part in
+    cifar10) table cifar10 260 ;;
+    cifar100) table cifar100 260 ;;
+    *) $part ;;
+  esac
+done
+echo "=== $SECONDS s: end"
