@@ -322,17 +322,29 @@ def new_figure(height: float):
     return figure
 
 
+def new_panels(title: str, ylabels: list[str]) -> list:
+    """The labelled axes of a figure, side by side."""
+    figure = new_figure(4.2)
+    panels = figure.subplots(1, len(ylabels), squeeze=False)[0].tolist()
+    figure.suptitle(title)
+    for axes, ylabel in zip(panels, ylabels, strict=True):
+        axes.set(xlabel="epoch", ylabel=ylabel)
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+    return panels
+
+
 def new_axes(title: str, ylabel: str):
     """The labelled axes of a figure that has only these."""
-    axes = new_figure(4.2).add_subplot(title=title, xlabel="epoch", ylabel=ylabel)
-    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
-    return axes
+    return new_panels(title, [ylabel])[0]
 
 
 def save_figure(axes, path: Path) -> Path:
-    """Write the figure of `axes` to `path` as PNG, atomically."""
-    if axes.get_legend_handles_labels()[0]:
+    """Write the figure of `axes`, whose labels are its legend, to `path` as PNG, atomically."""
+    handles, labels = axes.get_legend_handles_labels()
+    if len(axes.figure.axes) > 1 and labels:
+        axes.figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9)
+    elif labels:
         axes.legend(fontsize=9)
     with writing(path) as temporary:
         axes.figure.savefig(temporary, dpi=120, format="png")
@@ -343,22 +355,25 @@ def save_figure(axes, path: Path) -> Path:
 def plot_curves(log_path: Path, out_dir: Path) -> list[Path]:
     """Draw a run's accuracy (%) and loss (nats) over its epochs from its log; the paths of the two figures.
 
-    UserError if the log can't be read.
+    The loss is the cross-entropy, and with KD in a panel of its own the soft term. UserError if the log can't be read.
     """
     log_path, out_dir = Path(log_path), Path(out_dir)
     header, lines = read_log(log_path)
-    epochs = [line["epoch"] for line in lines]
-    panels = {
-        "accuracy": ("accuracy (%)", {"top1": ("top-1", "-"), "top5": ("top-5", "--")}),
-        "loss": ("loss (nats)", {"loss": ("loss", "-"), "ce": ("cross-entropy", "--"), "kl": ("soft term", ":")}),
+    split, epochs = header["split"], [line["epoch"] for line in lines]
+    top5 = bool(lines) and "top5" in lines[0]["train"]
+    kd = header["run"]["loss"] is not None
+    # For each panel the curves of a split's key in the log; "loss" on held-out images is the cross-entropy.
+    figures = {
+        "accuracy": {"top-1 (%)": {"train": "top1", split: "top1"}}
+        | ({"top-5 (%)": {"train": "top5", split: "top5"}} if top5 else {}),
+        "loss": {"cross-entropy (nats)": {"train": "ce", split: "loss"}}
+        | ({"soft term (nats)": {"train": "kl"}} if kd else {}),
     }
     paths = []
-    for panel, (ylabel, curves) in panels.items():
-        axes = new_axes(f"{header['title']} on {header['run']['dataset']}: {panel}", ylabel)
-        for key, (label, style) in curves.items():
-            for colour, split in zip(COLOURS, ("train", header["split"]), strict=False):
-                if lines and key in lines[0][split]:
-                    values = [line[split][key] for line in lines]
-                    axes.plot(epochs, values, style, color=colour, marker=".", label=f"{split} {label}")
-        paths.append(save_figure(axes, out_dir / f"{log_path.stem}_{panel}.png"))
+    for name, curves in figures.items():
+        panels = new_panels(f"{header['title']} on {header['run']['dataset']}: {name}", list(curves))
+        for axes, keys in zip(panels, curves.values(), strict=True):
+            for colour, (which, key) in zip(COLOURS, keys.items(), strict=False):
+                axes.plot(epochs, [line[which][key] for line in lines], color=colour, marker=".", label=which)
+        paths.append(save_figure(panels[0], out_dir / f"{log_path.stem}_{name}.png"))
     return paths

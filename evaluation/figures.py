@@ -13,7 +13,7 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from evaluation.comparison import rows_of
 from evaluation.measures import BINS, reliability
 from training.runs import row_order, run_from
-from utils import COLOURS, new_axes, new_figure, save_figure
+from utils import COLOURS, new_axes, new_figure, new_panels, save_figure
 
 PICTURES_SHOWN = 12  # in one figure: more make it too tall
 CLASSES_SHOWN = 10  # beside a picture
@@ -105,20 +105,21 @@ def plot_pictures(pixels: list, names: list[str], answers: dict, classes: tuple[
 
 @matplotlib.style.context("default")
 def plot_comparison(contents: list[dict], path: Path) -> Path:
-    """Draw the top-1 (%) over the epochs of finished runs on one data set; the path.
+    """Draw top-1 (%) and cross-entropy (nats) over the epochs of finished runs on one data set; the path.
 
     Runs that differ in the seed alone are one line, their mean, on a band from the least to the most.
     """
     contents = sorted(contents, key=lambda content: row_order(run_from(content["run"])))
     first = run_from(contents[0]["run"])
     images = "held-out images" if first.holdout else "test images"
-    axes = new_axes(f"Top-1 accuracy on the {images} of {first.dataset}", "accuracy (%)")
+    panels = new_panels(f"Accuracy and loss on the {images} of {first.dataset}", ["top-1 (%)", "cross-entropy (nats)"])
     for colour, (title, row) in zip(itertools.cycle(COLOURS), rows_of(contents).items(), strict=False):
         logs = [[json.loads(line) for line in content["log"].splitlines()[1:]] for content in row]
-        tops = np.array([[line[first.split]["top1"] for line in log] for log in logs])
-        epochs, mean = range(1, tops.shape[1] + 1), tops.mean(axis=0)
-        label = f"{title}: {mean[-1]:.2f}" + (f" (mean of {len(tops)})" if len(tops) > 1 else "")
-        axes.plot(epochs, mean, color=colour, marker="." if len(epochs) == 1 else None, label=label)
-        if len(tops) > 1:
-            axes.fill_between(epochs, tops.min(axis=0), tops.max(axis=0), color=colour, alpha=0.2, linewidth=0)
-    return save_figure(axes, path)
+        for axes, key in zip(panels, ("top1", "loss"), strict=True):
+            values = np.array([[line[first.split][key] for line in log] for log in logs])
+            epochs, mean = range(1, values.shape[1] + 1), values.mean(axis=0)
+            label = f"{title}: {mean[-1]:.2f}" + (f" (mean of {len(values)})" if len(values) > 1 else "")
+            axes.plot(epochs, mean, color=colour, marker="." if len(epochs) == 1 else None, label=label)
+            if len(values) > 1:
+                axes.fill_between(epochs, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
+    return save_figure(panels[0], path)

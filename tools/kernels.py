@@ -1,7 +1,7 @@
 """Training speed on a CUDA card: images per second, kernels per step, and the share of the card's peak.
 
-    python tools/kernels.py                 teacher and student in bf16, fp16 and fp32, and the student with --compile
-    python tools/kernels.py --peak 989      beside a peak of 989 TFLOP/s (an H100 SXM, dense bf16)
+python tools/kernels.py                 teacher and student in bf16, fp16 and fp32, and the student with --compile
+python tools/kernels.py --peak 989      beside a peak of 989 TFLOP/s (an H100 SXM, dense bf16)
 """
 
 import argparse

@@ -44,13 +44,13 @@ def test_the_comparison_shows_runs_that_differ_in_the_seed_alone_as_one_mean(tmp
     assert len({line.get_color() for line in lines}) == 3 and {line.get_marker() for line in lines} == {"None"}
     (band,) = drawn[0].collections
     assert band.get_datalim(drawn[0].transData).intervaly.tolist() == [44, 52]
-    assert drawn[0].get_title() == "Top-1 accuracy on the test images of cifar10"
+    assert drawn[0].figure.get_suptitle() == "Accuracy and loss on the test images of cifar10"
 
 
 def test_a_run_of_one_epoch_is_a_point_and_of_held_out_images_says_so(tmp_path, drawn):
     plot_comparison(tmp_path, ("--holdout=8", 50.0))
     assert [line.get_marker() for line in drawn[0].lines] == ["."]
-    assert drawn[0].get_title() == "Top-1 accuracy on the held-out images of cifar10"
+    assert drawn[0].figure.get_suptitle() == "Accuracy and loss on the held-out images of cifar10"
 
 
 def test_confusion_and_reliability_show_the_numbers(drawn, tmp_path):
