@@ -130,7 +130,7 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
         figures.plot_reliability(logits, images.labels, f"{title}: reliability", Path(f"{stem}_reliability.png")),
     ]
     if options.json:
-        values = {"checkpoint": str(path), "role": run.role, **numbers, **cost.medians()}
+        values = {"checkpoint": str(path), "role": run.role, **numbers, **inference.medians(cost)}
         saved.append(report.write_json(options.json, values | imitation))
     if options.export:
         saved.append(export(model, options.export, content))

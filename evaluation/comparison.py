@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from evaluation.inference import measure_cost
+from evaluation.inference import measure_cost, medians
 from evaluation.measures import fidelity, measure
 from runtime import checkpoint
 from runtime.device import PRECISIONS, Runtime
@@ -71,7 +71,7 @@ def measure_all(
             numbers |= fidelity(logits, teachers[its_teacher], images.labels)
         numbers["seconds"] = content["seconds"]
         if cost and runtime.is_main:
-            numbers |= measure_cost(model, content["path"], in_training).medians()
+            numbers |= medians(measure_cost(model, content["path"], in_training))
         shown.append(content | {"measured": numbers})
     return shown
 

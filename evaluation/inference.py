@@ -4,7 +4,6 @@ import copy
 import io
 import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,20 +19,12 @@ from utils import Normaliser
 # ---------------------------------------------------------------------------------------------- cost
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What a model costs: counts, bytes, and (lower quartile, median, upper quartile) of what was timed."""
+Cost = dict[str, tuple[float, ...]]  # by name one number, or the lower quartile, the median and the upper quartile
 
-    parameters: int
-    macs: int  # multiply-accumulates per image
-    bytes: int  # of the checkpoint
-    latency_ms: tuple[float, ...]  # of one image
-    images_per_second: tuple[float, ...]  # 256 at a time
 
-    def medians(self) -> dict[str, float]:
-        """One number each, by the names that --json writes."""
-        values = {"parameters": self.parameters, "macs": self.macs, "bytes": self.bytes}
-        return values | {"latency_ms": self.latency_ms[1], "images_per_second": self.images_per_second[1]}
+def medians(cost: Cost) -> dict[str, float]:
+    """One number each, by the names that --json writes."""
+    return {name: values[len(values) // 2] for name, values in cost.items()}
 
 
 def count_parameters(model: torch.nn.Module) -> int:
@@ -71,11 +62,14 @@ def pass_seconds(model: torch.nn.Module, batch: int, runtime: Runtime, budget: f
 
 
 def measure_cost(model: torch.nn.Module, path: Path, runtime: Runtime) -> Cost:
-    """The cost of a model and its checkpoint on this device, in this precision."""
-    latency = 1000 * pass_seconds(model, 1, runtime)
-    speed = 256 / pass_seconds(model, 256, runtime)[::-1]
-    sizes = (count_parameters(model), count_macs(model), path.stat().st_size)
-    return Cost(*sizes, tuple(latency.tolist()), tuple(speed.tolist()))
+    """The cost of a model on this device, in this precision: counts, bytes of the checkpoint, and what was timed."""
+    return {
+        "parameters": (count_parameters(model),),
+        "macs": (count_macs(model),),
+        "bytes": (path.stat().st_size,),
+        "latency_ms": tuple((1000 * pass_seconds(model, 1, runtime)).tolist()),
+        "images_per_second": tuple((256 / pass_seconds(model, 256, runtime)[::-1]).tolist()),
+    }
 
 
 # ---------------------------------------------------------------------------------------------- pictures

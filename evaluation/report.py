@@ -10,7 +10,7 @@ import torch
 
 from evaluation.comparison import TOPS, rows_of
 from evaluation.figures import plot_comparison
-from evaluation.inference import Cost, count_parameters
+from evaluation.inference import Cost, count_parameters, medians
 from evaluation.measures import BINS, holm, paired_gain, wilson
 from models import build_model
 from runtime.files import writing
@@ -25,6 +25,28 @@ from training.runs import (
 )
 
 EXTREMES = 10  # classes shown at each end, if there are too many to show all
+
+FORMATS = {
+    **dict.fromkeys(("ece", "agreement"), lambda value: f"{100 * value:.2f}%"),
+    **dict.fromkeys(("loss", "kl_to_teacher"), "{:.4f}".format),
+    **dict.fromkeys(("parameters", "images_per_second"), "{:,.0f}".format),
+    "macs": lambda value: f"{value / 1e6:,.1f} M",
+    "seconds": "{:,.0f} s".format,
+    "bytes": lambda value: f"{value / 1e6:,.2f} MB",
+    "latency_ms": "{:,.2f} ms".format,
+}
+# The titles of what is measured beside accuracy: a table's columns, and the rows of costs.
+MEASURED = {
+    "ece": "ECE", "loss": "NLL", "agreement": "Agreement", "kl_to_teacher": "KL", "macs": "MACs",
+    "seconds": "Training", "bytes": "Size", "latency_ms": "Latency", "images_per_second": "Images/s",
+}  # fmt: skip
+COSTS = {
+    "parameters": "parameters",
+    "macs": "multiply-accumulates per image",
+    "bytes": "checkpoint",
+    "latency_ms": "latency at batch 1",
+    "images_per_second": "images/s at batch 256",
+}
 
 # ---------------------------------------------------------------------------------------------- words
 
@@ -87,26 +109,18 @@ def fidelity_text(numbers: dict) -> str:
 def cost_text(cost: Cost, teacher: Cost | None) -> str:
     """The table of costs, beside the teacher's where there is one."""
 
-    def cells(of: Cost) -> list[str]:
-        timed = ((of.latency_ms, ",.2f"), (of.images_per_second, ",.0f"))
-        spread = [f"{middle:{form}} ({low:{form}} to {high:{form}})" for (low, middle, high), form in timed]
-        return [f"{of.parameters:,}", f"{of.macs / 1e6:,.1f} M", f"{of.bytes / 1e6:,.2f} MB", *spread]
+    def cell(values: tuple[float, ...], form: Callable) -> str:
+        low, high = form(values[0]), form(values[-1])
+        return low if len(values) == 1 else f"{form(values[1])} ({low} to {high})"
 
-    names = [
-        "parameters",
-        "multiply-accumulates per image",
-        "checkpoint",
-        "latency at batch 1, ms",
-        "images/s at batch 256",
-    ]
+    rows = [[title, cell(cost[name], FORMATS[name])] for name, title in COSTS.items()]
     if teacher is None:
-        return table(
-            ["Cost: median (quartiles)", "this model"], [list(r) for r in zip(names, cells(cost), strict=True)]
-        )
-    pairs = zip(cost.medians().values(), teacher.medians().values(), strict=True)
-    ratios = [f"{a / b:.3g} x" if a >= b else f"1/{b / a:.3g}" for a, b in pairs]
-    rows = zip(names, cells(cost), cells(teacher), ratios, strict=True)
-    return table(["Cost: median (quartiles)", "student", "teacher", "ratio"], [list(row) for row in rows])
+        return table(["Cost: median (quartiles)", "this model"], rows)
+    own, others = medians(cost), medians(teacher)
+    for row, name in zip(rows, COSTS, strict=True):
+        ratio = own[name] / others[name]
+        row += [cell(teacher[name], FORMATS[name]), f"{ratio:.3g} x" if ratio >= 1 else f"1/{1 / ratio:.3g}"]
+    return table(["Cost: median (quartiles)", "student", "teacher", "ratio"], rows)
 
 
 def pictures_text(names: list[str], answers: dict[str, torch.Tensor], classes: tuple[str, ...]) -> str:
@@ -133,18 +147,6 @@ def write_json(path: Path, content: dict) -> Path:
 
 # ---------------------------------------------------------------------------------------------- the table of models
 
-# What the table adds to accuracy: a column's title, and how its number is written.
-MEASURED = {
-    "ece": ("ECE", lambda value: f"{100 * value:.2f}%"),
-    "loss": ("NLL", "{:.4f}".format),
-    "agreement": ("Agreement", lambda value: f"{100 * value:.2f}%"),
-    "kl_to_teacher": ("KL", "{:.4f}".format),
-    "macs": ("MACs", lambda value: f"{value / 1e6:,.1f} M"),
-    "seconds": ("Training", "{:,.0f} s".format),
-    "bytes": ("Size", lambda value: f"{value / 1e6:,.2f} MB"),
-    "latency_ms": ("Latency", "{:,.2f} ms".format),
-    "images_per_second": ("Images/s", "{:,.0f}".format),
-}
 OTHER_MACHINES = "†"
 
 
@@ -245,18 +247,18 @@ def results_text(results: dict) -> str:
     def cell(row: dict, key: str) -> str:
         return f"{row[key]:.2f}%" + (f" ± {row[f'{key}_sd']:.2f}" if f"{key}_sd" in row else "")
 
-    more = {key: column for key, column in MEASURED.items() if any(key in row for row in results["rows"])}
+    more = {key: title for key, title in MEASURED.items() if any(key in row for row in results["rows"])}
     gains = {gain["model"]: points(gain) for gain in results["gains"]}
     tops = [key for key in TOPS if any(key in row for row in results["rows"])]
     rows = [
         [row["model"] + (f" {OTHER_MACHINES}" if "machines" in row else ""), *(cell(row, key) for key in tops)]
         + [f"{row['parameters']:,}", f"{row['epochs']}"]
         + [gains.get(row["model"], "")] * bool(gains)
-        + [form(row[key]) if key in row else "" for key, (_, form) in more.items()]
+        + [FORMATS[key](row[key]) if key in row else "" for key in more]
         for row in results["rows"]
     ]
     titles = [*(f"Top {key[-1]} Accuracy" for key in tops), "Parameters", "Epochs"]
-    titles += ["Gain of KD"] * bool(gains) + [title for title, _ in more.values()]
+    titles += ["Gain of KD"] * bool(gains) + list(more.values())
     texts = [table(["Model", *titles], rows), *map(gain_text, results["gains"])]
     if results["gains_over_kd"]:
         tested = sum("p" in gain for gain in results["gains_over_kd"])
