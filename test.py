@@ -12,9 +12,14 @@
 In the precision that it was trained with, the report's first line repeats the last line of the training log.
 """
 
+import sys
+
+if sys.version_info < (3, 10):  # noqa: UP036 - what follows is no Python for it
+    print("test.py: error: this needs Python 3.10 or later", file=sys.stderr)
+    sys.exit(2)
+
 import contextlib
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 

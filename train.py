@@ -9,13 +9,20 @@
 Rerun the same command to resume a run that was interrupted.
 """
 
+import sys
+
+if sys.version_info < (3, 10):  # noqa: UP036 - what follows is no Python for it
+    print("train.py: error: this needs Python 3.10 or later", file=sys.stderr)
+    sys.exit(2)
+
 import contextlib
 import os
 import re
 import shlex
-import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import config
 from runtime.cli import answer_early
@@ -109,10 +116,14 @@ def end_epoch(run: Run, held_out: Images, stop: StopSignal) -> None:
     run.log.append(line)
     run.begin_epoch(run.epoch + 1)
     top5 = f" top5 {test['top5']:.2f}%" if "top5" in test else ""
+    all_left = ""
+    if run.seconds_left:
+        left = duration(run.seconds_left(config.num_epochs - run.epoch, seconds))
+        all_left = f", about {left} left for all runs"
     runtime.print(
         f"epoch {line['epoch']}/{config.num_epochs}: train loss {train['loss']:.4f} top1 {train['top1']:.2f}%, "
         f"{config.split} loss {test['loss']:.4f} top1 {test['top1']:.2f}%{top5}, "
-        f"{seconds:.1f} s, {line['images_per_second']:,.0f} img/s"
+        f"{seconds:.1f} s, {line['images_per_second']:,.0f} img/s{all_left}"
     )
 
 
@@ -130,11 +141,16 @@ def train(
     resume: bool,
     runtime: Runtime,
     stop: StopSignal,
+    seconds_left: Callable[[int, float], float] | None = None,
 ) -> dict:
-    """One run, new or resumed, until its checkpoint, log and figures are written; what its checkpoint holds."""
+    """One run, new or resumed, until its checkpoint, log and figures are written; what its checkpoint holds.
+
+    `seconds_left` estimates the time of all that is to do from the epochs left of this run and the seconds of one.
+    """
     rows, held_out = data.rows(config.subset, config.holdout), data.held_out(config.subset, config.holdout)
     with locked(files.checkpoint) if runtime.is_main else contextlib.nullcontext():
         run = Run(config, runtime, data.spec, len(rows), files)
+        run.seconds_left = seconds_left
         begin(run, len(rows), resume)
         while run.epoch < config.num_epochs:
             k = epoch_view(config.views, config.flip, config.seed, run.epoch)
@@ -170,7 +186,9 @@ def begin(run: Run, images: int, resume: bool) -> None:
     device = machine(runtime)["device"]
     runtime.print(f"{run.files.stem}: {images:,} images, {run.steps} steps per epoch, {device}, {recipe}")
     run.log.append(run.header() | {"split": config.split})
-    run.save()
+    run.save()  # what can't be written is told now
+    if runtime.is_main:
+        run.files.resume.unlink(missing_ok=True)  # if it fails at once, the advice may be to change an option
 
 
 # ---------------------------------------------------------------------------------------------- several runs
@@ -186,23 +204,28 @@ def train_all(options: config.TrainOptions) -> None:
             runtime.print(note)
         views = Views(data.train, data.spec, runtime.device)
         runs = plan(options, data.spec, runtime.precision, runtime.world_size)
+        to_do = [run for run in runs if not has_ended(files_of(run, options), options)]
+        if options.all:
+            runtime.print(f"{len(runs)} runs, {len(runs) - len(to_do)} of them finished")
         teacher, contents = None, []
         for run in runs:
-            if run.kd:
+            to_do, left = [other for other in to_do if other != run], None
+            if run.kd or (options.all and run.role == "student"):
                 if teacher is None:  # one for all students
                     trained = contents[0] if options.all and not options.teacher else None
                     teacher = load_teacher(run, options, data.spec, runtime, trained)
+                    teacher.check_views(run.views)
                     runtime.print(f"the teacher is {teacher.title}")
                     contents = [teacher.content, *contents] if options.teacher and teacher.content else contents
-                teacher.check_views(run.views)
-                run = replace(run, teacher=teacher.fingerprint)
+                left = partial(seconds_left, len(to_do), run, teacher) if options.all else None
+                run = replace(run, teacher=teacher.fingerprint if run.kd else None)
             files = files_of(run, options)
             content = find_finished(run, files, options, data.spec)
             if content:
                 ended = f"{content['metrics']['top1']:.2f}% top-1"
                 runtime.print(f"{run.stem}: already finished ({ended}), skipping; --resume False trains it again")
             else:
-                content = train(run, data, views, teacher, files, options.resume, runtime, stop)
+                content = train(run, data, views, teacher, files, options.resume, runtime, stop, left)
             contents.append(content)
         if options.all:
             shown = measure_all(contents, data, runtime, teacher, stop)
@@ -212,6 +235,12 @@ def train_all(options: config.TrainOptions) -> None:
             runtime.print(f"evaluate it with `{run.command('test.py', **options.folders())}`")
 
 
+def seconds_left(later: int, run: RunConfig, teacher: TeacherLogits, epochs: int, epoch_seconds: float) -> float:
+    """An estimate for the epochs left of a student and so many later ones like it, with the teacher's logits."""
+    epochs += later * run.num_epochs
+    return epochs * epoch_seconds + min(len(teacher.missing(run.views)), epochs) * teacher.view_seconds
+
+
 def files_of(run: RunName, options: config.TrainOptions) -> RunFiles:
     """Where a run's files are; the teacher of --all is shared by all --name folders."""
     if options.all and run.role == "teacher":
@@ -219,12 +248,17 @@ def files_of(run: RunName, options: config.TrainOptions) -> RunFiles:
     return RunFiles(options.weights_folder, options.plots_folder, run.stem)
 
 
+def has_ended(files: RunFiles, options: config.TrainOptions) -> bool:
+    """Whether a run of this name has finished and is not to be trained anew."""
+    return options.resume and files.checkpoint.exists() and not files.resume.exists()
+
+
 def find_finished(run: RunConfig, files: RunFiles, options: config.TrainOptions, spec: DataSet) -> dict | None:
     """The checkpoint of this very run if it is finished, else None; UserError if training would replace another run.
 
     With --all, whose options are the students', any teacher that fits is taken.
     """
-    if not options.resume or files.resume.exists() or not files.checkpoint.exists():
+    if not has_ended(files, options):
         return None
     content = checkpoint.load(files.checkpoint)
     found = run_from(content["run"])

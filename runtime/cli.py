@@ -9,6 +9,8 @@ import sys
 from dataclasses import field, fields
 from pathlib import Path
 
+from runtime.errors import report
+
 LARGEST = 2**31 - 1  # of all whole numbers, so that arithmetic on them does not overflow
 
 # ---------------------------------------------------------------------------------------------- values
@@ -164,6 +166,8 @@ def answer_early(parse) -> None:
     try:
         import matplotlib  # noqa: F401
         import torchvision  # noqa: F401
+    except OSError as error:  # they keep caches, and take the folder of temporary files where they can't
+        sys.exit(report(f"can't start: {error}; set TMPDIR to a folder that can be written to"))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)

@@ -4,9 +4,20 @@ import contextlib
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 
-import torch
+MEMORY = "not enough memory: give train.py a smaller --batch_size, or --device cpu if another device is full"
+# What to say of a failure of the machine, by what torch says of it.
+FAILURES = {
+    "DefaultCPUAllocator": MEMORY,
+    "out of memory": MEMORY,  # of CUDA, MPS
+    "STATUS_ALLOC_FAILED": MEMORY,  # of cuBLAS, cuDNN
+    "no kernel image is available": "this PyTorch has no code for this GPU: install another one, or give --device cpu",
+    "busy or unavailable": "another program has reserved the GPU: wait for it, or give another --device",
+    "NCCL built in": "this PyTorch lacks NCCL, which several GPUs need: train on one without torchrun",
+    "torch.compile is not supported": "torch.compile does not work with this Python: leave --compile out",
+}
 
 
 class UserError(Exception):
@@ -86,17 +97,32 @@ def printable_output():
 
 def known_failure(error: Exception) -> str | None:
     """What to say of a failure of the machine that the user can do something about; None for a bug."""
-    text = str(error)
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in text:
-        return "not enough memory: give train.py a smaller --batch_size, or --device cpu if another device is full"
-    if "C++ compiler" in text or "InvalidCxxCompiler" in text:
-        return "--compile True needs a C++ compiler, and none was found: install one (g++), or leave --compile out"
+    if isinstance(error, MemoryError):
+        return MEMORY
+    if isinstance(error, RuntimeError):
+        for text, advice in FAILURES.items():
+            if text in str(error):
+                return advice
+    if came_through(error, "torch._inductor"):  # not torch._dynamo, which runs the model's own code
+        return f"--compile True failed: {cause_of_failed_compilation(error)}; leave --compile out"
     if isinstance(error, PermissionError) and error.filename:
         return f"can't use {error.filename}: {reason(error)}; give another path"
     if isinstance(error, OSError) and error.filename is None and output_is_full():
         discard_output()
         return f"can't write to standard output: {reason(error)}; all files saved before are whole"
     return None
+
+
+def came_through(error: Exception, package: str) -> bool:
+    """Whether an error was raised in a package, or below what it called."""
+    modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(f"{module}.".startswith(f"{package}.") for module in modules)
+
+
+def cause_of_failed_compilation(error: Exception) -> str:
+    """The line that names it: the compiler's first error, or the last line before torch's advice."""
+    lines = [line.strip() for line in str(error).partition("\n\nSet TORCH")[0].splitlines() if line.strip()]
+    return next((line for line in lines if "error: " in line), lines[-1] if lines else type(error).__name__)
 
 
 def output_is_full() -> bool:

@@ -1,6 +1,7 @@
 """A training under way: its model, optimizer, log and position; how it is saved and resumed."""
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -101,6 +102,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
         self.log = RunLog(files.log, runtime.is_main)
         self.saved_at, self.save_seconds = time.monotonic(), 0.0
+        self.seconds_left: Callable[[int, float], float] | None = None  # of this run and those after it
         self.begin_epoch(0)
 
     @property

@@ -6,6 +6,7 @@ removes them all; they are computed again when needed.
 """
 
 import json
+import time
 import zipfile
 import zlib
 from pathlib import Path
@@ -37,12 +38,15 @@ class TeacherLogits:
         """`content` is the teacher's checkpoint, None if `path` is a folder. UserError if it can't teach on `spec`."""
         self.path, self.spec, self.runtime, self.content, self.model = path, spec, runtime, content, None
         self.in_memory: dict[str, np.ndarray] = {}  # what can't be written
+        self.view_seconds = 0.0  # to compute the logits of one view
         if content is None:
             self.folder = path
             self.fingerprint = self.key = read_description(path, spec)
         else:
             self.model = load_model(content, runtime)
             self.fingerprint = checkpoint.fingerprint(content["model"])
+            # A guess until one is computed: the forward pass is a third of an epoch's work.
+            self.view_seconds = content["seconds"] / content["epoch"] / 3
             facts = (VERSION, self.fingerprint, spec.fingerprint, spec.mean, spec.std, spec.flip, runtime.precision)
             self.key = checkpoint.fingerprint({}, *facts)
             self.folder = weights_path / f"{path.stem}_logits_{self.key}"
@@ -52,9 +56,14 @@ class TeacherLogits:
         """The path, and the seed of a teacher that train.py trained."""
         return f"{self.path} (seed {self.content['run']['seed']})" if self.content else f"{self.path} (logits)"
 
+    def missing(self, count: int) -> list[int]:
+        """Of which of the first `count` views there are no logits."""
+        names = {k: f"{k:02}.npz" for k in range(count)}
+        return [k for k in names if names[k] not in self.in_memory and not (self.folder / names[k]).exists()]
+
     def check_views(self, count: int) -> None:
         """UserError if a folder of logits lacks one of the first `count` views, before hours of training."""
-        missing = [k for k in range(count) if not (self.folder / f"{k:02}.npz").exists()]
+        missing = self.missing(count)
         if self.model is None and missing:
             raise UserError(
                 f"{self.folder} lacks {len(missing)} of {count} views, the first {missing[0]:02}.npz: write it"
@@ -65,10 +74,12 @@ class TeacherLogits:
         count = int(rows.max()) + 1
         logits = self.read(f"{k:02}.npz", count)
         if logits is None:
+            start = time.monotonic()
             logits = compute_logits(
                 self.model, lambda some: views.images(some, k), count, len(self.spec.classes), self.runtime, stop,
                 title=f"teacher's logits of view {k}",
             )  # fmt: skip
+            self.view_seconds = time.monotonic() - start
             logits = self.write(f"{k:02}.npz", logits)
         return torch.from_numpy(logits[:count]).to(self.runtime.device)
 
