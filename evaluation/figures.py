@@ -5,10 +5,11 @@ import json
 import math
 from pathlib import Path
 
+import matplotlib
 import matplotlib.style
 import numpy as np
 import torch
-from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 
 from evaluation.comparison import rows_of
 from evaluation.measures import BINS, reliability
@@ -23,6 +24,8 @@ CELLS_WITH_NUMBERS, NAMES_SHOWN = 20, 100  # classes: of more, a figure is too c
 @matplotlib.style.context("default")
 def plot_confusion(numbers: dict, classes: tuple[str, ...], title: str, path: Path) -> Path:
     """Draw the confusion matrix, each row as percent of its class, without numbers where it is large; the path."""
+    ticks = range(0, len(classes), math.ceil(len(classes) / NAMES_SHOWN))
+    names = drawable([classes[i] for i in ticks], [f"class {i}" for i in ticks])
     axes = new_axes(title, "class")
     counts = torch.tensor(numbers["confusion"], dtype=torch.float64)
     percent = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
@@ -32,10 +35,8 @@ def plot_confusion(numbers: dict, classes: tuple[str, ...], title: str, path: Pa
         for j, value in enumerate(row):
             colour = "white" if value > 50 else "black"
             axes.text(j, i, f"{value:.0f}" if value else "", ha="center", va="center", fontsize=8, color=colour)
-    ticks = range(0, len(classes), math.ceil(len(classes) / NAMES_SHOWN))
     axes.set(xlabel="predicted", xticks=ticks, yticks=ticks)
     style = {"fontsize": None if few else 6, "parse_math": False}
-    names = [drawable(classes[i]) for i in ticks]
     turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if few else {"rotation": 90}
     axes.set_xticklabels(names, **turned, **style)
     axes.set_yticklabels(names, **style)
@@ -67,11 +68,30 @@ def plot_reliability(logits: torch.Tensor, labels: torch.Tensor, title: str, pat
     return save_figure(axes, path)
 
 
-def drawable(name: str) -> str:
-    """A name as a figure shows it, 24 characters at most; characters that the font lacks become question marks."""
-    font = get_font(findfont(FontProperties()))
-    known = "".join(c if font.get_char_index(ord(c)) else "?" for c in name)
-    return known if len(known) <= 24 else f"{known[:23]}…"
+def drawable(names: list[str], otherwise: list[str]) -> list[str]:
+    """Names as a figure shows them, of 24 characters at most; `otherwise` where no font has the letters.
+
+    Call it within a style's context and before the figure is made: it adds installed fonts that have missing letters.
+    """
+    letters = set("".join(names))
+    missing = letters - letters_of(findfont(FontProperties()), letters)
+    regular = {face.name: face.fname for face in fontManager.ttflist if (face.style, face.weight) == ("normal", 400)}
+    for family in sorted(regular) if missing else ():
+        if found := letters_of(regular[family], missing):
+            missing -= found
+            matplotlib.rcParams["font.family"] = [*matplotlib.rcParams["font.family"], family]
+    shown = [other if missing & set(name) else name for name, other in zip(names, otherwise, strict=True)]
+    return [name if len(name) <= 24 else f"{name[:23]}…" for name in shown]
+
+
+def letters_of(path: str, letters: set[str]) -> set[str]:
+    """Which of these letters a font has; none if it can't be read, or has a box for each, as "Last Resort" does."""
+    try:
+        font = get_font(path)
+    except (OSError, RuntimeError):
+        return set()
+    known = {letter for letter in letters if font.get_char_index(ord(letter))}
+    return set() if "LastResort" in Path(path).name else known
 
 
 @matplotlib.style.context("default")
@@ -80,12 +100,14 @@ def plot_pictures(pixels: list, names: list[str], answers: dict, classes: tuple[
 
     Of many classes, the ten that the first model finds likeliest are shown.
     """
+    titles = drawable([Path(name).name for name in names], [f"picture {i + 1}" for i in range(len(names))])
+    labels = drawable(list(classes), [f"class {i}" for i in range(len(classes))])
     figure = new_figure(2.2 * len(names) + 0.4)
     grid = figure.subplots(len(names), 2, squeeze=False, width_ratios=(1, 2.4))
     height = 0.8 / len(answers)
     for i, (left, right) in enumerate(grid):
         left.imshow(pixels[i])
-        left.set_title(drawable(Path(names[i]).name), fontsize=9, parse_math=False)
+        left.set_title(titles[i], fontsize=9, parse_math=False)
         left.axis("off")
         likeliest = next(iter(answers.values()))[i].topk(min(CLASSES_SHOWN, len(classes))).indices
         shown = likeliest.sort().values
@@ -94,7 +116,7 @@ def plot_pictures(pixels: list, names: list[str], answers: dict, classes: tuple[
             places = [j + (k - (len(answers) - 1) / 2) * height for j in range(len(shown))]
             right.barh(places, (100 * probabilities[i, shown]).numpy(), height, color=colour, label=model)
         right.set(xlim=(0, 100), yticks=range(len(shown)))
-        right.set_yticklabels([drawable(classes[j]) for j in shown.tolist()], parse_math=False)
+        right.set_yticklabels([labels[j] for j in shown.tolist()], parse_math=False)
         right.tick_params(labelsize=8)
         right.invert_yaxis()
         right.grid(axis="x", alpha=0.3)

@@ -2,10 +2,13 @@
 
 import contextlib
 import json
+import runpy
 import shlex
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -481,3 +484,10 @@ def test_only_runs_of_the_same_images_are_compared(compare):
     assert labels == [f"{STUDENT}, holdout 8"] and "saved plots/comparison_cifar10_holdout8:" in output
     _, labels, output = compare("--dataset=digits")
     assert labels == [STUDENT] and "saved plots/comparison_digits:" in output
+
+
+def test_it_runs_where_another_module_is_called_test(monkeypatch, tmp_path, capfd):
+    monkeypatch.setitem(sys.modules, "test", ModuleType("test"))  # Python's own, in a notebook
+    monkeypatch.chdir(tmp_path)
+    assert runpy.run_path(test_script.__file__)["main"](["--checkpoint", "none.pt"]) == 2
+    assert capfd.readouterr().err.endswith("error: no checkpoint none.pt\n")

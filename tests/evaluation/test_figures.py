@@ -6,7 +6,10 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
 from made_up import content_of, run_of, tiny_student
+from matplotlib.font_manager import fontManager
 from PIL import Image
 
 from evaluation import figures
@@ -102,6 +105,42 @@ def test_of_many_classes_the_likeliest_are_shown_beside_a_picture(drawn, tmp_pat
     assert [name.get_text() for name in beside.get_yticklabels()] == [f"${i}" for i in likeliest]
     for bars, answer in zip(beside.containers, answers, strict=True):
         assert [bar.get_width() for bar in bars] == pytest.approx((100 * answer[0, likeliest]).tolist())
+
+
+@pytest.fixture
+def font(tmp_path, monkeypatch) -> None:
+    """An installed font that has the letters 日 and 本 alone."""
+    builder, empty = FontBuilder(1000), TTGlyphPen(None).glyph()
+    builder.setupGlyphOrder([".notdef", "sun", "root"])
+    builder.setupCharacterMap({ord("日"): "sun", ord("本"): "root"})
+    builder.setupGlyf(dict.fromkeys((".notdef", "sun", "root"), empty))
+    builder.setupHorizontalMetrics(dict.fromkeys((".notdef", "sun", "root"), (1000, 0)))
+    builder.setupHorizontalHeader(ascent=800, descent=-200)
+    builder.setupNameTable({"familyName": "Made Up", "styleName": "Regular"})
+    builder.setupOS2()
+    builder.setupPost()
+    builder.save(tmp_path / "font.ttf")
+    monkeypatch.setattr(fontManager, "ttflist", list(fontManager.ttflist))
+    fontManager.addfont(tmp_path / "font.ttf")
+
+
+@pytest.mark.filterwarnings("error")  # as of a missing glyph
+def test_letters_are_of_an_installed_font_or_else_the_name_is_a_number(font, tmp_path, monkeypatch):
+    kept, before = [], matplotlib.rcParams["font.family"]
+    monkeypatch.setattr(
+        figures, "save_figure", lambda axes, path, real=figures.save_figure: kept.append(axes) or real(axes, path)
+    )
+    names = ("chat", "日本 2", "\U000f0000", "a\nb", 30 * "é")
+    shown = ["chat", "日本 2", "class 2", "class 3", 23 * "é" + "…"]
+    figures.plot_confusion({"confusion": torch.eye(5).tolist()}, names, "title", tmp_path / "c.png")
+    assert [label.get_text() for label in kept[0].get_yticklabels()] == shown
+    assert kept[0].get_yticklabels()[0].get_fontfamily() == ["sans-serif", "Made Up"]
+    answers, pixels = {"Student": torch.full((2, 5), 0.2)}, 2 * [np.zeros((32, 32, 3), np.uint8)]
+    figures.plot_pictures(pixels, ["a/日.png", "\U000f0000.png"], answers, names, tmp_path / "p.png")
+    pictures = kept[1].figure.axes
+    assert [pictures[0].get_title(), pictures[2].get_title()] == ["日.png", "picture 2"]
+    assert [label.get_text() for label in pictures[1].get_yticklabels()] == shown
+    assert matplotlib.rcParams["font.family"] == before
 
 
 @pytest.mark.parametrize("name", ["$\\frac$.png", "_a_{b}^c ä 1%.png"])

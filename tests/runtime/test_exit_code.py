@@ -1,8 +1,11 @@
 """How a script ends: one line for a user's mistake or a stop, a traceback for a bug."""
 
+import ast
 import errno
+import importlib
 import io
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -30,10 +33,15 @@ def raising(error: Exception):
         (KeyboardInterrupt(), 130, "interrupted; a training resumes from its last save\n"),
         (ReportedElsewhere(143), 143, ""),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."), 2, "a smaller --batch_size"),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 18.04 GB)"), 2, "a smaller --batch_size"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `x`"), 2, "a smaller --batch_size"),
+        (torch.AcceleratorError("CUDA error: no kernel image is available\nfor"), 2, "no code for this GPU: install"),
+        (torch.AcceleratorError("CUDA error: CUDA-capable device(s) is/are busy or unavailable"), 2, "give another"),
+        (RuntimeError("Distributed package doesn't have NCCL built in"), 2, "this PyTorch lacks NCCL"),
+        (RuntimeError("torch.compile is not supported on Python 3.99+"), 2, "leave --compile out"),
         (MemoryError(), 2, "not enough memory"),
         (PermissionError(errno.EACCES, "Permission denied", "w/a.pt"), 2, "can't use w/a.pt: Permission denied; "),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate"), 2, "--batch_size"),
-        (RuntimeError("InvalidCxxCompiler: No working C++ compiler found in config.cpp.cxx"), 2, "leave --compile out"),
     ],
 )
 def test_each_ending_has_its_exit_code_and_at_most_one_line(error, code, tells, capsys):
@@ -68,13 +76,33 @@ def test_memory_that_really_runs_out_is_known():
     assert "not enough memory" in known_failure(error.value)
 
 
-def test_a_compiler_that_is_really_missing_is_known(monkeypatch):
-    from torch._inductor import cpp_builder, exc
+COMPILER = """#!/bin/sh
+case "$*" in *--version*) exec g++ --version;; esac
+echo "x.cpp:1:10: fatal error: Python.h: No such file" >&2; exit 1
+"""
 
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    with pytest.raises(exc.InvalidCxxCompiler) as error:
-        getattr(cpp_builder.get_cpp_compiler, "__wrapped__", cpp_builder.get_cpp_compiler)()  # some versions cache it
-    assert "--compile True needs a C++ compiler" in known_failure(error.value)
+
+@pytest.mark.parametrize("broken", ["no compiler", "no headers", "no folder", "our own code"])
+def test_a_compilation_that_really_fails_is_known_and_a_bug_in_a_model_is_none(broken, monkeypatch, tmp_path):
+    compiler, shape = tmp_path / "g++", 2 if broken == "our own code" else 3
+    compiler.write_text(COMPILER)
+    compiler.chmod(0o755)
+    settings = {"cpp.cxx": ("no-such-compiler" if broken == "no compiler" else str(compiler),), "fx_graph_cache": False}
+    folder = tmp_path / "file" if broken == "no folder" else tmp_path
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    tells = {"no compiler": "No working C", "no headers": "x.cpp:1:10: fatal error: Python.h: No such file;",
+             "no folder": f"{folder}"}  # fmt: skip
+    config = importlib.import_module("torch._inductor.config")
+    with config.patch(settings), pytest.raises(Exception) as error:  # noqa: B017 - torch's own
+        torch.compile(lambda x: (x @ torch.ones(shape, 3)).sin())(torch.ones(1, 3))
+    torch._dynamo.reset()
+    told = known_failure(error.value)
+    if broken == "our own code":
+        assert told is None
+    else:
+        assert told.startswith("--compile True failed: ") and told.endswith("; leave --compile out")
+        assert tells[broken] in told and "\n" not in told
 
 
 def test_a_second_signal_interrupts_at_once(capsys):
@@ -100,11 +128,25 @@ def test_under_torchrun_which_sends_each_signal_twice_the_second_is_ignored(monk
 
 
 @pytest.mark.parametrize("script", ["train.py", "test.py"])
-def test_an_interrupt_during_the_imports_is_one_line(script, tmp_path):
-    # A module of this name before torch on the path interrupts whoever imports it.
-    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise SystemExit(9)\n")
+@pytest.mark.parametrize("happens, code, tells", [
+    ("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise SystemExit(9)\n", 130, "interrupted\n"),
+    ("raise OSError(30, 'Read-only file system')", 2, "{script}: error: can't start: [Errno 30] Read-only file system; "
+     "set TMPDIR to a folder that can be written to\n"),
+])  # fmt: skip
+def test_what_happens_during_the_imports_is_one_line(script, happens, code, tells, tmp_path):
+    (tmp_path / "torch.py").write_text(happens)  # before torch on the path
     done = subprocess.run(
         [sys.executable, REPOSITORY / script],
         env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", tells.format(script=script))
+
+
+@pytest.mark.parametrize("script", ["train.py", "test.py"])
+def test_an_old_python_is_one_line(script, monkeypatch, capsys):
+    ast.parse((REPOSITORY / script).read_text(), feature_version=(3, 8))
+    monkeypatch.setattr(sys, "version_info", (3, 9, 20))
+    monkeypatch.setitem(sys.modules, "config", None)  # can't be imported
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(REPOSITORY / script))
+    assert capsys.readouterr() == ("", f"{script}: error: this needs Python 3.10 or later\n")

@@ -3,9 +3,12 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 import torch
 from conftest import snapshot
+from made_up import run_of
 
 import train
 import utils
@@ -35,6 +38,8 @@ def test_stopped_after_each_run_it_gives_the_same_table(learn, tmp_path, monkeyp
     words = [*ALL, "--seeds=2"]
     assert learn(*words) == 0
     assert "Student (with KD, Temp = 5)" in (output := capfd.readouterr().out) and "Gain of KD" in output
+    assert output.startswith("5 runs, 0 of them finished\n")
+    assert len(re.findall(r"img/s, about \d:\d\d:\d\d left for all runs\n", output)) == 4, "of each student's epoch"
     expected, models = table_of(tmp_path), [load(name)["model"] for name in RUNS]
     assert [row["seeds"] for row in expected["rows"]] == [[42], [42, 43], [42, 43]] and len(expected["gains"]) == 1
     stopped = tmp_path / "stopped"
@@ -51,10 +56,22 @@ def test_stopped_after_each_run_it_gives_the_same_table(learn, tmp_path, monkeyp
             assert learn(*words) == 128 + 15
     capfd.readouterr()
     assert learn(*words) == 0
-    assert re.findall(r"(\S+): already finished", capfd.readouterr().out) == [f"digits_{run}_subset40" for run in RUNS]
+    assert (output := capfd.readouterr().out).startswith("5 runs, 5 of them finished\n")
+    assert re.findall(r"(\S+): already finished", output) == [f"digits_{run}_subset40" for run in RUNS]
     assert table_of(stopped) == expected
     for name, model in zip(RUNS, models, strict=True):
         assert all(torch.equal(load(name)["model"][key], tensor) for key, tensor in model.items())
+
+
+@pytest.mark.parametrize("later, epochs, expected", [(2, 1, 9 * 5 + 3 * 20), (0, 2, 2 * 5 + 2 * 20), (0, 0, 0)])
+def test_the_time_left_is_of_all_epochs_and_the_logits_that_are_missing(later, epochs, expected):
+    teacher = SimpleNamespace(missing=lambda views: list(range(views)), view_seconds=20.0)
+    assert train.seconds_left(later, run_of("--num_epochs=4 --views=3"), teacher, epochs, 5.0) == expected
+
+
+def test_a_teacher_that_is_not_there_is_told_before_anything_is_trained(learn, tmp_path, capfd):
+    assert learn(*ALL, "--teacher=none.pt") == 2
+    assert "no teacher none.pt" in capfd.readouterr().err and not (tmp_path / "weights").exists()
 
 
 def test_students_of_a_seed_differ_in_the_loss_alone(learn, monkeypatch):

@@ -27,14 +27,7 @@ from runtime.log import RunLog, read_log
 from training.run import Run, RunFiles
 
 STEM = "digits_student_kd_t5_subset40"
-LEARN = SIZE = [
-    "--dataset=digits",
-    "--subset=40",
-    "--batch_size=8",
-    "--num_epochs=3",
-    "--device=cpu",
-    "--precision=fp32",
-]
+LEARN = SIZE = "--dataset=digits --subset=40 --batch_size=8 --num_epochs=3 --device=cpu --precision=fp32".split()
 
 # ---------------------------------------------------------------------------------------------- moments
 
@@ -251,6 +244,16 @@ def test_several_processes_agree_after_each_slow_step_of_a_resumed_or_a_second_e
             run.agree(0, False)
             agreed += 1
     assert agreed >= 8
+
+
+def test_a_run_that_fails_at_once_may_be_started_with_other_options(learn, monkeypatch, capfd):
+    def update(run, loss):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "update", update)
+        assert learn() == 2 and "give train.py a smaller --batch_size" in capfd.readouterr().err
+    assert learn("--batch_size=4") == 0
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_state(learn, tmp_path, monkeypatch, capfd):
