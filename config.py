@@ -22,7 +22,7 @@ from runtime.cli import (
     plain_word,
 )
 from training.recipes import ALPHA, LOSS_DEFAULTS, OPTIMIZERS
-from training.runs import DEFAULT_SEED, loss_function
+from training.runs import DEFAULT_SEED, loss_function, name_of
 
 WHAT, DATA, KD = "what to run", "data", "distillation"
 RECIPE, MACHINE, FILES = "recipe (defaults: docs/options.md)", "machine", "files"
@@ -47,6 +47,14 @@ class Options:
     holdout: int = option(
         DATA, "evaluate on the last N training images, not trained on, instead of the test set",
         number(int, at_least=0), 0,
+    )  # fmt: skip
+    omit: tuple[str, ...] = option(
+        DATA, "the student sees no training image of these classes, by name or number; the teacher has seen all",
+        default=(), nargs="+", metavar="CLASS",
+    )  # fmt: skip
+    student_images: tuple[int, ...] | None = option(
+        DATA, "the student sees N training images, the first of each class in turn; several with --all", AT_LEAST_1,
+        nargs="+",
     )  # fmt: skip
     temp: tuple[float, ...] | None = option(
         KD, "temperature T; several with --all (default: 5, with --all 5 20; other losses their own)",
@@ -127,6 +135,13 @@ class TrainOptions(Options):
     compile: bool = option(MACHINE, "torch.compile the model; pays off in long runs", boolean, False)
     deterministic: bool = option(MACHINE, "bit-exact repeats on CUDA too, but slower", boolean, False)
 
+    @property
+    def table_folder(self) -> Path:
+        """Where the table of --all is."""
+        trial = replace(name_of(self), student_images=None).trial
+        images = f"_images{'_'.join(map(str, self.student_images))}" if self.student_images else ""
+        return self.plots_folder / f"results_{self.dataset}{trial}{images}"
+
 
 @dataclass(frozen=True)
 class TestOptions(Options):
@@ -159,12 +174,14 @@ NEEDS = {
     },
     "test.py": {"temp": ("kd",), "loss": ("kd",)},
 }
+STUDENTS_IMAGES = ("omit", "student_images")
 EXCLUDES = {
-    "train.py": {"tto": ("kd", "all"), "kd": ("all",), "alpha": ("kd_weight", "ce_weight")},
+    "train.py": {"tto": ("kd", "all", *STUDENTS_IMAGES), "kd": ("all",), "alpha": ("kd_weight", "ce_weight")},
     "test.py": {
-        "tto": ("kd",),
-        "checkpoint": ("tto", "kd", "temp", "loss", "seed", "dataset", "subset", "holdout", "compare", "name"),
-        "compare": ("tto", "kd", "temp", "loss", "seed", "image", "soften", "json", "export"),
+        "tto": ("kd", *STUDENTS_IMAGES),
+        "checkpoint": ("tto", "kd", "temp", "loss", "seed", "dataset", "subset", "holdout", "compare", "name")
+        + STUDENTS_IMAGES,
+        "compare": ("tto", "kd", "temp", "loss", "seed", "image", "soften", "json", "export", *STUDENTS_IMAGES),
         "soften": ("json", "export"),
         "image": ("subset", "holdout", "json", "export", "data_path", "skip_broken"),
     },
@@ -176,7 +193,7 @@ def parse(script: str, options_class: type[Options], argv: list | None) -> tuple
     parser = build_parser(script, options_class, DESCRIPTIONS[script])
     given = parse_words(parser, argv)
     check_conflicts(parser, given, NEEDS[script], EXCLUDES[script])
-    for name in ("temp", "loss"):
+    for name in ("temp", "loss", "student_images"):
         values = given.get(name, ())
         if len(values) > 1 and not given.get("all"):
             several = " without --all True" if script == "train.py" else ""
@@ -184,9 +201,27 @@ def parse(script: str, options_class: type[Options], argv: list | None) -> tuple
         if len(set(values)) < len(values):
             parser.error(f"--{name} names one value twice: leave it out once")
     options = options_class(**given)
+    options = replace(options, omit=classes_of(parser, options.omit, DATA_SETS[options.dataset].classes))
     if options.skip_broken and options.dataset != "folder" and "checkpoint" not in given:
         parser.error("--skip_broken requires --dataset folder: add that, or leave --skip_broken out")
     return parser, options
+
+
+def classes_of(parser: Parser, words: tuple[str, ...], classes: tuple[str, ...]) -> tuple[str, ...]:
+    """The classes that --omit names, in their order, from names or numbers, of which a name is tried first.
+
+    A folder's classes are not known yet: its words are names. A wrong word exits with code 2.
+    """
+    if not classes:
+        return tuple(sorted(set(words)))
+    numbers = {str(i): name for i, name in enumerate(classes)}
+    for word in words:
+        if word not in classes and word not in numbers:
+            parser.error(f"--omit: no class is called {word!r}: give one of {', '.join(classes[:10])}, or its number")
+    chosen = {word if word in classes else numbers[word] for word in words}
+    if len(chosen) == len(classes):
+        parser.error("--omit names all classes: leave at least one out")
+    return tuple(name for name in classes if name in chosen)
 
 
 def check_weights(parser: Parser, options: TrainOptions) -> None:

@@ -34,8 +34,8 @@ import torch
 
 from data_sets.pictures import read_picture, reject_decompression_bombs
 from evaluation import figures, inference, report
-from evaluation.comparison import TOPS, as_trained, logits_of, measure_all
-from evaluation.measures import fidelity, measure
+from evaluation.comparison import TOPS, as_trained, logits_of, measure_all, measure_bias
+from evaluation.measures import fidelity, measure, softness
 from runtime import checkpoint
 from runtime.device import Runtime, device_title
 from runtime.errors import UserError, exit_code
@@ -44,7 +44,7 @@ from runtime.processes import start
 from training.run import load_model, mismatch, spec_of
 from training.runs import RunConfig, name_of, row_order, run_from
 from training.teacher_logits import load_teacher, teacher_path
-from utils import load_images
+from utils import Images, load_images
 
 PUBLISHED = Path(__file__).resolve().parent / "results"
 
@@ -116,6 +116,7 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
     images = data.held_out(run.subset, run.holdout)
     logits = logits_of(model, content, images, runtime)
     numbers = measure(logits, images.labels)
+    numbers |= measure_bias(model, content, data, logits, images.labels, runtime)
     teacher_cost, imitation = None, {}
     if run.role == "student":
         with left_out_unless_named(options, notes.append):
@@ -134,6 +135,8 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
         figures.plot_confusion(numbers, classes, f"{title}: confusion", Path(f"{stem}_confusion.png")),
         figures.plot_reliability(logits, images.labels, f"{title}: reliability", Path(f"{stem}_reliability.png")),
     ]
+    if "bias" in numbers:
+        saved.append(figures.plot_omitted([content | {"measured": numbers}], Path(f"{stem}_omitted.png")))
     if options.json:
         values = {"checkpoint": str(path), "role": run.role, **numbers, **inference.medians(cost)}
         saved.append(report.write_json(options.json, values | imitation))
@@ -143,6 +146,8 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
     print(f"{run.split} loss {numbers['loss']:.4f} {tops}")
     print("\n".join([f"{path} on {run.dataset}, {device_title(runtime)}, {runtime.precision}", *notes, ""]))
     print(report.accuracy_text(numbers, classes))
+    if run.omit:
+        print(f"\n{report.bias_text(numbers, run.omit)}")
     print(f"\n{report.fidelity_text(imitation)}\n" if imitation else "")
     print(f"{report.cost_text(cost, teacher_cost)}\n\nsaved {', '.join(map(str, saved))}")
 
@@ -205,11 +210,12 @@ def find_checkpoints(options: config.TestOptions, runtime: Runtime) -> list[dict
 def classify(options: config.TestOptions, runtime: Runtime) -> None:
     """Print the classes of pictures by the model and its teacher, and draw them.
 
-    With --soften, by the model alone, at several temperatures.
+    With --soften, by the model alone, at several temperatures, with its softness over all pictures.
     """
     contents = [find_checkpoint(options, runtime)]
     run, spec = run_from(contents[0]["run"]), spec_of(contents[0])
-    pixels, names = read_pictures(options, run, runtime)
+    images, rows, names = read_pictures(options, run, runtime)
+    pixels = images.pixels[rows].numpy()
     if run.role == "student" and not options.soften:
         with left_out_unless_named(options, runtime.print):
             teacher = checkpoint.load(teacher_path(run, options))
@@ -223,22 +229,28 @@ def classify(options: config.TestOptions, runtime: Runtime) -> None:
             label = f"{title}, T = {format_number(temp)}" if options.soften else title
             in_training = as_trained(runtime, run_from(content["run"]), options.precision)
             answers[label] = inference.classify(model, pixels, spec_of(content), in_training, temp)
+    if options.soften:
+        logits = logits_of(model, contents[0], images, in_training)
+        told = [report.softness_text(softness(logits, temp), temp, len(spec.classes)) for temp in options.soften]
+        runtime.print("\n".join([f"over {len(images):,} images, at", *told]))
     if runtime.is_main:
         path = options.plots_folder / f"{contents[0]['path'].stem}_{'softened' if options.soften else 'images'}.png"
         figures.plot_pictures(pixels, names[: figures.PICTURES_SHOWN], answers, spec.classes, path)
         print(f"{report.pictures_text(names, answers, spec.classes)}\nsaved {path}")
 
 
-def read_pictures(options: config.TestOptions, run: RunConfig, runtime: Runtime) -> tuple[np.ndarray, list[str]]:
-    """The pictures (B, 32, 32, 3) of --image, or the first test images of four classes, and their names."""
+def read_pictures(options: config.TestOptions, run: RunConfig, runtime: Runtime) -> tuple[Images, list[int], list[str]]:
+    """The pictures of --image, or the test images; which to show, all or the first of four classes; their names."""
     if options.image:
         with reject_decompression_bombs():
-            return np.stack([read_picture(path) for path in options.image]), [str(path) for path in options.image]
+            pixels = torch.from_numpy(np.stack([read_picture(path) for path in options.image]))
+        count = len(pixels)
+        return Images(pixels, torch.zeros(count)), list(range(count)), [str(path) for path in options.image]
     data = load_images(run.dataset, options.data_path, runtime, skip_broken=options.skip_broken)
     images = data.held_out(run.subset, run.holdout)
     labels = images.labels.tolist()
     rows = sorted(labels.index(label) for label in set(labels))[:4]
-    return images.pixels[rows].numpy(), [f"{data.spec.classes[labels[row]]} ({run.split} {row})" for row in rows]
+    return images, rows, [f"{data.spec.classes[labels[row]]} ({run.split} {row})" for row in rows]
 
 
 def main(argv: list | None = None) -> int:

@@ -34,7 +34,8 @@ import torch
 
 from data_sets import DataSet
 from evaluation.comparison import measure_all
-from evaluation.report import publish
+from evaluation.measures import softness
+from evaluation.report import publish, softness_text
 from runtime import checkpoint
 from runtime.device import Runtime, machine
 from runtime.errors import Stopped, UserError, exit_code
@@ -101,8 +102,8 @@ def progress_text(run: Run) -> str:
     return f"loss {loss:.3f} top1 {100 * top1:.2f}% {speed:,.0f} img/s lr {run.lr:.4f} left {duration(left)}"
 
 
-def end_epoch(run: Run, held_out: Images, stop: StopSignal) -> None:
-    """Evaluate, append the epoch's line to the log and go to the next epoch."""
+def end_epoch(run: Run, held_out: Images, softened: dict, stop: StopSignal) -> None:
+    """Evaluate, append the epoch's line to the log, with `softened` in it, and go to the next epoch."""
     config, runtime = run.config, run.runtime
     images = run.steps * run.batch_size
     means = dict(zip(METRICS, (runtime.total(run.totals) / images).tolist(), strict=True))
@@ -111,7 +112,7 @@ def end_epoch(run: Run, held_out: Images, stop: StopSignal) -> None:
     test = percent(evaluate(run.model, held_out, run.spec, runtime, stop))
     left_out = {"kl": not config.kd, "top5": "top5" not in test}
     train = percent({name: value for name, value in means.items() if not left_out.get(name)})
-    line = {"epoch": run.epoch + 1, "train": train, config.split: test, "lr": run.lr}
+    line = {"epoch": run.epoch + 1, "train": train, config.split: test, "lr": run.lr} | softened
     line |= {"seconds": round(seconds, 3), "images_per_second": round(images / max(seconds, 1e-9), 1)}
     run.log.append(line)
     run.begin_epoch(run.epoch + 1)
@@ -147,7 +148,7 @@ def train(
 
     `seconds_left` estimates the time of all that is to do from the epochs left of this run and the seconds of one.
     """
-    rows, held_out = data.rows(config.subset, config.holdout), data.held_out(config.subset, config.holdout)
+    rows, held_out = training_rows(config, data), data.held_out(config.subset, config.holdout)
     with locked(files.checkpoint) if runtime.is_main else contextlib.nullcontext():
         run = Run(config, runtime, data.spec, len(rows), files)
         run.seconds_left = seconds_left
@@ -156,8 +157,12 @@ def train(
             k = epoch_view(config.views, config.flip, config.seed, run.epoch)
             try:
                 teacher_logits = teacher.of_view(k, views, rows, stop) if config.kd else None
+                softened = {"teacher": softness(teacher_logits[rows], config.temp)} if config.kd else {}
+                if config.kd and not run.epoch:
+                    told = softness_text(softened["teacher"], config.temp, config.num_classes)
+                    runtime.print(f"the teacher at {told}")
                 train_epoch(run, views, rows, k, teacher_logits, stop)
-                end_epoch(run, held_out, stop)
+                end_epoch(run, held_out, softened, stop)
                 save_or_stop(run, stop)
             except Stopped:
                 run.save()
@@ -171,6 +176,11 @@ def train(
             print(f"saved {files.checkpoint}, {files.log} and {', '.join(path.name for path in figures)}")
         runtime.barrier()
     return content | {"path": files.checkpoint}
+
+
+def training_rows(run: RunName, data: Data) -> torch.Tensor:
+    """The rows (N,) of the training images of a run; UserError if there are none."""
+    return data.rows(run.subset, run.holdout, run.omit, run.student_images)
 
 
 def begin(run: Run, images: int, resume: bool) -> None:
@@ -204,6 +214,8 @@ def train_all(options: config.TrainOptions) -> None:
             runtime.print(note)
         views = Views(data.train, data.spec, runtime.device)
         runs = plan(options, data.spec, runtime.precision, runtime.world_size)
+        for run in runs:
+            training_rows(run, data)  # what leaves no images is told before anything is trained
         to_do = [run for run in runs if not has_ended(files_of(run, options), options)]
         if options.all:
             runtime.print(f"{len(runs)} runs, {len(runs) - len(to_do)} of them finished")
@@ -230,7 +242,7 @@ def train_all(options: config.TrainOptions) -> None:
         if options.all:
             shown = measure_all(contents, data, runtime, teacher, stop)
             if runtime.is_main:
-                publish(shown, options.plots_folder / f"results_{options.dataset}{runs[0].trial}")
+                publish(shown, options.table_folder)
         else:
             runtime.print(f"evaluate it with `{run.command('test.py', **options.folders())}`")
 

@@ -54,12 +54,38 @@ class Data:
     test: Images
     notes: tuple[str, ...] = ()
 
-    def rows(self, subset: int | None, holdout: int) -> torch.Tensor:
-        """The rows of `train` (N,) to train on: the first `subset` (None: all) without the last `holdout` of these."""
+    def rows(
+        self, subset: int | None, holdout: int, omit: tuple[str, ...] = (), student_images: int | None = None
+    ) -> torch.Tensor:
+        """The rows of `train` (N,) to train on: the first `subset` (None: all) without the last `holdout` of these.
+
+        Then without the classes in `omit`, and of the rest `student_images` (None: all), the first of each class in
+        turn. UserError if that can't be done.
+        """
         count = min(subset or len(self.train), len(self.train))
         if holdout >= count:
             raise UserError(f"--holdout {holdout} leaves none of the {count} training images: give a smaller number")
-        return torch.arange(count - holdout)
+        labels = self.train.labels[: count - holdout]
+        rows = (~torch.isin(labels, self.numbers_of(omit))).nonzero()[:, 0]
+        classes = len(labels[rows].unique())
+        if not classes:
+            raise UserError(f"--omit {' '.join(omit)} leaves no training image: omit fewer classes")
+        if student_images is None:
+            return rows
+        if not classes <= student_images <= len(rows):
+            raise UserError(
+                f"--student_images {student_images}: give at least {classes}, one per class, and at most the "
+                f"{len(rows)} that are left"
+            )
+        return rows[turns(labels[rows]).argsort(stable=True)[:student_images]].sort().values
+
+    def numbers_of(self, classes: tuple[str, ...]) -> torch.Tensor:
+        """The numbers (K,) of classes; UserError if there is no such class."""
+        for name in classes:
+            if name not in self.spec.classes:
+                known = ", ".join(self.spec.classes[:10])
+                raise UserError(f"--omit: no class of {self.spec.name} is called {name!r}: give one of {known}")
+        return torch.tensor([self.spec.classes.index(name) for name in classes], dtype=torch.int64)
 
     def held_out(self, subset: int | None, holdout: int) -> Images:
         """The images to evaluate on: the test images, of which `subset` keeps a fifth of its number, or the holdout."""
@@ -67,6 +93,14 @@ class Data:
             rows = self.rows(subset, holdout)
             return self.train[len(rows) : len(rows) + holdout]
         return self.test[: max(subset // 5, 1)] if subset else self.test
+
+
+def turns(labels: torch.Tensor) -> torch.Tensor:
+    """For each label (N,), how many equal ones stand before it (N,)."""
+    by_class, counts = labels.argsort(stable=True), labels.bincount()
+    turn = torch.empty_like(labels)
+    turn[by_class] = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[by_class]]
+    return turn
 
 
 def load_images(

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from evaluation.inference import measure_cost, medians
-from evaluation.measures import fidelity, measure
+from evaluation.measures import bias_correction, fidelity, measure, measure_omitted
 from runtime import checkpoint
 from runtime.device import PRECISIONS, Runtime
 from runtime.errors import UserError
@@ -17,6 +17,7 @@ from training.teacher_logits import TeacherLogits
 from utils import Data, Images, held_out_logits
 
 TOPS = {"top1": "top-1", "top5": "top-5"}
+CORRECTED = ("top1", "top1_omitted", "top1_others", "per_class")
 
 
 def as_trained(runtime: Runtime, run: RunConfig, precision: str = "auto") -> Runtime:
@@ -31,6 +32,33 @@ def logits_of(
 ) -> torch.Tensor:
     """The logits (N, C) of a checkpoint's model, normalised as in its training; see `compute_logits`."""
     return held_out_logits(model, images, spec_of(content), runtime, stop)
+
+
+def measure_bias(
+    model: torch.nn.Module,
+    content: dict,
+    data: Data,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    runtime: Runtime,
+    stop: StopSignal | None = None,
+) -> dict:
+    """Top-1 on omitted and on other classes of a student's logits (N, C), as they are and after the bias correction.
+
+    {} where no class was omitted. Without the training images of the student, the correction is left out.
+    """
+    run = run_from(content["run"])
+    omitted = data.numbers_of(run.omit).tolist()
+    if not omitted:
+        return {}
+    numbers = measure_omitted(logits, labels, omitted)
+    if run.images == data.spec.fingerprint:
+        train = data.train[data.rows(run.subset, run.holdout)]
+        offsets = bias_correction(logits_of(model, content, train, runtime, stop), train.labels, omitted)
+        corrected = measure(logits + offsets, labels) | measure_omitted(logits + offsets, labels, omitted)
+        numbers |= {f"corrected_{name}": corrected[name] for name in CORRECTED if name in corrected}
+        numbers["bias"] = offsets[omitted].tolist()
+    return numbers
 
 
 def measure_all(
@@ -65,6 +93,7 @@ def measure_all(
         in_training = as_trained(runtime, run)
         logits = logits_of(model, content, images, in_training, stop)
         numbers = measure(logits, images.labels)
+        numbers |= measure_bias(model, content, data, logits, images.labels, in_training, stop)
         if run.role == "teacher":
             teachers[checkpoint.fingerprint(content["model"])] = logits
         elif (its_teacher := run.teacher if run.kd else next(iter(teachers), None)) in teachers:

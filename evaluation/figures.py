@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -10,9 +11,11 @@ import matplotlib.style
 import numpy as np
 import torch
 from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
+from matplotlib.patches import Patch
 
 from evaluation.comparison import rows_of
 from evaluation.measures import BINS, reliability
+from runtime.cli import format_number
 from training.runs import row_order, run_from
 from utils import COLOURS, new_axes, new_figure, new_panels, save_figure
 
@@ -145,3 +148,105 @@ def plot_comparison(contents: list[dict], path: Path) -> Path:
             if len(values) > 1:
                 axes.fill_between(epochs, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
     return save_figure(panels[0], path)
+
+
+# ---------------------------------------------------------------------------------------------- the paper's experiments
+
+PANELS = 8  # students in one figure of classes
+
+
+@matplotlib.style.context("default")
+def plot_omitted(contents: list[dict], path: Path) -> Path | None:
+    """Draw the accuracy (%) on each class of students that never saw some of them; None if none are.
+
+    A panel per row of the table, means over seeds, before and after the bias correction.
+    """
+    rows = [(title, row) for title, row in rows_of(contents).items() if "bias" in row[0]["measured"]][:PANELS]
+    if not rows:
+        return None
+    classes = rows[0][1][0]["data"]["classes"]
+    ticks = range(0, len(classes), math.ceil(len(classes) / NAMES_SHOWN))
+    names = drawable([classes[i] for i in ticks], [f"class {i}" for i in ticks])
+    figure = new_figure(0.8 + 1.7 * len(rows))
+    seen, never = (COLOURS[5], COLOURS[0]), (COLOURS[4], COLOURS[1])
+    for axes, (title, row) in zip(figure.subplots(len(rows), squeeze=False)[:, 0], rows, strict=True):
+        omit = run_from(row[0]["run"]).omit
+        for i, key in enumerate(("per_class", "corrected_per_class")):
+            shares = np.array([content["measured"][key] for content in row], dtype=float).mean(axis=0)
+            colours = [(never if name in omit else seen)[i] for name in classes]
+            axes.bar(np.arange(len(classes)) + 0.4 * i - 0.2, 100 * shares, 0.4, color=colours)
+        axes.set_title(title[:100], fontsize=10, parse_math=False)
+        axes.set(ylabel="accuracy (%)", ylim=(0, 100), xlim=(-1, len(classes)), xticks=ticks)
+        style = {"fontsize": 8} if len(classes) <= CELLS_WITH_NUMBERS else {"fontsize": 5, "rotation": 90}
+        axes.set_xticklabels(names, parse_math=False, **style)
+        axes.grid(axis="y", alpha=0.3)
+    said = [f"{which}, {when}" for which in ("seen", "never seen") for when in ("as it is", "corrected")]
+    patches = [Patch(color=colour, label=label) for colour, label in zip((*seen, *never), said, strict=True)]
+    figure.legend(handles=patches, loc="outside upper center", ncols=4, fontsize=9)
+    return save_figure(figure.axes[0], path)
+
+
+@matplotlib.style.context("default")
+def plot_images(contents: list[dict], path: Path) -> Path | None:
+    """Draw the top-1 (%) over the number of the students' images; None unless there are several numbers.
+
+    A line is the mean of the seeds, on a band from the least to the most.
+    """
+    lines: dict[str, dict[int, list[float]]] = {}
+    for row in rows_of(contents).values():
+        run = run_from(row[0]["run"])
+        title = replace(run, student_images=None).title
+        tops = [100 * content["measured"]["top1"] for content in row]
+        lines.setdefault(title, {})[run.student_images or 0] = tops
+    counts = {count for line in lines.values() for count in line if count}
+    if len(counts) < 2:
+        return None
+    axes = new_axes("Students of a teacher of all images", "top-1 accuracy (%)")
+    for colour, (title, line) in zip(itertools.cycle(COLOURS), lines.items(), strict=False):
+        if 0 in line:  # of all images
+            axes.axhline(sum(line[0]) / len(line[0]), color=colour, linestyle="--", label=title)
+        else:
+            tops = [line[count] for count in sorted(line)]
+            mean = [sum(values) / len(values) for values in tops]
+            axes.plot(sorted(line), mean, marker=".", color=colour, label=title)
+            least, most = [min(values) for values in tops], [max(values) for values in tops]
+            axes.fill_between(sorted(line), least, most, color=colour, alpha=0.2, linewidth=0)
+    axes.set(xscale="log", xlabel="training images of the student")
+    axes.set_xticks(sorted(counts), [f"{count:,}" for count in sorted(counts)])
+    axes.minorticks_off()
+    return save_figure(axes, path)
+
+
+@matplotlib.style.context("default")
+def plot_temperatures(contents: list[dict], results: dict, path: Path) -> Path | None:
+    """Draw the gain of KD with its interval over T; None with fewer than three temperatures.
+
+    Below it the entropy of the teacher's outputs at each T, of at most log C. `results` are those of the table.
+    """
+    gains = {gain["model"]: gain for gain in results["gains"]}
+    entropies = {row["model"]: row["teacher_entropy"] for row in results["rows"] if "teacher_entropy" in row}
+    lines: dict[str, list[tuple]] = {}
+    for label, row in rows_of(contents).items():
+        run = run_from(row[0]["run"])
+        if label in gains and label in entropies:
+            points = lines.setdefault(label.replace(f", Temp = {format_number(run.temp)}", ""), [])
+            gain, mean = gains[label], gains[label]["mean"]
+            low, high = gain.get("ci", (mean, mean))
+            points.append((run.temp, mean, mean - low, high - mean, entropies[label] / math.log(run.num_classes)))
+    lines = {title: sorted(points) for title, points in lines.items() if len(points) > 2}
+    if not lines:
+        return None
+    above, below = new_figure(5.4).subplots(2, sharex=True, height_ratios=(3, 2))
+    for colour, (title, points) in zip(itertools.cycle(COLOURS), lines.items(), strict=False):
+        temps, means, lower, upper, shares = zip(*points, strict=True)
+        above.errorbar(temps, means, (lower, upper), marker=".", capsize=3, color=colour, label=title)
+        below.plot(temps, shares, marker=".", color=colour)
+    above.axhline(0, color=COLOURS[6], linewidth=0.8)
+    above.set(title="Gain of KD over T", ylabel="points of top-1", xscale="log")
+    below.set(xlabel="temperature T", ylabel="teacher's entropy / log C", ylim=(0, 1.05))
+    ticks = sorted({point[0] for points in lines.values() for point in points})
+    below.set_xticks(ticks, [format_number(temp) for temp in ticks])
+    for axes in (above, below):
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    return save_figure(above, path)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from utils import accuracies
 
 BINS = 15  # of equal width, as in Guo et al. (2017)
+CORRECTION_STEPS = 10_000  # at most
 Z = statistics.NormalDist().inv_cdf(0.975)
 
 
@@ -84,6 +85,46 @@ def fidelity(logits: torch.Tensor, teacher_logits: torch.Tensor, labels: torch.T
         "kl_to_teacher": F.kl_div(log_q, log_p, reduction="batchmean", log_target=True).item(),
         "contingency": torch.bincount(cells, minlength=4).view(2, 2).tolist(),
     }
+
+
+def softness(logits: torch.Tensor, temp: float) -> dict[str, float]:
+    """How soft the softmax of logits (N, C) / T is: mean largest probability `confidence`, mean `entropy` in nats."""
+    log_p = F.log_softmax(logits.float() / temp, dim=1)
+    p = log_p.exp()
+    return {"confidence": p.amax(1).mean().item(), "entropy": -(p * log_p).sum(1).mean().item()}
+
+
+def bias_correction(logits: torch.Tensor, labels: torch.Tensor, omitted: list[int]) -> torch.Tensor:
+    """What to add to logits (C,) so that classes never seen in training are predicted as often as they occur.
+
+    From a student's logits (N, C) and labels (N,) of the whole training set: with the offsets of the `omitted` classes
+    the mean predicted probability of each equals its share of the images; those of other classes are 0. No test image
+    and no label of a test image is used. Hinton, Vinyals & Dean (2014, section 3) raise the bias of the omitted digit 3
+    by 3.5, which they chose on the test set. All offsets are found together, each moved by log(share / mean) until none
+    moves. A class without an image keeps its logit.
+    """
+    logits, shares = logits.double(), labels.bincount(minlength=logits.shape[1]).double() / len(labels)
+    classes = [i for i in omitted if shares[i] > 0]
+    others = [i for i in range(logits.shape[1]) if i not in classes]
+    # The other classes enter as one: their logits do not change.
+    together = torch.cat((logits[:, others].logsumexp(1, keepdim=True), logits[:, classes]), dim=1)
+    offsets = torch.zeros(logits.shape[1], dtype=torch.float64)
+    for _ in range(CORRECTION_STEPS):
+        mean = F.log_softmax(together, dim=1)[:, 1:].logsumexp(0) - math.log(len(labels))
+        step = shares[classes].log() - mean
+        together[:, 1:] += step
+        offsets[classes] += step
+        if step.abs().max() < 1e-6:
+            break
+    return offsets
+
+
+def measure_omitted(logits: torch.Tensor, labels: torch.Tensor, omitted: list[int]) -> dict[str, float]:
+    """Top-1 (0 to 1) of logits (N, C) on the images of the omitted classes and on the others, where there are any."""
+    right = (predictions(logits, labels) == labels).double()
+    of_omitted = torch.isin(labels, torch.tensor(omitted))
+    parts = {"top1_omitted": right[of_omitted], "top1_others": right[~of_omitted]}
+    return {name: values.mean().item() for name, values in parts.items() if len(values)}
 
 
 def within(angle: float, freedom: int) -> float:

@@ -1,6 +1,7 @@
 """What test.py says beyond loss, top-1 and top-5, and the table of models: words and files."""
 
 import json
+import math
 import statistics
 import textwrap
 from collections.abc import Callable
@@ -9,10 +10,11 @@ from pathlib import Path
 import torch
 
 from evaluation.comparison import TOPS, rows_of
-from evaluation.figures import plot_comparison
+from evaluation.figures import plot_comparison, plot_images, plot_omitted, plot_temperatures
 from evaluation.inference import Cost, count_parameters, medians
 from evaluation.measures import BINS, holm, paired_gain, wilson
 from models import build_model
+from runtime.cli import format_number
 from runtime.files import writing
 from training.runs import (
     KD_FIELDS,
@@ -96,6 +98,28 @@ def per_class_lines(shares: list[float | None], classes: tuple[str, ...]) -> lis
     return lines
 
 
+def bias_text(numbers: dict, omitted: tuple[str, ...]) -> str:
+    """The table of top-1 with omitted classes, as it is and corrected, from what `measure_bias` returns."""
+    prefixes = {"as it is": "", "after the bias correction": "corrected_"}
+    prefixes = {title: prefix for title, prefix in prefixes.items() if f"{prefix}top1_others" in numbers}
+    rows = []
+    for title, key in {"all classes": "top1", "omitted": "top1_omitted", "others": "top1_others"}.items():
+        if key in numbers:
+            rows.append([title, *(f"{100 * numbers[prefix + key]:.2f}%" for prefix in prefixes.values())])
+    text = table([f"Top-1 without {', '.join(omitted)} in training", *prefixes], rows)
+    offsets = zip(omitted, numbers.get("bias", ()), strict=False)
+    added = ", ".join(f"{name} {offset:+.2f}" for name, offset in offsets)
+    return f"{text}\nadded to the logits: {added or 'nothing, because it was trained on other images'}"
+
+
+def softness_text(numbers: dict, temp: float, classes: int) -> str:
+    """What `softness` returns, in words."""
+    return (
+        f"T = {format_number(temp)}: mean largest probability {numbers['confidence']:.3f}, "
+        f"entropy {numbers['entropy']:.2f} of log C = {math.log(classes):.2f} nats"
+    )
+
+
 def fidelity_text(numbers: dict) -> str:
     """The table of a student's fidelity to its teacher, from what `fidelity` returns."""
     rows = [["top-1 agreement", f"{100 * numbers['agreement']:.2f}%"]]
@@ -148,6 +172,16 @@ def write_json(path: Path, content: dict) -> Path:
 # ---------------------------------------------------------------------------------------------- the table of models
 
 OTHER_MACHINES = "†"
+# Accuracies: columns with a deviation over seeds.
+ACCURACIES = {
+    "top1": "Top 1 Accuracy",
+    "top5": "Top 5 Accuracy",
+    "top1_omitted": "Omitted",
+    "top1_others": "Others",
+    "corrected_top1": "Corrected",
+    "corrected_top1_omitted": "Corrected, omitted",
+    "corrected_top1_others": "Corrected, others",
+}
 
 
 def collect(contents: list[dict]) -> dict:
@@ -168,7 +202,7 @@ def collect(contents: list[dict]) -> dict:
         if len({tuple(content["machine"].values()) for content in row}) > 1:
             numbers["machines"] = sorted({", torch ".join(c["machine"][k] for k in ("device", "torch")) for c in row})
         measured = [content["measured"] for content in row]
-        for key in [key for key in TOPS if key in measured[0]]:
+        for key in [key for key in ACCURACIES if key in measured[0]]:
             values = [100 * m[key] for m in measured]
             numbers[key] = statistics.mean(values)
             if len(values) > 1:
@@ -176,8 +210,11 @@ def collect(contents: list[dict]) -> dict:
         numbers |= {
             key: statistics.mean(m[key] for m in measured) for key in MEASURED if all(key in m for m in measured)
         }
+        if "bias" in measured[0]:
+            numbers["bias"] = [statistics.mean(values) for values in zip(*(m["bias"] for m in measured), strict=True)]
         results["rows"].append(numbers)
         if runs[0].kd:
+            numbers |= teacher_softness(row)
             differences_of_pairs = paired_differences(row, contents, is_baseline_of)
             if differences_of_pairs:
                 results["gains"].append({"model": label, **paired_gain(differences_of_pairs)})
@@ -192,6 +229,14 @@ def collect(contents: list[dict]) -> dict:
     for gain, significant in zip(tested, holm([gain["p"] for gain in tested]), strict=True):
         gain["significant"] = significant
     return results
+
+
+def teacher_softness(row: list[dict]) -> dict[str, float]:
+    """The mean softness of the teacher's outputs at the temperature of a row, in the first epochs of its logs."""
+    found = [json.loads(content["log"].splitlines()[1]).get("teacher") for content in row]
+    if None in found:  # a log of an earlier version
+        return {}
+    return {f"teacher_{key}": statistics.mean(numbers[key] for numbers in found) for key in found[0]}
 
 
 def paired_differences(
@@ -245,11 +290,13 @@ def results_text(results: dict) -> str:
     """What `collect` returns as a Markdown table, with sentences on gains and notes."""
 
     def cell(row: dict, key: str) -> str:
+        if key not in row:
+            return ""
         return f"{row[key]:.2f}%" + (f" ± {row[f'{key}_sd']:.2f}" if f"{key}_sd" in row else "")
 
     more = {key: title for key, title in MEASURED.items() if any(key in row for row in results["rows"])}
     gains = {gain["model"]: points(gain) for gain in results["gains"]}
-    tops = [key for key in TOPS if any(key in row for row in results["rows"])]
+    tops = [key for key in ACCURACIES if any(key in row for row in results["rows"])]
     rows = [
         [row["model"] + (f" {OTHER_MACHINES}" if "machines" in row else ""), *(cell(row, key) for key in tops)]
         + [f"{row['parameters']:,}", f"{row['epochs']}"]
@@ -257,7 +304,7 @@ def results_text(results: dict) -> str:
         + [FORMATS[key](row[key]) if key in row else "" for key in more]
         for row in results["rows"]
     ]
-    titles = [*(f"Top {key[-1]} Accuracy" for key in tops), "Parameters", "Epochs"]
+    titles = [*(ACCURACIES[key] for key in tops), "Parameters", "Epochs"]
     titles += ["Gain of KD"] * bool(gains) + list(more.values())
     texts = [table(["Model", *titles], rows), *map(gain_text, results["gains"])]
     if results["gains_over_kd"]:
@@ -276,7 +323,8 @@ def results_text(results: dict) -> str:
 def publish(contents: list[dict], folder: Path) -> None:
     """Write what the table of measured checkpoints shows into a folder, and print it.
 
-    results.md and results.json are the table, comparison.png its runs' curves, runs.jsonl their logs.
+    results.md and results.json are the table, comparison.png its runs' curves, runs.jsonl their logs. Omitted classes,
+    several numbers of images and three or more temperatures have figures of their own.
     """
     results = collect(contents)
     text = results_text(results)
@@ -285,4 +333,10 @@ def publish(contents: list[dict], folder: Path) -> None:
             temporary.write_text(content, encoding="utf-8", errors="replace")  # a file's name may be no text
     write_json(folder / "results.json", results)
     plot_comparison(contents, folder / "comparison.png")
-    print(f"{text}\nsaved {folder}: results.md, results.json, comparison.png and runs.jsonl")
+    drawn = [
+        plot_omitted(contents, folder / "omitted.png"),
+        plot_images(contents, folder / "images.png"),
+        plot_temperatures(contents, results, folder / "temperatures.png"),
+    ]
+    names = ["results.md", "results.json", "comparison.png", *(path.name for path in drawn if path)]
+    print(f"{text}\nsaved {folder}: {', '.join(names)} and runs.jsonl")

@@ -22,6 +22,7 @@ class Recipe:
 
 RECIPE_FIELDS = tuple(f.name for f in fields(Recipe))
 OPTIMIZERS = ("muon", "sgd")
+OF_DIGITS = {"made_for": 5000, "most": 40}  # images, and times as many epochs: 120, as with CIFAR's recipe
 CIFAR = {
     ("teacher", "muon"): Recipe(num_epochs=16, lr=0.1, head_lr=0.003, norm_lr=0.11),
     ("student", "muon"): Recipe(num_epochs=30, lr=0.1, head_lr=0.2, norm_lr=0.11, views=16),
@@ -36,20 +37,25 @@ DIGITS = {
 }
 
 
-def recipe_of(dataset: str, role: str, optimizer: str, train_images: int) -> Recipe:
-    """The recipe of a role ("teacher" | "student") on a data set; a folder's is scaled to its number of images."""
-    if dataset == "folder":
-        return scale_recipe(CIFAR[role, optimizer], train_images)
-    return (DIGITS if dataset == "digits" else CIFAR)[role, optimizer]
+def recipe_of(dataset: str, role: str, optimizer: str, train_images: int, student_images: int | None = None) -> Recipe:
+    """The recipe of a role ("teacher" | "student") on a data set.
+
+    A folder's is scaled to its number of images, and any data set's to the student's number of images if that is given.
+    """
+    recipe = (DIGITS if dataset == "digits" else CIFAR)[role, optimizer]
+    images = student_images or (train_images if dataset == "folder" else None)
+    if images is None:
+        return recipe
+    return scale_recipe(recipe, images, **(OF_DIGITS if dataset == "digits" else {}))
 
 
-def scale_recipe(recipe: Recipe, images: int) -> Recipe:
-    """A recipe for 50,000 training images at another number of them: as many images are seen in all, within bounds.
+def scale_recipe(recipe: Recipe, images: int, made_for: int = 50_000, most: float = 4) -> Recipe:
+    """A recipe at another number of training images than it was made for: as many are seen in all, within bounds.
 
-    At most four times as many epochs and at least a quarter, in batches of at most a 64th of the images (a power of
+    At most `most` times as many epochs and at least a quarter, in batches of at most a 64th of the images (a power of
     two, from 32 up to the recipe's).
     """
-    epochs = round(recipe.num_epochs * min(max(50_000 / images, 0.25), 4))
+    epochs = round(recipe.num_epochs * min(max(made_for / images, 0.25), most))
     batch_size = min(max(2 ** int(math.log2(max(images / 64, 1))), 32), recipe.batch_size)
     return replace(recipe, num_epochs=epochs, batch_size=batch_size)
 

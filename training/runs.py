@@ -4,6 +4,7 @@ Three objects: the options of config.py hold what the user typed; a RunName hold
 a RunConfig holds every value that shapes the run's result. `plan` is the only way from options to RunConfigs.
 """
 
+import hashlib
 from dataclasses import asdict, dataclass, fields, replace
 
 from data_sets import DataSet
@@ -11,6 +12,7 @@ from runtime.cli import format_number, typed
 from training.recipes import LOSS_DEFAULTS, RECIPE_FIELDS, ce_weight_of, recipe_of
 
 DEFAULT_SEED = 42
+LONGEST_WORDS = 80  # of the omitted classes in a file name
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class RunName:
     seed: int = DEFAULT_SEED
     subset: int | None = None
     holdout: int = 0
+    omit: tuple[str, ...] = ()  # classes of which a student sees no training image
+    student_images: int | None = None  # how many training images a student sees; None: all
 
     @property
     def kd(self) -> bool:
@@ -47,9 +51,12 @@ class RunName:
 
     @property
     def trial(self) -> str:
-        """What the file names of a trial end with."""
-        subset = f"_subset{self.subset}" if self.subset else ""
-        return subset + (f"_holdout{self.holdout}" if self.holdout else "")
+        """What file names end with if not all training images are used."""
+        classes = "_".join(self.omit)
+        if len(classes) > LONGEST_WORDS:
+            classes = f"{len(self.omit)}_classes_{hashlib.sha256(classes.encode()).hexdigest()[:8]}"
+        parts = {"subset": self.subset, "holdout": self.holdout, "omit_": classes, "images": self.student_images}
+        return "".join(f"_{name}{value}" for name, value in parts.items() if value)
 
     @property
     def stem(self) -> str:
@@ -67,6 +74,8 @@ class RunName:
             title = f"Student (with {loss_function(self.loss).upper()}, Temp = {format_number(self.temp)})"
         else:
             title = "Student (w/o KD)"
+        title += f", omit {' '.join(self.omit)}" if self.omit else ""
+        title += f", {self.student_images:,} images" if self.student_images else ""
         return title + "".join(
             f", {name} {getattr(self, name)}" for name in ("subset", "holdout") if getattr(self, name)
         )
@@ -78,9 +87,9 @@ class RunName:
         if self.kd:
             words += ["--kd True"] + ([f"--loss {self.loss}"] if self.loss != "kd" else [])
             words += [f"--temp {format_number(self.temp)}"]
-        for name in ("dataset", "seed", "subset", "holdout"):
+        for name in ("dataset", "seed", "subset", "holdout", "omit", "student_images"):
             if getattr(self, name) != getattr(RunName, name):
-                words.append(f"--{name} {getattr(self, name)}")
+                words.append(f"--{name} {typed(getattr(self, name))}")
         return " ".join(words + [f"--{name} {typed(value)}" for name, value in folders.items()])
 
 
@@ -143,7 +152,9 @@ def name_of(options) -> RunName:
     kd = {"loss": loss, "temp": (options.temp or LOSS_DEFAULTS[loss].temps)[0]} if options.kd else {}
     role = "teacher" if options.tto else "student"
     seed = DEFAULT_SEED if options.seed is None else options.seed
-    return RunName(options.dataset, role, **kd, seed=seed, subset=options.subset, holdout=options.holdout)
+    images = (options.student_images or (None,))[0]
+    trial = {"subset": options.subset, "holdout": options.holdout, "omit": options.omit, "student_images": images}
+    return RunName(options.dataset, role, **kd, seed=seed, **trial)
 
 
 def names_of(options) -> list[RunName]:
@@ -156,10 +167,12 @@ def names_of(options) -> list[RunName]:
         losses = tuple(dict.fromkeys((*losses, *(f"kd_as_{loss}" for loss in losses if loss_function(loss) != "kd"))))
     names = [] if options.teacher else [first.teacher_name]
     for seed in range(first.seed, first.seed + options.seeds):
-        names.append(replace(first, seed=seed))
-        for loss in losses:
-            for temp in options.temp or LOSS_DEFAULTS[loss].temps:
-                names.append(replace(first, seed=seed, loss=loss, temp=temp))
+        for images in options.student_images or (None,):
+            student = replace(first, seed=seed, student_images=images)
+            names.append(student)
+            for loss in losses:
+                for temp in options.temp or LOSS_DEFAULTS[loss].temps:
+                    names.append(replace(student, loss=loss, temp=temp))
     return names
 
 
@@ -170,7 +183,7 @@ def plan(options, data: DataSet, precision: str, processes: int) -> list[RunConf
 
 def resolve(name: RunName, options, data: DataSet, precision: str, processes: int) -> RunConfig:
     """One run of the plan: the recipe's values where nothing was typed."""
-    recipe = asdict(recipe_of(name.dataset, name.role, options.optimizer, data.train_images))
+    recipe = asdict(recipe_of(name.dataset, name.role, options.optimizer, data.train_images, name.student_images))
     if not (options.all and name.role == "teacher"):  # with --all these options are the students'
         recipe |= {f: getattr(options, f) for f in RECIPE_FIELDS if getattr(options, f) is not None}
     if recipe["views"] is None:
@@ -221,7 +234,7 @@ def say(run: RunConfig, name: str, label: str | None = None) -> str:
     """A field in words."""
     value = getattr(run, name)
     value = value[:8] if name in ("teacher", "images") and value else value
-    value = typed(value) if isinstance(value, (tuple, float)) else value
+    value = typed(value) or "none" if isinstance(value, (tuple, float)) else value
     return f"{name if label is None else label} {value}".strip()
 
 
