@@ -28,6 +28,7 @@ import torch
 from data_sets import DataSet
 from evaluation.comparison import measure_all
 from evaluation.report import publish
+from models import build_model_of, fingerprint_layers
 from runtime import checkpoint
 from runtime.device import Runtime, machine
 from runtime.errors import Stopped, UserError, exit_code
@@ -58,6 +59,7 @@ def train_epoch(
             batch = batch[runtime.rank :: runtime.world_size]
             images, labels = views.images(batch, k), views.labels[batch]
             soft_targets = teacher_logits[batch] if config.kd else None
+            run.seed_step()
             with runtime.autocast():
                 logits = run.forward(images)
             loss, ce, kl = training_loss(
@@ -181,11 +183,15 @@ def train_all(options: config.TrainOptions) -> None:
     with StopSignal() as stop, start(options.device, options.precision, options.deterministic) as runtime:
         if options.sync_bn and runtime.device.type != "cuda":
             raise UserError("--sync_bn True needs CUDA devices: leave it out")
-        data = load_images(options.dataset, options.data_path, runtime, options.flip, options.skip_broken, stop)
+        images_here = options.flip, options.skip_broken, stop, options.size
+        data = load_images(options.dataset, options.data_path, runtime, *images_here)
         for note in data.notes:
             runtime.print(note)
         views = Views(data.train, data.spec, runtime.device)
         runs = plan(options, data.spec, runtime.precision, runtime.world_size)
+        if options.student:  # before a teacher is trained for it
+            layers = fingerprint_layers(build_model_of(runs[-1]))
+            runs = [replace(run, student_layers=layers if run.student else "") for run in runs]
         teacher, contents = None, []
         for run in runs:
             if run.kd:
@@ -207,7 +213,7 @@ def train_all(options: config.TrainOptions) -> None:
         if options.all:
             shown = measure_all(contents, data, runtime, teacher, stop)
             if runtime.is_main:
-                publish(shown, options.plots_folder / f"results_{options.dataset}{runs[0].trial}")
+                publish(shown, options.plots_folder / f"results_{options.dataset}{runs[-1].own}{runs[-1].trial}")
         else:
             runtime.print(f"evaluate it with `{run.command('test.py', **options.folders())}`")
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from evaluation.inference import measure_cost
+from evaluation.inference import count_parameters, measure_cost
 from evaluation.measures import fidelity, measure
 from runtime import checkpoint
 from runtime.device import Runtime
@@ -38,11 +38,12 @@ def measure_all(
     teacher: TeacherLogits | None = None,
     stop: StopSignal | None = None,
     cost: bool = False,
+    student: str | None = None,
 ) -> list[dict]:
     """The checkpoints, teachers first, that fit the data, each with what is `measured` of it; the others are named.
 
     A student is compared with its own teacher, if that is `teacher` or among them, and one without KD with the first.
-    With `cost` they are timed, too. Stopped if a signal came.
+    With `cost` they are timed, too. `student` is the --student that was typed. Stopped if a signal came.
     """
     shown, teachers = [], {}  # the logits of each teacher, by its fingerprint
     if teacher and teacher.model is None and contents:  # a teacher with a model is among the checkpoints
@@ -56,20 +57,20 @@ def measure_all(
         try:
             if why := mismatch(content, run, data.spec):
                 raise UserError(f"{content['path']} {why}")
-            model = load_model(content, runtime)
+            model = load_model(content, runtime, student)
         except UserError as error:
             runtime.print(f"left out: {error}")
             continue
         in_training = as_trained(runtime, run)
         logits = logits_of(model, content, images, in_training, stop)
-        numbers = measure(logits, images.labels)
+        numbers = measure(logits, images.labels) | {"parameters": count_parameters(model)}
         if run.role == "teacher":
             teachers[checkpoint.fingerprint(content["model"])] = logits
         elif (its_teacher := run.teacher if run.kd else next(iter(teachers), None)) in teachers:
             numbers |= fidelity(logits, teachers[its_teacher], images.labels)
         numbers["seconds"] = content["seconds"]
         if cost and runtime.is_main:
-            numbers |= measure_cost(model, content["path"], in_training).medians()
+            numbers |= measure_cost(model, content["path"], in_training, run.size).medians()
         shown.append(content | {"measured": numbers})
     return shown
 

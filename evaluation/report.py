@@ -10,9 +10,8 @@ import torch
 
 from evaluation.comparison import TOPS, rows_of
 from evaluation.figures import plot_comparison
-from evaluation.inference import Cost, count_parameters
+from evaluation.inference import Cost
 from evaluation.measures import BINS, holm, paired_gain, wilson
-from models import build_model
 from runtime.files import writing
 from training.runs import (
     KD_FIELDS,
@@ -97,7 +96,7 @@ def cost_text(cost: Cost, teacher: Cost | None) -> str:
         "multiply-accumulates per image",
         "checkpoint",
         "latency at batch 1, ms",
-        "images/s at batch 256",
+        f"images/s at batch {cost.batch}",
     ]
     if teacher is None:
         return table(
@@ -159,9 +158,7 @@ def collect(contents: list[dict]) -> dict:
     rows = rows_of(contents)
     for label, row in rows.items():
         runs = [run_from(content["run"]) for content in row]
-        with torch.device("meta"):
-            parameters = count_parameters(build_model(runs[0].role, runs[0].num_classes))
-        numbers = {"model": label, "epochs": runs[0].num_epochs, "parameters": parameters}
+        numbers = {"model": label, "epochs": runs[0].num_epochs, "parameters": row[0]["measured"]["parameters"]}
         numbers["seeds"] = [run.seed for run in runs]
         if len({tuple(content["machine"].values()) for content in row}) > 1:
             numbers["machines"] = sorted({", torch ".join(c["machine"][k] for k in ("device", "torch")) for c in row})

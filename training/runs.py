@@ -6,7 +6,7 @@ a RunConfig holds every value that shapes the run's result. `plan` is the only w
 
 from dataclasses import asdict, dataclass, fields, replace
 
-from data_sets import DataSet
+from data_sets import SIDE, DataSet
 from runtime.cli import format_number, typed
 from training.recipes import LOSS_DEFAULTS, RECIPE_FIELDS, ce_weight_of, recipe_of
 
@@ -24,6 +24,8 @@ class RunName:
     seed: int = DEFAULT_SEED
     subset: int | None = None
     holdout: int = 0
+    student: str | None = None  # MODULE:FUNCTION of the user's own; None: ours, or a teacher
+    size: int = SIDE  # of the images, in pixels
 
     @property
     def kd(self) -> bool:
@@ -33,7 +35,7 @@ class RunName:
     @property
     def teacher_name(self) -> "RunName":
         """The teacher to learn from: of a trial, one of the same images; its seed is always the default one."""
-        return RunName(self.dataset, "teacher", subset=self.subset, holdout=self.holdout)
+        return RunName(self.dataset, "teacher", subset=self.subset, holdout=self.holdout, size=self.size)
 
     @property
     def split(self) -> str:
@@ -48,28 +50,34 @@ class RunName:
     @property
     def trial(self) -> str:
         """What the file names of a trial end with."""
+        size = f"_size{self.size}" if self.size != SIDE else ""
         subset = f"_subset{self.subset}" if self.subset else ""
-        return subset + (f"_holdout{self.holdout}" if self.holdout else "")
+        return size + subset + (f"_holdout{self.holdout}" if self.holdout else "")
+
+    @property
+    def own(self) -> str:
+        """What a user's own student adds to file names."""
+        return f"_{self.student.replace(':', '.')}" if self.student else ""
 
     @property
     def stem(self) -> str:
         """The file name without its suffix: teacher, student or student_kd_t5, and what differs from the defaults."""
         kd = f"_{self.loss}_t{format_number(self.temp)}" if self.kd else ""
         seed = "" if self.seed == DEFAULT_SEED else f"_seed{self.seed}"
-        return f"{self.prefix}{self.role}{kd}{seed}{self.trial}"
+        return f"{self.prefix}{self.role}{self.own}{kd}{seed}{self.trial}"
 
     @property
     def title(self) -> str:
         """The run in a table or a figure, without its seed."""
+        student = f"Student {self.student}" if self.student else "Student"
         if self.role == "teacher":
             title = "Teacher (VGG19 with BN)"
         elif self.kd:
-            title = f"Student (with {loss_function(self.loss).upper()}, Temp = {format_number(self.temp)})"
+            title = f"{student} (with {loss_function(self.loss).upper()}, Temp = {format_number(self.temp)})"
         else:
-            title = "Student (w/o KD)"
-        return title + "".join(
-            f", {name} {getattr(self, name)}" for name in ("subset", "holdout") if getattr(self, name)
-        )
+            title = f"{student} (w/o KD)"
+        names = [name for name in ("size", "subset", "holdout") if getattr(self, name) != getattr(RunName, name)]
+        return title + "".join(f", {name} {getattr(self, name)}" for name in names)
 
     def command(self, script: str, **folders) -> str:
         """What to type to train ("train.py") or to evaluate ("test.py") this run, with further options."""
@@ -78,7 +86,7 @@ class RunName:
         if self.kd:
             words += ["--kd True"] + ([f"--loss {self.loss}"] if self.loss != "kd" else [])
             words += [f"--temp {format_number(self.temp)}"]
-        for name in ("dataset", "seed", "subset", "holdout"):
+        for name in ("dataset", "seed", "subset", "holdout", "student", "size"):
             if getattr(self, name) != getattr(RunName, name):
                 words.append(f"--{name} {getattr(self, name)}")
         return " ".join(words + [f"--{name} {typed(value)}" for name, value in folders.items()])
@@ -107,6 +115,7 @@ class RunConfig(RunName):
     precision: str
     processes: int
     teacher: str | None = None  # the fingerprint of its weights, once it is loaded
+    student_layers: str = ""  # of the user's own student, the fingerprint of its layers, once it is imported
 
     @property
     def title(self) -> str:
@@ -143,7 +152,9 @@ def name_of(options) -> RunName:
     kd = {"loss": loss, "temp": (options.temp or LOSS_DEFAULTS[loss].temps)[0]} if options.kd else {}
     role = "teacher" if options.tto else "student"
     seed = DEFAULT_SEED if options.seed is None else options.seed
-    return RunName(options.dataset, role, **kd, seed=seed, subset=options.subset, holdout=options.holdout)
+    own = None if options.tto else options.student
+    images = {"subset": options.subset, "holdout": options.holdout, "size": options.size}
+    return RunName(options.dataset, role, **kd, seed=seed, student=own, **images)
 
 
 def names_of(options) -> list[RunName]:
@@ -220,7 +231,7 @@ def describe_differences(run: RunConfig, other: RunConfig, ignoring: set[str] = 
 def say(run: RunConfig, name: str, label: str | None = None) -> str:
     """A field in words."""
     value = getattr(run, name)
-    value = value[:8] if name in ("teacher", "images") and value else value
+    value = value[:8] if name in ("teacher", "images", "student_layers") and value else value
     value = typed(value) if isinstance(value, (tuple, float)) else value
     return f"{name if label is None else label} {value}".strip()
 
@@ -250,9 +261,9 @@ def saw_held_out(run: RunConfig, name: RunName, train_images: int) -> bool:
 
 
 def row_order(run: RunName) -> tuple:
-    """The place of a run in a table: the teacher, the student without KD, then by loss, temperature and seed."""
+    """The place of a run in a table: the teacher, then by student, loss (first none), temperature and seed."""
     loss = list(LOSS_DEFAULTS).index(run.loss) if run.kd else -1
-    return run.role != "teacher", loss, run.temp or 0.0, run.seed
+    return run.role != "teacher", run.student or "", loss, run.temp or 0.0, run.seed
 
 
 def labels(runs: list[RunConfig]) -> list[str]:
