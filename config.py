@@ -6,7 +6,7 @@ Standard library and tables only: `--help` and a wrong option answer before torc
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from data_sets import DATA_SETS
+from data_sets import DATA_SETS, SIDE, SIZES
 from runtime.cli import (
     LARGEST,
     Parser,
@@ -16,6 +16,7 @@ from runtime.cli import (
     device_name,
     file_name,
     folder_name,
+    function_name,
     number,
     option,
     parse_words,
@@ -38,11 +39,17 @@ class Options:
     seed: int | None = option(
         WHAT, f"seed of initial weights, order and views (default: {DEFAULT_SEED})", number(int, at_least=0)
     )
+    student: str | None = option(
+        WHAT, "your own student, MODULE:FUNCTION called with num_classes (default: ours)", function_name
+    )
     dataset: str = option(
         DATA, "cifar10, cifar100, digits (drawn, no download) or folder", default="cifar10", choices=DATA_SETS
     )
     data_path: Path = option(DATA, "folder of the data, for folder of train/<class>/*", folder_name, Path("data"))
     skip_broken: bool = option(DATA, "leave out pictures that can't be read (--dataset folder)", boolean, False)
+    size: int = option(
+        DATA, "pixels along a side of an image (folder, digits): a multiple of 32", int, SIDE, choices=SIZES
+    )
     subset: int | None = option(DATA, "a trial: the first N training and N/5 test images", AT_LEAST_1)
     holdout: int = option(
         DATA, "evaluate on the last N training images, not trained on, instead of the test set",
@@ -138,9 +145,9 @@ class TrainOptions(Options):
     @property
     def table_folder(self) -> Path:
         """Where the table of --all is."""
-        trial = replace(name_of(self), student_images=None).trial
+        name = replace(name_of(self), student_images=None)
         images = f"_images{'_'.join(map(str, self.student_images))}" if self.student_images else ""
-        return self.plots_folder / f"results_{self.dataset}{trial}{images}"
+        return self.plots_folder / f"results_{self.dataset}{name.own}{name.trial}{images}"
 
 
 @dataclass(frozen=True)
@@ -176,10 +183,14 @@ NEEDS = {
 }
 STUDENTS_IMAGES = ("omit", "student_images")
 EXCLUDES = {
-    "train.py": {"tto": ("kd", "all", *STUDENTS_IMAGES), "kd": ("all",), "alpha": ("kd_weight", "ce_weight")},
+    "train.py": {
+        "tto": ("kd", "all", "student", *STUDENTS_IMAGES),
+        "kd": ("all",),
+        "alpha": ("kd_weight", "ce_weight"),
+    },
     "test.py": {
-        "tto": ("kd", *STUDENTS_IMAGES),
-        "checkpoint": ("tto", "kd", "temp", "loss", "seed", "dataset", "subset", "holdout", "compare", "name")
+        "tto": ("kd", "student", *STUDENTS_IMAGES),
+        "checkpoint": ("tto", "kd", "temp", "loss", "seed", "dataset", "size", "subset", "holdout", "compare", "name")
         + STUDENTS_IMAGES,
         "compare": ("tto", "kd", "temp", "loss", "seed", "image", "soften", "json", "export", *STUDENTS_IMAGES),
         "soften": ("json", "export"),
@@ -204,6 +215,8 @@ def parse(script: str, options_class: type[Options], argv: list | None) -> tuple
     options = replace(options, omit=classes_of(parser, options.omit, DATA_SETS[options.dataset].classes))
     if options.skip_broken and options.dataset != "folder" and "checkpoint" not in given:
         parser.error("--skip_broken requires --dataset folder: add that, or leave --skip_broken out")
+    if options.size != SIDE and options.dataset in ("cifar10", "cifar100"):
+        parser.error(f"--size: the images of {options.dataset} have {SIDE} x {SIDE} pixels: leave it out")
     return parser, options
 
 
@@ -250,7 +263,7 @@ def parse_train(argv: list | None = None) -> TrainOptions:
     if (options.seed or 0) + options.seeds - 1 > LARGEST:
         parser.error(f"--seed {options.seed} is too large for {options.seeds} --seeds: the last is at most {LARGEST}")
     row = DATA_SETS[options.dataset]
-    most = replace(row, flip=row.flip if options.flip is None else options.flip).views
+    most = replace(row, flip=row.flip if options.flip is None else options.flip, size=options.size).views
     if options.views is not None and options.views > most:
         parser.error(f"--views: an image of {options.dataset} has {most} views, not {options.views}")
     return options

@@ -56,6 +56,8 @@ def find_checkpoint(options: config.TestOptions, runtime: Runtime) -> dict:
     """
     if options.checkpoint:
         content = checkpoint.load(options.checkpoint)
+        if options.student and not run_from(content["run"]).student:
+            raise UserError(f"{options.checkpoint} is no student of your own: leave --student out")
         if "metrics" not in content:
             raise UserError(f"{options.checkpoint} is an unfinished run: rerun its command to finish it")
         if content["run"]["role"] == "teacher" and options.teacher:
@@ -100,14 +102,14 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
     content = find_checkpoint(options, runtime)
     run, path = run_from(content["run"]), content["path"]
     runtime = as_trained(runtime, run, options.precision)
-    model = load_model(content, runtime)
+    model = load_model(content, runtime, options.student)
     for file in filter(None, (options.json, options.export)):
         make_folder(file.parent)
     has_images = run.dataset != "folder" or os.path.isdir(options.data_path / "train")
     if options.export and not options.json and not has_images:
         text = export(model, options.export, content) if runtime.is_main else ""
         return runtime.print(f"saved {text}; not evaluated, because there is no {options.data_path / 'train'}")
-    data = load_images(run.dataset, options.data_path, runtime, run.flip, options.skip_broken)
+    data = load_images(run.dataset, options.data_path, runtime, run.flip, options.skip_broken, size=run.size)
     if why := mismatch(content, run, data.spec, same_images=False):
         raise UserError(f"{path} {why}")
     notes = [*data.notes]
@@ -125,10 +127,10 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
             if run.kd and run.teacher != teacher.fingerprint:
                 notes.append(f"{teacher.path} is not the teacher that this student learned from")
             if teacher.model and runtime.is_main:
-                teacher_cost = inference.measure_cost(teacher.model, teacher.path, runtime)
+                teacher_cost = inference.measure_cost(teacher.model, teacher.path, runtime, run.size)
     if not runtime.is_main:
         return
-    cost = inference.measure_cost(model, path, runtime)
+    cost = inference.measure_cost(model, path, runtime, run.size)
     classes, title = data.spec.classes, f"{run.title} on {run.dataset}"
     stem = options.plots_folder / path.stem
     saved = [
@@ -164,10 +166,11 @@ def export(model: torch.nn.Module, path: Path, content: dict) -> str:
 def compare(options: config.TestOptions, runtime: Runtime) -> None:
     """Evaluate every finished checkpoint of these images and publish their table; UserError if there is none."""
     contents = find_checkpoints(options, runtime)
-    data = load_images(options.dataset, options.data_path, runtime, skip_broken=options.skip_broken)
+    broken, size = options.skip_broken, options.size
+    data = load_images(options.dataset, options.data_path, runtime, skip_broken=broken, size=size)
     for note in data.notes:
         runtime.print(note)
-    shown = measure_all(contents, data, runtime, cost=True)
+    shown = measure_all(contents, data, runtime, cost=True, student=options.student)
     if not shown:
         command = name_of(options).command(
             "train.py --all True", **options.folders("data_path", "weights_path", "name")
@@ -193,9 +196,9 @@ def find_checkpoints(options: config.TestOptions, runtime: Runtime) -> list[dict
                 contents.append(checkpoint.load(path))
             except UserError as error:
                 runtime.print(f"left out: {error}")
-    images = options.dataset, options.subset, options.holdout
+    images = options.dataset, options.size, options.subset, options.holdout
     runs = [run_from(content["run"]) for content in contents]
-    found = [(r, c) for r, c in zip(runs, contents, strict=True) if (r.dataset, r.subset, r.holdout) == images]
+    found = [(r, c) for r, c in zip(runs, contents, strict=True) if (r.dataset, r.size, r.subset, r.holdout) == images]
     if options.teacher:
         its_own = None, checkpoint.fingerprint(checkpoint.load(options.teacher)["model"])
         found = [
@@ -219,12 +222,12 @@ def classify(options: config.TestOptions, runtime: Runtime) -> None:
     if run.role == "student" and not options.soften:
         with left_out_unless_named(options, runtime.print):
             teacher = checkpoint.load(teacher_path(run, options))
-            if spec_of(teacher).classes != spec.classes:
-                raise UserError(f"{teacher['path']} has other classes than {contents[0]['path']}")
+            if (spec_of(teacher).classes, spec_of(teacher).size) != (spec.classes, spec.size):
+                raise UserError(f"{teacher['path']} has other classes or images than {contents[0]['path']}")
             contents.append(teacher)
     answers = {}
     for content in contents:
-        model, title = load_model(content, runtime), run_from(content["run"]).title
+        model, title = load_model(content, runtime, options.student), run_from(content["run"]).title
         for temp in options.soften or (1.0,):
             label = f"{title}, T = {format_number(temp)}" if options.soften else title
             in_training = as_trained(runtime, run_from(content["run"]), options.precision)
@@ -243,10 +246,10 @@ def read_pictures(options: config.TestOptions, run: RunConfig, runtime: Runtime)
     """The pictures of --image, or the test images; which to show, all or the first of four classes; their names."""
     if options.image:
         with reject_decompression_bombs():
-            pixels = torch.from_numpy(np.stack([read_picture(path) for path in options.image]))
+            pixels = torch.from_numpy(np.stack([read_picture(path, size=run.size) for path in options.image]))
         count = len(pixels)
         return Images(pixels, torch.zeros(count)), list(range(count)), [str(path) for path in options.image]
-    data = load_images(run.dataset, options.data_path, runtime, skip_broken=options.skip_broken)
+    data = load_images(run.dataset, options.data_path, runtime, skip_broken=options.skip_broken, size=run.size)
     images = data.held_out(run.subset, run.holdout)
     labels = images.labels.tolist()
     rows = sorted(labels.index(label) for label in set(labels))[:4]

@@ -36,6 +36,7 @@ from data_sets import DataSet
 from evaluation.comparison import measure_all
 from evaluation.measures import softness
 from evaluation.report import publish, softness_text
+from models import build_model_of, fingerprint_layers
 from runtime import checkpoint
 from runtime.device import Runtime, machine
 from runtime.errors import Stopped, UserError, exit_code
@@ -66,6 +67,7 @@ def train_epoch(
             batch = batch[runtime.rank :: runtime.world_size]
             images, labels = views.images(batch, k), views.labels[batch]
             soft_targets = teacher_logits[batch] if config.kd else None
+            run.seed_step()
             with runtime.autocast():
                 logits = run.forward(images)
             loss, ce, kl = training_loss(
@@ -209,11 +211,15 @@ def train_all(options: config.TrainOptions) -> None:
     with StopSignal() as stop, start(options.device, options.precision, options.deterministic) as runtime:
         if options.sync_bn and runtime.device.type != "cuda":
             raise UserError("--sync_bn True needs CUDA devices: leave it out")
-        data = load_images(options.dataset, options.data_path, runtime, options.flip, options.skip_broken, stop)
+        images_here = options.flip, options.skip_broken, stop, options.size
+        data = load_images(options.dataset, options.data_path, runtime, *images_here)
         for note in data.notes:
             runtime.print(note)
         views = Views(data.train, data.spec, runtime.device)
         runs = plan(options, data.spec, runtime.precision, runtime.world_size)
+        if options.student:  # before a teacher is trained for it
+            layers = fingerprint_layers(build_model_of(runs[-1]))
+            runs = [replace(run, student_layers=layers if run.student else "") for run in runs]
         for run in runs:
             training_rows(run, data)  # what leaves no images is told before anything is trained
         to_do = [run for run in runs if not has_ended(files_of(run, options), options)]

@@ -10,10 +10,11 @@ import matplotlib.ticker
 import torch
 import torch.nn.functional as F
 
-from data_sets import DATA_SETS, PAD, SIDE, DataSet
+from data_sets import DATA_SETS, SIDE, DataSet, padding
 from data_sets.digits import cached_digits
 from data_sets.downloaded import read_torchvision
 from data_sets.folder import read_folder
+from data_sets.memory import check_memory
 from runtime.device import Runtime
 from runtime.errors import Stopped, UserError
 from runtime.files import writing
@@ -22,9 +23,7 @@ from runtime.processes import main_first
 from runtime.progress import Progress
 from runtime.signals import StopSignal
 
-EVALUATION_BATCH = 500
-OFFSETS = 2 * PAD + 1  # crop positions along one axis
-CROPS = OFFSETS**2
+EVALUATION_BATCH = 500  # images of 32 x 32; as many pixels of larger ones
 FEW_CLASSES = 5  # with so few classes every image is right in the top 5
 DIGITS_IMAGES = {"train": 5000, "test": 2000}
 
@@ -33,7 +32,7 @@ DIGITS_IMAGES = {"train": 5000, "test": 2000}
 
 @dataclass(frozen=True)
 class Images:
-    """Images in memory: pixels (N, 32, 32, 3) uint8 and labels (N,) int64, on one device."""
+    """Images in memory: pixels (N, S, S, 3) uint8 and labels (N,) int64, on one device."""
 
     pixels: torch.Tensor
     labels: torch.Tensor
@@ -110,20 +109,22 @@ def load_images(
     flip: bool | None = None,
     skip_broken: bool = False,
     stop: StopSignal | None = None,
+    size: int = SIDE,
 ) -> Data:
     """The data set `name` in `folder`, downloaded or drawn if it is missing; UserError if it can't be had.
 
     The row gets what the images say: their fingerprint, their number and, unless it has them, mean and deviation.
     """
-    spec, notes = DATA_SETS[name], []
+    spec, notes = replace(DATA_SETS[name], size=size), []
     with main_first(runtime):
         if spec.source == "folder":
-            classes, arrays, notes = read_folder(folder, skip_broken, show_progress=runtime.is_main, stop=stop)
+            classes, arrays, notes = read_folder(folder, skip_broken, size, runtime.is_main, stop, runtime.print)
             spec = replace(spec, classes=classes)
         elif spec.source == "digits":
-            arrays = {split: cached_digits(folder, split, count) for split, count in DIGITS_IMAGES.items()}
+            check_memory(sum(DIGITS_IMAGES.values()), size, runtime.print)
+            arrays = {split: cached_digits(folder, split, count, size) for split, count in DIGITS_IMAGES.items()}
         else:
-            arrays = read_torchvision(spec, folder)
+            arrays = read_torchvision(spec, folder, runtime.print)
     train, test = (Images(*map(torch.from_numpy, arrays[split])) for split in ("train", "test"))
     digest = hashlib.sha256(repr(spec.classes).encode())
     for tensor in (train.pixels, train.labels, test.pixels, test.labels):
@@ -149,10 +150,14 @@ def pixel_statistics(pixels: torch.Tensor) -> tuple[tuple[float, ...], tuple[flo
 # ---------------------------------------------------------------------------------------------- views
 
 
+def seed_of(*key) -> int:
+    """A seed that depends on `key` alone."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
+
+
 def seeded_generator(*key) -> torch.Generator:
     """A CPU generator whose stream depends on `key` alone."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return torch.Generator().manual_seed(seed_of(*key))
 
 
 def epoch_order(rows: torch.Tensor, seed: int, epoch: int) -> torch.Tensor:
@@ -179,24 +184,28 @@ def epoch_view(count: int, flip: bool, seed: int, epoch: int) -> int:
 class Views:
     """The random crops and mirror images of a training set: each image has its own 1st, 2nd, ... view.
 
-    A view is (dy * 9 + dx) * 2 + mirrored. The k-th view of an image depends on nothing but the image's row and the
-    size of the training set: all seeds share it, and so the teacher's logits of it.
+    A view is (dy * offsets + dx) * 2 + mirrored; images of 32 x 32 have 9 offsets along an axis. The k-th view of an
+    image depends on nothing but its row and the size of the training set: all seeds share it, and so the teacher's
+    logits of it.
     """
 
     def __init__(self, images: Images, spec: DataSet, device: torch.device) -> None:
         self.device, self.flip = device, spec.flip
         home = torch.device("cpu") if device.type == "mps" else device  # MPS can't gather from overlapping windows
         self.labels = images.labels.to(device)
-        self.padded = F.pad(images.pixels.to(home), (0, 0, PAD, PAD, PAD, PAD))
-        # The window of 32 rows of 96 bytes that starts at each padded pixel: picking a crop copies 32 blocks.
+        side, pad = images.pixels.shape[2], padding(images.pixels.shape[2])
+        self.offsets = 2 * pad + 1  # crop positions along one axis
+        self.padded = F.pad(images.pixels.to(home), (0, 0, pad, pad, pad, pad))
+        # The window of `side` rows of pixels that starts at each padded pixel: picking a crop copies so many blocks.
         self.width = self.padded.shape[2]
-        last_start = len(images) * self.width**2 - (SIDE - 1) * (self.width + 1)
-        self.windows = self.padded.as_strided((last_start, SIDE, SIDE * 3), (3, self.width * 3, 1))
+        last_start = len(images) * self.width**2 - (side - 1) * (self.width + 1)
+        self.windows = self.padded.as_strided((last_start, side, side * 3), (3, self.width * 3, 1))
         self.normalise = Normaliser(spec, device)
         generator = seeded_generator("views of images")
-        self.crops = torch.randperm(CROPS, generator=generator).to(home)
+        self.crops = torch.randperm(self.offsets**2, generator=generator).to(home)
         self.mirrored_first = torch.randint(2, (len(images),), generator=generator).to(home)
-        self.starts = torch.randint(CROPS, (len(images), 2), generator=generator).to(home)  # unmirrored and mirrored
+        starts = torch.randint(self.offsets**2, (len(images), 2), generator=generator)
+        self.starts = starts.to(home)  # unmirrored and mirrored
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -204,33 +213,33 @@ class Views:
     def view_of(self, rows: torch.Tensor, k: int) -> torch.Tensor:
         """The k-th view (B,) of image rows (B,): every other k mirrored, all different until all are used."""
         if not self.flip:
-            return 2 * self.crops[(self.starts[rows, 0] + k) % CROPS]
+            return 2 * self.crops[(self.starts[rows, 0] + k) % len(self.crops)]
         mirrored = (self.mirrored_first[rows] + k) % 2
-        return 2 * self.crops[(self.starts[rows, mirrored] + k // 2) % CROPS] + mirrored
+        return 2 * self.crops[(self.starts[rows, mirrored] + k // 2) % len(self.crops)] + mirrored
 
     def images(self, rows: torch.Tensor, k: int) -> torch.Tensor:
-        """Image rows (B,) in their k-th view, normalised (B, 3, 32, 32) channels_last."""
+        """Image rows (B,) in their k-th view, normalised (B, 3, S, S) channels_last."""
         rows = rows.to(self.padded.device)
         views = self.view_of(rows, k)
-        top, left, mirrored = views // 2 // OFFSETS, views // 2 % OFFSETS, views % 2 == 1
+        top, left, mirrored = views // 2 // self.offsets, views // 2 % self.offsets, views % 2 == 1
         crops = self.windows.index_select(0, (rows * self.width + top) * self.width + left)
-        flipped = crops.unflatten(2, (SIDE, 3)).flip(2).flatten(2)
+        flipped = crops.unflatten(2, (-1, 3)).flip(2).flatten(2)
         # Chosen eight bytes at a time: byte by byte takes longer than all the rest.
         words = torch.where(mirrored.view(-1, 1, 1), flipped.view(torch.int64), crops.view(torch.int64))
-        return self.normalise(words.view(torch.uint8).unflatten(2, (SIDE, 3)).to(self.device))
+        return self.normalise(words.view(torch.uint8).unflatten(2, (-1, 3)).to(self.device))
 
 
 class Normaliser:
-    """Pixels (B, 32, 32, 3) uint8 -> (B, 3, 32, 32) float32 of mean 0 and deviation 1, channels_last without a copy."""
+    """Pixels (B, S, S, 3) uint8 -> (B, 3, S, S) float32 of mean 0 and deviation 1, channels_last without a copy."""
 
     def __init__(self, spec: DataSet, device: torch.device) -> None:
         mean, std = torch.tensor(spec.mean, device=device), torch.tensor(spec.std, device=device)
         # For a whole row of pixels at once: three numbers at a time take seven times as long.
-        self.scale, self.shift = (1 / (255 * std)).repeat(SIDE), (-mean / std).repeat(SIDE)
+        self.scale, self.shift = (1 / (255 * std)).repeat(spec.size), (-mean / std).repeat(spec.size)
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         values = pixels.flatten(2).float().mul_(self.scale).add_(self.shift)
-        return values.unflatten(2, (SIDE, 3)).permute(0, 3, 1, 2)
+        return values.unflatten(2, (-1, 3)).permute(0, 3, 1, 2)
 
 
 # ---------------------------------------------------------------------------------------------- loss
@@ -291,21 +300,23 @@ def compute_logits(
     stop: StopSignal | None = None,
     title: str = "",
 ) -> torch.Tensor:
-    """Logits (count, num_classes), float64 on every process's CPU, of images (B, 3, 32, 32) = images_of(rows (B,)).
+    """Logits (count, num_classes), float64 on every process's CPU, of images (B, 3, S, S) = images_of(rows (B,)).
 
     All batches have one size and processes share them, so that an image's logits depend on neither. With a `title`,
     progress is shown. Stopped if a signal came to a single process, UserError if a logit is not finite.
     """
     logits = torch.zeros(count, num_classes, dtype=torch.float64)
-    starts = range(0, count, EVALUATION_BATCH)
+    size = images_of(torch.zeros(1, dtype=torch.int64)).shape[-1]
+    step = max(EVALUATION_BATCH * SIDE**2 // size**2, 1)
+    starts = range(0, count, step)
     shown = bool(title) and runtime.is_main
     with runtime.repeatable_logits(), Progress(title, len(starts), shown, unit="batch") as progress:
         for start in starts[runtime.rank :: runtime.world_size]:
-            rows = torch.arange(start, start + EVALUATION_BATCH).clamp(max=count - 1)
+            rows = torch.arange(start, start + step).clamp(max=count - 1)
             images = images_of(rows).contiguous(memory_format=runtime.memory_format)
             with runtime.autocast():
                 batch = model(images)
-            logits[start : start + EVALUATION_BATCH] = batch[: count - start].cpu().double()
+            logits[start : start + step] = batch[: count - start].cpu().double()
             if stop is not None and stop.number and runtime.world_size == 1:
                 raise Stopped(stop.number)
             if progress.step():

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from data_sets import PAD, SIDE, DataSet
+from data_sets import SIDE, DataSet, padding
 from models import build_model
 from models.vgg import initialise
 from utils import Images
@@ -38,7 +38,7 @@ def baseline_batches(images: Images, spec: DataSet, batch_size: int, device: tor
     """Endless batches from a DataLoader of 2 workers that crop, flip and normalise image by image."""
     transform = transforms.Compose(
         [
-            transforms.RandomCrop(SIDE, padding=PAD),
+            transforms.RandomCrop(SIDE, padding=padding(SIDE)),
             *([transforms.RandomHorizontalFlip()] if spec.flip else []),
             transforms.ToTensor(),
             transforms.Normalize(spec.mean, spec.std),

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-SIDE = 32  # of an image, in pixels
-PAD = 4  # pixels around an image before a random crop
+SIDE = 32  # of an image, in pixels, unless --size says more
+SIZES = tuple(range(SIDE, 225, SIDE))  # which VGG19's five pools divide by 32
 # How a picture of any size becomes an image: data_sets/pictures.py.
-PICTURES = "upright by its EXIF, shortest side to 32 (bicubic), centre crop, transparency on white, RGB"
+PICTURES = "upright by its EXIF, shortest side to {} (bicubic), centre crop, transparency on white, RGB"
 
 
 @dataclass(frozen=True)
@@ -18,13 +18,19 @@ class DataSet:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     flip: bool = True  # whether a mirrored image still belongs to its class
+    size: int = SIDE  # of an image, in pixels
     fingerprint: str = ""  # a hash of all images and labels, once they are read
     train_images: int = 0  # once they are read
 
     @property
     def views(self) -> int:
         """Crops of an image at every offset, times 2 if it may be mirrored."""
-        return (2 * PAD + 1) ** 2 * (1 + self.flip)
+        return (2 * padding(self.size) + 1) ** 2 * (1 + self.flip)
+
+
+def padding(size: int) -> int:
+    """Pixels around an image of a size before a random crop."""
+    return size // 8
 
 
 CIFAR100_CLASSES = """

@@ -1,4 +1,4 @@
-"""Ten classes of drawn 32 x 32 RGB digits: a data set that needs no download.
+"""Ten classes of drawn RGB digits: a data set that needs no download.
 
 Like SYN DIGITS (Ganin and Lempitsky, ICML 2015, arXiv:1409.7495): digits of varying font, size, position, rotation
 and colour, with neighbours at the edges, blur and noise. The label is the digit in the middle, drawn over the others.
@@ -25,7 +25,7 @@ FONTS = {
     "STIXGeneral STIXGeneralBol STIXGeneralItalic cmb10 cmr10",
     "test": "DejaVuSans-BoldOblique DejaVuSansMono-Bold DejaVuSerif-Italic STIXGeneralBolIta cmss10 cmtt10",
 }
-# The difficulty, in pixels and in levels of 255; a pair is the range of a uniform distribution.
+# The difficulty, in pixels of a 32 x 32 image and in levels of 255; a pair is the range of a uniform distribution.
 HEIGHT, STRETCH = (16, 26), (0.7, 1.3)  # of a digit; its width is multiplied by STRETCH
 ROTATION = 23  # degrees, at most
 OFFSET = 2  # of the labelled digit from the image's centre, at most, along each axis
@@ -37,8 +37,8 @@ TINT = 45  # of each colour channel, at most
 BLUR, NOISE = 1.2, 20  # largest standard deviations, in pixels and in levels
 
 
-def make_digits(split: str, count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Images (count, 32, 32, 3) uint8 and labels (count,) int64 of "train" or "test".
+def make_digits(split: str, count: int, seed: int = 0, size: int = SIDE) -> tuple[np.ndarray, np.ndarray]:
+    """Images (count, size, size, 3) uint8 and labels (count,) int64 of "train" or "test".
 
     Every ten images in a row contain each class once; fewer images are a prefix of more.
     """
@@ -47,19 +47,20 @@ def make_digits(split: str, count: int, seed: int = 0) -> tuple[np.ndarray, np.n
     glyphs = [draw_glyphs(ImageFont.truetype(font, 100)) for font in fonts]
     blocks = [np.random.default_rng([stream, seed, 0, i]).permutation(10) for i in range(-(-count // 10))]
     labels = np.array(blocks, dtype=np.int64).reshape(-1)[:count]
-    pixels = np.empty((count, SIDE, SIDE, 3), np.uint8)
+    pixels = np.empty((count, size, size, 3), np.uint8)
     for i, label in enumerate(labels):
-        pixels[i] = draw_image(glyphs, label, np.random.default_rng([stream, seed, 1, i]))
+        pixels[i] = draw_image(glyphs, label, np.random.default_rng([stream, seed, 1, i]), size)
     return pixels, labels
 
 
-def cached_digits(folder: Path, split: str, count: int) -> tuple[np.ndarray, np.ndarray]:
+def cached_digits(folder: Path, split: str, count: int, size: int = SIDE) -> tuple[np.ndarray, np.ndarray]:
     """`make_digits` with seed 0, kept in a file in `folder` if that can be written."""
-    path = folder / f"digits_v{VERSION}_pillow{PIL.__version__}_{split}_{count}.npz"
+    larger = "" if size == SIDE else f"_size{size}"
+    path = folder / f"digits_v{VERSION}_pillow{PIL.__version__}_{split}_{count}{larger}.npz"
     # Missing, or damaged: then the images are drawn again.
     with suppress(OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError), np.load(path) as stored:
         return stored["pixels"], stored["labels"]
-    pixels, labels = make_digits(split, count)
+    pixels, labels = make_digits(split, count, size=size)
     with suppress(UserError), writing(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, pixels=pixels, labels=labels)
     return pixels, labels
@@ -75,11 +76,13 @@ def draw_glyphs(font: ImageFont.FreeTypeFont) -> list[Image.Image]:
     return glyphs
 
 
-def draw_image(glyphs: list[list[Image.Image]], label: int, random: np.random.Generator) -> np.ndarray:
-    """One image (32, 32, 3) uint8 of a label; `glyphs` are indexed by font and digit."""
+def draw_image(
+    glyphs: list[list[Image.Image]], label: int, random: np.random.Generator, size: int = SIDE
+) -> np.ndarray:
+    """One image (size, size, 3) uint8 of a label, the same at each size; `glyphs` are indexed by font and digit."""
     alike = random.random() < ALIKE
     grey = random.uniform(*BACKGROUND)
-    image = Image.new("RGB", (SIDE, SIDE), tint(grey, random))
+    image = Image.new("RGB", (size, size), tint(grey, random))
     font, colour = random.integers(len(glyphs)), digit_colour(grey, random)
     for edge in ((-1, 0), (1, 0), (0, -1), (0, 1)):
         if random.random() < NEIGHBOUR:
@@ -87,10 +90,10 @@ def draw_image(glyphs: list[list[Image.Image]], label: int, random: np.random.Ge
             centre = distance * np.array(edge) + along * np.array(edge[::-1])
             other_font, other_colour = random.integers(len(glyphs)), digit_colour(grey, random)
             glyph = glyphs[font if alike else other_font][random.integers(10)]
-            image.paste(colour if alike else other_colour, mask=place(glyph, centre, random))
-    image.paste(colour, mask=place(glyphs[font][label], random.uniform(-OFFSET, OFFSET, 2), random))
-    image = image.filter(ImageFilter.GaussianBlur(BLUR * random.random() ** 0.5))
-    noisy = np.asarray(image) + random.normal(0, random.uniform(0, NOISE), (SIDE, SIDE, 3))
+            image.paste(colour if alike else other_colour, mask=place(glyph, centre, random, size))
+    image.paste(colour, mask=place(glyphs[font][label], random.uniform(-OFFSET, OFFSET, 2), random, size))
+    image = image.filter(ImageFilter.GaussianBlur(BLUR * random.random() ** 0.5 * size / SIDE))
+    noisy = np.asarray(image) + random.normal(0, random.uniform(0, NOISE), (size, size, 3))
     return noisy.round().clip(0, 255).astype(np.uint8)
 
 
@@ -105,12 +108,12 @@ def tint(grey: float, random: np.random.Generator) -> tuple[int, ...]:
     return tuple((grey + random.uniform(-TINT, TINT, 3)).clip(0, 255).astype(int).tolist())
 
 
-def place(glyph: Image.Image, centre: np.ndarray, random: np.random.Generator) -> Image.Image:
-    """A glyph's mask (32 x 32, grey) at `centre`, in pixels from the image's, of random size, stretch and rotation."""
+def place(glyph: Image.Image, centre: np.ndarray, random: np.random.Generator, size: int) -> Image.Image:
+    """A glyph's mask (size, size), grey, at `centre` from the image's, of random height, stretch and rotation."""
     zoom = glyph.height / random.uniform(*HEIGHT)
     angle = np.deg2rad(random.uniform(-ROTATION, ROTATION))
     rotation = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-    matrix = np.array([[zoom / random.uniform(*STRETCH)], [zoom]]) * rotation  # from image to glyph
+    matrix = np.array([[zoom / random.uniform(*STRETCH)], [zoom]]) * rotation  # from a 32 x 32 image to glyph
     x, y = np.array(glyph.size) / 2 - matrix @ (centre + SIDE / 2)
-    (a, b), (c, d) = matrix / 2  # four samples per pixel, then averaged
-    return glyph.transform((2 * SIDE, 2 * SIDE), Image.Transform.AFFINE, (a, b, x, c, d, y)).reduce(2)
+    (a, b), (c, d) = matrix * (SIDE / size) / 2  # four samples per pixel, then averaged
+    return glyph.transform((2 * size, 2 * size), Image.Transform.AFFINE, (a, b, x, c, d, y)).reduce(2)

@@ -1,17 +1,21 @@
 """The data sets that torchvision downloads."""
 
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torchvision
 
 from data_sets import SIDE, DataSet
+from data_sets.memory import check_memory
 from data_sets.pictures import square
 from runtime.errors import UserError
 
 
-def read_torchvision(spec: DataSet, folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def read_torchvision(
+    spec: DataSet, folder: Path, tell: Callable[[str], None]
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Pixels and labels of "train" and "test" from torchvision, which downloads what is missing and checks its MD5."""
     dataset_class = getattr(torchvision.datasets, spec.source)
     if hasattr(dataset_class, "meta"):  # CIFAR's file of class names, which the row has: another file stands in for it
@@ -37,17 +41,22 @@ def read_torchvision(spec: DataSet, folder: Path) -> dict[str, tuple[np.ndarray,
                 f"no complete {spec.source} in {folder}, and the download from {url} "
                 f"failed: {why}; run again with a network, {archive}or give its folder by --data_path"
             ) from error
-        arrays[split] = as_arrays(found)
+        check_memory(len(found), spec.size, tell)
+        arrays[split] = as_arrays(found, spec.size)
     return arrays
 
 
-def as_arrays(found: torchvision.datasets.VisionDataset) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels (N, 32, 32, 3) uint8 and labels (N,) int64 of a data set that gives pictures and numbers of classes."""
+def as_arrays(found: torchvision.datasets.VisionDataset, size: int = SIDE) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels (N, size, size, 3) uint8 and labels (N,) int64 of a data set of pictures and numbers of classes."""
     pixels = getattr(found, "data", None)
-    if isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.shape[1:] == (SIDE, SIDE, 3):
+    if isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.shape[1:] == (size, size, 3):
         return np.ascontiguousarray(pixels), np.asarray(found.targets, dtype=np.int64)
-    pixels, labels = np.empty((len(found), SIDE, SIDE, 3), np.uint8), np.empty(len(found), np.int64)
+    pixels, labels = np.empty((len(found), size, size, 3), np.uint8), np.empty(len(found), np.int64)
     for i in range(len(found)):
         picture, labels[i] = found[i]
-        pixels[i] = square(picture)
+        if min(picture.size) < size > SIDE:
+            raise UserError(
+                f"--size {size}: an image has {picture.width} x {picture.height} pixels: give a smaller one"
+            )
+        pixels[i] = square(picture, size)
     return pixels, labels

@@ -10,6 +10,7 @@ import json
 import os
 import unicodedata
 import zipfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 import PIL
 
 from data_sets import SIDE
+from data_sets.memory import check_memory
 from data_sets.pictures import read_picture, reject_decompression_bombs
 from runtime.errors import Stopped, UserError, reason
 from runtime.files import writing
@@ -36,7 +38,12 @@ Images = tuple[np.ndarray, np.ndarray]  # pixels (N, size, size, 3) uint8, label
 
 
 def read_folder(
-    root: Path, skip_broken: bool = False, size: int = SIDE, show_progress: bool = True, stop: StopSignal | None = None
+    root: Path,
+    skip_broken: bool = False,
+    size: int = SIDE,
+    show_progress: bool = True,
+    stop: StopSignal | None = None,
+    tell: Callable[[str], None] = print,
 ) -> tuple[tuple[str, ...], dict[str, Images], list[str]]:
     """Class names, the images of "train" and "test", and notes to print, one line each.
 
@@ -47,6 +54,7 @@ def read_folder(
         key = files_key(root, files, size)
     except OSError as error:
         raise UserError(f"can't read {error.filename or root}: {reason(error)}") from error
+    check_memory(len(files), size, tell)
     packed = load_packed(root / "packed.npz", key)
     if packed is None:
         packed = pack(files, size, show_progress, stop)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from evaluation.inference import measure_cost, medians
+from evaluation.inference import count_parameters, measure_cost, medians
 from evaluation.measures import bias_correction, fidelity, measure, measure_omitted
 from runtime import checkpoint
 from runtime.device import PRECISIONS, Runtime
@@ -68,11 +68,12 @@ def measure_all(
     teacher: TeacherLogits | None = None,
     stop: StopSignal | None = None,
     cost: bool = False,
+    student: str | None = None,
 ) -> list[dict]:
     """The checkpoints, teachers first, that fit the data, each with what is `measured` of it; the others are named.
 
     A student is compared with its own teacher, if that is `teacher` or among them, and one without KD with the first.
-    With `cost` they are timed, too. Stopped if a signal came.
+    With `cost` they are timed, too. `student` is the --student that was typed. Stopped if a signal came.
     """
     shown, teachers = [], {}  # the logits of each teacher, by its fingerprint
     if teacher and teacher.model is None and contents:  # a teacher with a model is among the checkpoints
@@ -86,13 +87,13 @@ def measure_all(
         try:
             if why := mismatch(content, run, data.spec):
                 raise UserError(f"{content['path']} {why}")
-            model = load_model(content, runtime)
+            model = load_model(content, runtime, student)
         except UserError as error:
             runtime.print(f"left out: {error}")
             continue
         in_training = as_trained(runtime, run)
         logits = logits_of(model, content, images, in_training, stop)
-        numbers = measure(logits, images.labels)
+        numbers = measure(logits, images.labels) | {"parameters": count_parameters(model)}
         numbers |= measure_bias(model, content, data, logits, images.labels, in_training, stop)
         if run.role == "teacher":
             teachers[checkpoint.fingerprint(content["model"])] = logits
@@ -100,7 +101,7 @@ def measure_all(
             numbers |= fidelity(logits, teachers[its_teacher], images.labels)
         numbers["seconds"] = content["seconds"]
         if cost and runtime.is_main:
-            numbers |= medians(measure_cost(model, content["path"], in_training))
+            numbers |= medians(measure_cost(model, content["path"], in_training, run.size))
         shown.append(content | {"measured": numbers})
     return shown
 

@@ -99,7 +99,7 @@ def letters_of(path: str, letters: set[str]) -> set[str]:
 
 @matplotlib.style.context("default")
 def plot_pictures(pixels: list, names: list[str], answers: dict, classes: tuple[str, ...], path: Path) -> Path:
-    """Draw pictures (B, 32, 32, 3) as the models see them beside each model's probabilities (B, C); the path.
+    """Draw pictures (B, S, S, 3) as the models see them beside each model's probabilities (B, C); the path.
 
     Of many classes, the ten that the first model finds likeliest are shown.
     """

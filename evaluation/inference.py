@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_sets import SIDE, DataSet
-from models import use_products
+from models import last_linear, use_products
 from runtime.device import Runtime
 from runtime.files import writing
 from utils import Normaliser
@@ -32,18 +32,20 @@ def count_parameters(model: torch.nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def count_macs(model: torch.nn.Module) -> int:
+def count_macs(model: torch.nn.Module, size: int = SIDE) -> int:
     """Multiply-accumulates of one image, by torch's own count of the convolutions and matrix products."""
-    image = torch.zeros(1, 3, SIDE, SIDE, device=next(model.parameters()).device)
+    image = torch.zeros(1, 3, size, size, device=next(model.parameters()).device)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(image)
     return counter.get_total_flops() // 2
 
 
 @torch.inference_mode()
-def pass_seconds(model: torch.nn.Module, batch: int, runtime: Runtime, budget: float = 1.0) -> np.ndarray:
+def pass_seconds(
+    model: torch.nn.Module, batch: int, runtime: Runtime, size: int = SIDE, budget: float = 1.0
+) -> np.ndarray:
     """Quartiles (3,) of the seconds of a forward pass over `batch` images, timed for about `budget` seconds."""
-    images = torch.randn(batch, 3, SIDE, SIDE, device=runtime.device).contiguous(memory_format=runtime.memory_format)
+    images = torch.randn(batch, 3, size, size, device=runtime.device).contiguous(memory_format=runtime.memory_format)
 
     def times(least: int, most: int, seconds: float) -> list[float]:
         taken: list[float] = []
@@ -61,14 +63,15 @@ def pass_seconds(model: torch.nn.Module, batch: int, runtime: Runtime, budget: f
     return np.quantile(taken, (0.25, 0.5, 0.75))
 
 
-def measure_cost(model: torch.nn.Module, path: Path, runtime: Runtime) -> Cost:
-    """The cost of a model on this device, in this precision: counts, bytes of the checkpoint, and what was timed."""
+def measure_cost(model: torch.nn.Module, path: Path, runtime: Runtime, size: int = SIDE) -> Cost:
+    """The cost of a model on images of a size: counts, bytes of the checkpoint, and what was timed on this device."""
+    batch = max(256 * SIDE**2 // size**2, 1)  # the memory of larger images is that of fewer
     return {
         "parameters": (count_parameters(model),),
-        "macs": (count_macs(model),),
+        "macs": (count_macs(model, size),),
         "bytes": (path.stat().st_size,),
-        "latency_ms": tuple((1000 * pass_seconds(model, 1, runtime)).tolist()),
-        "images_per_second": tuple((256 / pass_seconds(model, 256, runtime)[::-1]).tolist()),
+        "latency_ms": tuple((1000 * pass_seconds(model, 1, runtime, size)).tolist()),
+        "images_per_second": tuple((batch / pass_seconds(model, batch, runtime, size)[::-1]).tolist()),
     }
 
 
@@ -79,7 +82,7 @@ def measure_cost(model: torch.nn.Module, path: Path, runtime: Runtime) -> Cost:
 def classify(
     model: torch.nn.Module, pixels: np.ndarray, spec: DataSet, runtime: Runtime, temp: float = 1.0
 ) -> torch.Tensor:
-    """The probabilities (B, C), float64 on the CPU, of pictures (B, 32, 32, 3) uint8, softened by a temperature."""
+    """The probabilities (B, C), float64 on the CPU, of pictures (B, S, S, 3) uint8, softened by a temperature."""
     images = Normaliser(spec, runtime.device)(torch.from_numpy(pixels).to(runtime.device))
     images = images.contiguous(memory_format=runtime.memory_format)
     with runtime.repeatable_logits(), runtime.autocast():
@@ -92,12 +95,13 @@ def classify(
 def export_model(model: torch.nn.Module, path: Path, data: dict) -> float:
     """Write `model` by torch.export with a dynamic batch; the largest difference of the reloaded program's logits.
 
-    `data` describes the data set; the file's `preprocessing.json` also says what the input (B, 3, 32, 32) is.
+    `data` describes the data set; the file's `preprocessing.json` also says what the input (B, 3, S, S) is.
     RuntimeError if the outputs disagree.
     """
     model = copy.deepcopy(model).to("cpu", memory_format=torch.contiguous_format)
-    use_products(model, 0).classifier.__class__ = torch.nn.Linear  # all of it is float32
-    images = torch.randn(5, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    last_linear(use_products(model, 0).requires_grad_(True)).__class__ = torch.nn.Linear  # all of it is float32
+    size = data["size"]
+    images = torch.randn(5, 3, size, size, generator=torch.Generator().manual_seed(0))
     program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
     preprocessing = data | {"input": "RGB, 0 to 1, (x - mean) / std"}
     buffer = io.BytesIO()

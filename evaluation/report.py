@@ -11,9 +11,8 @@ import torch
 
 from evaluation.comparison import TOPS, rows_of
 from evaluation.figures import plot_comparison, plot_images, plot_omitted, plot_temperatures
-from evaluation.inference import Cost, count_parameters, medians
+from evaluation.inference import Cost, medians
 from evaluation.measures import BINS, holm, paired_gain, wilson
-from models import build_model
 from runtime.cli import format_number
 from runtime.files import writing
 from training.runs import (
@@ -47,7 +46,7 @@ COSTS = {
     "macs": "multiply-accumulates per image",
     "bytes": "checkpoint",
     "latency_ms": "latency at batch 1",
-    "images_per_second": "images/s at batch 256",
+    "images_per_second": "images/s in batches",
 }
 
 # ---------------------------------------------------------------------------------------------- words
@@ -195,9 +194,7 @@ def collect(contents: list[dict]) -> dict:
     rows = rows_of(contents)
     for label, row in rows.items():
         runs = [run_from(content["run"]) for content in row]
-        with torch.device("meta"):
-            parameters = count_parameters(build_model(runs[0].role, runs[0].num_classes))
-        numbers = {"model": label, "epochs": runs[0].num_epochs, "parameters": parameters}
+        numbers = {"model": label, "epochs": runs[0].num_epochs, "parameters": row[0]["measured"]["parameters"]}
         numbers["seeds"] = [run.seed for run in runs]
         if len({tuple(content["machine"].values()) for content in row}) > 1:
             numbers["machines"] = sorted({", torch ".join(c["machine"][k] for k in ("device", "torch")) for c in row})

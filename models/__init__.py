@@ -3,10 +3,12 @@
 from torch import nn
 
 from models.convolution import use_products
+from models.own import build_own, fingerprint_layers, last_linear
 from models.student import StudentCNN
 from models.vgg import vgg19_bn
 
-__all__ = ["StudentCNN", "build_model", "use_products", "vgg19_bn"]
+__all__ = ["StudentCNN", "build_model", "build_model_of", "fingerprint_layers", "last_linear"]
+__all__ += ["use_products", "vgg19_bn"]
 BUILDERS = {"teacher": vgg19_bn, "student": StudentCNN}
 
 
@@ -15,3 +17,10 @@ def build_model(role: str, num_classes: int = 10) -> nn.Module:
     if role not in BUILDERS:
         raise ValueError(f"role must be one of {', '.join(BUILDERS)}, not {role!r}")
     return BUILDERS[role](num_classes)
+
+
+def build_model_of(run) -> nn.Module:
+    """A new model of a run: ours, or the user's own student; UserError if that is no classifier."""
+    if run.student:
+        return build_own(run.student, run.num_classes, run.size)
+    return build_model(run.role, run.num_classes)

@@ -45,6 +45,13 @@ def number(kind: type, at_least: float = -math.inf, above: float = -math.inf, at
     return parse
 
 
+def function_name(text: str) -> str:
+    """MODULE:FUNCTION, to be imported."""
+    if not re.fullmatch(r"\w+(\.\w+)*:\w+", text):
+        raise argparse.ArgumentTypeError(f"expected MODULE:FUNCTION, as in my_models:resnet8, not {text!r}")
+    return text
+
+
 def device_name(text: str) -> str:
     """auto, cpu, mps, cuda or cuda:N."""
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text):

@@ -67,9 +67,9 @@ def write_log(path: Path, run: RunConfig, tops: tuple[float, ...] = (50.0,)) -> 
     path.write_text(content_of(run, tops, tiny_student())["log"])
 
 
-def random_images(count: int, seed: int = 0) -> Images:
+def random_images(count: int, seed: int = 0, size: int = SIDE) -> Images:
     generator = torch.Generator().manual_seed(seed)
-    pixels = torch.randint(0, 256, (count, SIDE, SIDE, 3), generator=generator, dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (count, size, size, 3), generator=generator, dtype=torch.uint8)
     return Images(pixels, torch.randint(0, CLASSES, (count,), generator=generator))
 
 

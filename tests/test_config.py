@@ -61,7 +61,7 @@ def test_arguments_from_python_may_be_numbers_and_paths(monkeypatch, capsys):
 
 def test_nothing_is_filled_in_that_was_not_typed():
     folders = {f"{name}_path": Path(name) for name in ("data", "weights", "plots")}
-    shared = {"dataset": "cifar10", "device": "auto", "precision": "auto", **folders}
+    shared = {"dataset": "cifar10", "size": 32, "device": "auto", "precision": "auto", **folders}
     trained = {"seeds": 1, "resume": True, "optimizer": "muon"}
     assert {name: value for name, value in asdict(parse_train([])).items() if value} == shared | trained
     assert {name: value for name, value in asdict(parse_test([])).items() if value} == shared

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from made_up import CPU, TinyTeacher, random_images, run_of, write_log
 
 import utils
-from data_sets import DATA_SETS, PAD, SIDE
+from data_sets import DATA_SETS
 from runtime.errors import UserError
 from utils import Data, Images, Normaliser, Views, epoch_order, epoch_view, kd_loss, load_images, topk_correct
 
@@ -122,21 +122,24 @@ def test_evaluate_is_cross_entropy_and_accuracy_over_all_images(classes, monkeyp
 
 
 def slow_view(pixels: np.ndarray, view: int) -> np.ndarray:
-    """An image (32, 32, 3) uint8 in a view (3, 32, 32), normalised: padded, cropped, mirrored in numpy."""
-    padded = np.zeros((SIDE + 2 * PAD, SIDE + 2 * PAD, 3))
-    padded[PAD:-PAD, PAD:-PAD] = pixels
+    """An image (S, S, 3) uint8 in a view (3, S, S), normalised: padded by S / 8, cropped, mirrored in numpy."""
+    size, pad = len(pixels), len(pixels) // 8
+    padded = np.zeros((size + 2 * pad, size + 2 * pad, 3))
+    padded[pad:-pad, pad:-pad] = pixels
     crop, mirrored = divmod(view, 2)
-    top, left = divmod(crop, 9)
-    values = padded[top : top + SIDE, left : left + SIDE]
+    top, left = divmod(crop, 2 * pad + 1)
+    values = padded[top : top + size, left : left + size]
     values = values[:, ::-1] if mirrored else values
     return ((values / 255 - SPEC.mean) / SPEC.std).transpose(2, 0, 1)
 
 
-def test_every_view_is_padded_cropped_and_mirrored_as_in_numpy():
-    images, rows = random_images(3), torch.arange(3)
-    views = Views(images, SPEC, CPU.device)
-    assert torch.equal(views.labels, images.labels) and len(views) == 3
-    for k in range(162):
+@pytest.mark.parametrize("size, shown", [(32, range(162)), (64, range(0, 578, 31)), (224, [0, 6497])])
+def test_every_view_is_padded_cropped_and_mirrored_as_in_numpy(size, shown):
+    images, rows = random_images(3, size=size), torch.arange(3)
+    spec = replace(SPEC, size=size)
+    views = Views(images, spec, CPU.device)
+    assert torch.equal(views.labels, images.labels) and len(views) == 3 and spec.views > max(shown)
+    for k in shown:
         got = views.images(rows, k)
         assert got.is_contiguous(memory_format=torch.channels_last) and got.dtype == torch.float32
         for row, view in enumerate(views.view_of(rows, k).tolist()):
@@ -221,7 +224,7 @@ def test_a_subset_is_the_first_images_and_a_holdout_the_last_of_these():
 def test_the_fingerprint_of_a_data_set_is_of_all_pixels_labels_and_classes(digits, monkeypatch):
     arrays = {split: [a.numpy() for a in (images.pixels, images.labels)]
               for split, images in (("train", random_images(9)), ("test", random_images(4, seed=1)))}  # fmt: skip
-    monkeypatch.setattr(utils, "cached_digits", lambda folder, split, count: arrays[split])
+    monkeypatch.setattr(utils, "cached_digits", lambda folder, split, count, size: arrays[split])
     found = [load_images("digits", digits, CPU).spec]
     assert found[0].train_images == 9 and len(found[0].fingerprint) == 16
     for split in ("train", "test"):

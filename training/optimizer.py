@@ -1,9 +1,13 @@
 """Muon and SGD; the learning rate of a step."""
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from models import last_linear
 from training.runs import RunConfig
 
 MOMENTUM = 0.9
@@ -85,25 +89,39 @@ def as_matrix(weight: torch.Tensor) -> torch.Tensor:
     return weight.flatten(1)
 
 
+def is_vector(weight: torch.Tensor) -> bool:
+    """Whether a weight is no matrix but one number per channel: a bias, a norm's or a layer's scale."""
+    return weight.ndim == 0 or weight.numel() == len(weight)
+
+
+def is_depthwise(weight: torch.Tensor) -> bool:
+    """Whether a weight (O, 1, H, W) holds one filter per channel, which have nothing to do with each other."""
+    return weight.ndim == 4 and weight.shape[1] == 1 and not is_vector(weight)
+
+
 class Muon(torch.optim.Optimizer):
     """SGD whose every step is orthogonalised (Jordan et al., 2024), so that no gradient's size counts.
 
     A weight is seen as a matrix, of a convolution (out, in * 3 * 3), and its step is the nearest orthogonal matrix: all
-    directions are learnt at one speed, the rare ones too. A convolution is brought to norm sqrt(out) before it; batch
-    norm takes that scale out again, and the learning rate is relative to it. All others' steps, vectors' too, have root
-    mean square 1, times the rate (steepest descent in a norm of the layer's own: Bernstein & Newhouse, 2024).
+    directions are learnt at one speed, the rare ones too; of a depthwise one each filter's step is brought to norm 1.
+    A convolution is brought to norm sqrt(out) before it; batch norm takes that scale out again, and the learning rate
+    is relative to it. Where no batch norm follows, the step's norm is that of the weight at the start. The last layer's
+    steps and vectors' have root mean square 1, times the rate (steepest descent in a norm of the layer's own:
+    Bernstein & Newhouse, 2024).
     """
 
     def __init__(self, groups: list[dict], dtype: torch.dtype, lr: float) -> None:
-        """Groups with "momentum" and "keeps_norm"; `dtype` is that of the orthogonalisation."""
+        """Groups with "momentum", "keeps_norm" and perhaps "relative"; `dtype` is that of the orthogonalisation."""
         super().__init__(groups, {"lr": lr, "weight_decay": 0.0})
         self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
         """One step of all groups. The gradients are used up."""
-        for group in self.param_groups:
-            weights, beta = group["params"], group["momentum"]
+        moved = [(group, [w for w in group["params"] if w.grad is not None]) for group in self.param_groups]
+        moved = [(group, weights) for group, weights in moved if weights]
+        for group, weights in moved:
+            beta = group["momentum"]
             momenta = [self.momentum_of(weight) for weight in weights]
             steps = [weight.grad for weight in weights]
             torch._foreach_mul_(momenta, beta)
@@ -111,16 +129,25 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_add_(steps, momenta, alpha=beta)  # Nesterov's
             if group["keeps_norm"]:
                 set_norms(weights, [len(weight) ** 0.5 for weight in weights])
-        steps = [weight.grad for group in self.param_groups for weight in group["params"]]
-        set_norms(steps, [1.0 if step.ndim > 1 else len(step) ** 0.5 for step in steps])
-        orthogonalise([as_matrix(step) for step in steps if step.ndim > 1], self.dtype)
-        for group in self.param_groups:
-            weights, steps = group["params"], [weight.grad for weight in group["params"]]
-            if steps[0].ndim > 1 and not group["keeps_norm"]:
+        self.normalise([weight.grad for _, weights in moved for weight in weights])
+        for group, weights in moved:
+            steps = [weight.grad for weight in weights]
+            if group.get("relative"):
+                set_norms(steps, [self.first_norm_of(weight) for weight in weights])
+            elif not group["keeps_norm"] and not is_vector(steps[0]):
                 torch._foreach_mul_(steps, [max(step.shape) ** 0.5 for step in steps])
             if group["weight_decay"]:
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(weights, steps, alpha=-group["lr"])
+
+    def normalise(self, steps: list[torch.Tensor]) -> None:
+        """Orthogonalise matrices, bring vectors to root mean square 1 and depthwise filters to norm 1, in place."""
+        set_norms(steps, [step.numel() ** 0.5 if is_vector(step) else 1.0 for step in steps])
+        matrices = [as_matrix(step) for step in steps if not is_vector(step) and not is_depthwise(step)]
+        if matrices:
+            orthogonalise(matrices, self.dtype)
+        for filters in (as_matrix(step) for step in steps if is_depthwise(step)):
+            filters.div_(filters.norm(dim=1, keepdim=True).clamp_(min=TINY))
 
     def momentum_of(self, weight: torch.Tensor) -> torch.Tensor:
         """The momentum of a weight, zeros at first."""
@@ -129,29 +156,46 @@ class Muon(torch.optim.Optimizer):
             state["momentum"] = torch.zeros_like(weight)
         return state["momentum"]
 
+    def first_norm_of(self, weight: torch.Tensor) -> float:
+        """The norm that a weight had before its first step; of zeros, that of numbers of a hundredth."""
+        state = self.state[weight]
+        if "norm" not in state:
+            state["norm"] = float(weight.norm()) or 0.01 * weight.numel() ** 0.5
+        return state["norm"]
+
+
+def weights_before_batch_norm(model: nn.Module) -> set[nn.Parameter]:
+    """The weights of the layers that a batch norm follows in the order of the modules, so that their scale is free."""
+    leaves = [module for module in model.modules() if not [*module.children()]]
+    return {a.weight for a, b in itertools.pairwise(leaves) if isinstance(b, _BatchNorm) and hasattr(a, "weight")}
+
 
 def make_optimizer(model: nn.Module, run: RunConfig, dtype: torch.dtype) -> torch.optim.Optimizer:
-    """Muon or SGD, as the run says, for a model with `.features` and a `.classifier`.
+    """Muon or SGD, as the run says, for a model whose last linear layer gives the logits.
 
-    SGD's weight decay spares biases and batch norm (He et al., 2019, section 3.1), Muon's the convolutions too, whose
-    norm is kept; `dtype` is that of its orthogonalisation.
+    SGD's weight decay spares biases and batch norm (He et al., 2019, section 3.1), Muon's all but the last layer;
+    `dtype` is that of its orthogonalisation.
     """
     is_muon = run.optimizer == "muon"
-    trained = [p for p in model.features.parameters() if p.requires_grad]
-    convolutions = [p for p in trained if p.ndim > 1]
-    others = [p for p in trained if p.ndim <= 1]
-    head = model.classifier
+    head, has_free_scale = last_linear(model), weights_before_batch_norm(model)
+    body = [p for p in model.parameters() if p is not head.weight and p is not head.bias]
+    matrices = [p for p in body if not is_vector(p)]
+    decay = 0.0 if is_muon else run.weight_decay
     groups = [
-        {"params": convolutions, "lr_scale": 1.0, "weight_decay": 0.0 if is_muon else run.weight_decay},
-        {"params": others, "lr_scale": run.norm_lr},
+        {"params": [p for p in matrices if p in has_free_scale], "weight_decay": decay, "keeps_norm": True},
+        {"params": [p for p in body if is_vector(p)], "lr_scale": run.norm_lr},
         {"params": [head.weight], "lr_scale": run.head_lr, "weight_decay": run.weight_decay},
         {"params": [head.bias], "lr_scale": run.head_lr},
+        {"params": [p for p in matrices if p not in has_free_scale], "weight_decay": decay, "relative": True},
     ]
+    usual = {"lr_scale": 1.0, "keeps_norm": False}
+    for group in groups:
+        group["params"] = [p for p in group["params"] if p is not None and p.requires_grad]
+    groups = [usual | group for group in groups if group["params"]]
     if not is_muon:
         return torch.optim.SGD(groups, lr=run.lr, momentum=MOMENTUM, nesterov=True)
     for group in groups:
-        group["keeps_norm"] = group["params"] is convolutions
-        group["momentum"] = MUON_MOMENTUM if group["keeps_norm"] else MOMENTUM
+        group["momentum"] = MUON_MOMENTUM if group["keeps_norm"] or "relative" in group else MOMENTUM
     return Muon(groups, dtype, lr=run.lr)
 
 

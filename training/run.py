@@ -9,13 +9,14 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from data_sets import DATA_SETS, PICTURES, DataSet
-from models import build_model, use_products
+from models import build_model_of, use_products
 from runtime import checkpoint
 from runtime.device import Runtime, machine
 from runtime.errors import UserError
 from runtime.log import RunLog
 from training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from training.runs import RunConfig, RunName, describe_differences, differences, run_from, saw_held_out
+from utils import seed_of
 
 METRICS = ("loss", "ce", "kl", "top1", "top5")
 SAVING_SHARE = 0.01  # of the time that saving the resume state may take
@@ -46,19 +47,25 @@ class RunFiles:
 def describe_data(spec: DataSet) -> dict:
     """What a checkpoint says of its data set: all that is needed to use the model without the images."""
     words = {"classes": list(spec.classes), "mean": list(spec.mean), "std": list(spec.std)}
-    return words | {"flip": spec.flip, "pictures": PICTURES}
+    return words | {"flip": spec.flip, "size": spec.size, "pictures": PICTURES.format(spec.size)}
 
 
 def spec_of(content: dict) -> DataSet:
-    """The data set as a checkpoint describes it: classes, normalisation and flip."""
+    """The data set as a checkpoint describes it: classes, normalisation, flip and size."""
     described = {name: tuple(content["data"][name]) for name in ("classes", "mean", "std")}
-    return replace(DATA_SETS[content["run"]["dataset"]], **described, flip=content["data"]["flip"])
-
-
-def load_model(content: dict, runtime: Runtime) -> torch.nn.Module:
-    """The model of a checkpoint, ready to evaluate on the device; UserError if the weights don't fit."""
     run = run_from(content["run"])
-    model = checkpoint.load_weights(build_model(run.role, run.num_classes), content)
+    return replace(DATA_SETS[run.dataset], **described, flip=run.flip, size=run.size)
+
+
+def load_model(content: dict, runtime: Runtime, student: str | None = None) -> torch.nn.Module:
+    """The model of a checkpoint, ready to evaluate on the device; UserError if the weights don't fit.
+
+    `student` is the --student that was typed: no code runs because a checkpoint names it.
+    """
+    run = run_from(content["run"])
+    if run.student and run.student != student:
+        raise UserError(f"{content['path']} is a student of {run.student}: give --student {run.student} to run that")
+    model = checkpoint.load_weights(build_model_of(run), content)
     use_products(model, runtime.product_map)
     return model.to(runtime.device, memory_format=runtime.memory_format).eval().requires_grad_(False)
 
@@ -68,6 +75,8 @@ def mismatch(content: dict, name: RunName, spec: DataSet, same_images: bool = Tr
     run, classes = run_from(content["run"]), content["data"]["classes"]
     if tuple(classes) != spec.classes:
         return f"has {len(classes)} other classes ({', '.join(classes[:3])}, ...)"
+    if run.size != spec.size:
+        return f"was trained on images of {run.size} x {run.size} pixels, not {spec.size} x {spec.size}"
     if same_images and run.images != spec.fingerprint:
         return f"was trained on other images than those of {spec.name} here"
     if saw_held_out(run, name, spec.train_images):
@@ -88,7 +97,7 @@ class Run:
         self.steps = images // self.batch_size  # of an epoch; its last, smaller batch is left out
         self.total_steps = self.steps * config.num_epochs
         torch.manual_seed(config.seed)  # of the initial weights
-        self.model = build_model(config.role, config.num_classes)
+        self.model = build_model_of(config)
         use_products(self.model, 0 if config.compile else runtime.product_map)
         if config.sync_bn:
             self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
@@ -119,6 +128,13 @@ class Run:
         self.totals = torch.zeros(len(METRICS), dtype=dtype, device=self.runtime.device)
         self.losses = torch.zeros(self.steps, device=self.runtime.device)
         self.clock = time.monotonic()
+
+    def seed_step(self) -> None:
+        """Let what the model draws (dropout) follow from seed, epoch, step and process, as a resumed run repeats them."""
+        seed = seed_of("step", self.config.seed, self.epoch, self.step, self.runtime.rank)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed seeds all devices, which takes 30 times as long
+        if self.runtime.device.type != "cpu":
+            torch.get_device_module(self.runtime.device).manual_seed(seed)
 
     def update(self, loss: torch.Tensor) -> None:
         """One step of the optimizer, down the gradient of a loss."""

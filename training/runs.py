@@ -7,7 +7,7 @@ a RunConfig holds every value that shapes the run's result. `plan` is the only w
 import hashlib
 from dataclasses import asdict, dataclass, fields, replace
 
-from data_sets import DataSet
+from data_sets import SIDE, DataSet
 from runtime.cli import format_number, typed
 from training.recipes import LOSS_DEFAULTS, RECIPE_FIELDS, ce_weight_of, recipe_of
 
@@ -28,6 +28,8 @@ class RunName:
     holdout: int = 0
     omit: tuple[str, ...] = ()  # classes of which a student sees no training image
     student_images: int | None = None  # how many training images a student sees; None: all
+    student: str | None = None  # MODULE:FUNCTION of the user's own; None: ours, or a teacher
+    size: int = SIDE  # of the images, in pixels
 
     @property
     def kd(self) -> bool:
@@ -37,7 +39,7 @@ class RunName:
     @property
     def teacher_name(self) -> "RunName":
         """The teacher to learn from: of a trial, one of the same images; its seed is always the default one."""
-        return RunName(self.dataset, "teacher", subset=self.subset, holdout=self.holdout)
+        return RunName(self.dataset, "teacher", subset=self.subset, holdout=self.holdout, size=self.size)
 
     @property
     def split(self) -> str:
@@ -51,34 +53,40 @@ class RunName:
 
     @property
     def trial(self) -> str:
-        """What file names end with if not all training images are used."""
+        """What file names end with if the images are other ones than all of the usual size."""
         classes = "_".join(self.omit)
         if len(classes) > LONGEST_WORDS:
             classes = f"{len(self.omit)}_classes_{hashlib.sha256(classes.encode()).hexdigest()[:8]}"
-        parts = {"subset": self.subset, "holdout": self.holdout, "omit_": classes, "images": self.student_images}
+        parts = {"size": self.size if self.size != SIDE else None, "subset": self.subset, "holdout": self.holdout}
+        parts |= {"omit_": classes, "images": self.student_images}
         return "".join(f"_{name}{value}" for name, value in parts.items() if value)
+
+    @property
+    def own(self) -> str:
+        """What a user's own student adds to file names."""
+        return f"_{self.student.replace(':', '.')}" if self.student else ""
 
     @property
     def stem(self) -> str:
         """The file name without its suffix: teacher, student or student_kd_t5, and what differs from the defaults."""
         kd = f"_{self.loss}_t{format_number(self.temp)}" if self.kd else ""
         seed = "" if self.seed == DEFAULT_SEED else f"_seed{self.seed}"
-        return f"{self.prefix}{self.role}{kd}{seed}{self.trial}"
+        return f"{self.prefix}{self.role}{self.own}{kd}{seed}{self.trial}"
 
     @property
     def title(self) -> str:
         """The run in a table or a figure, without its seed."""
+        student = f"Student {self.student}" if self.student else "Student"
         if self.role == "teacher":
             title = "Teacher (VGG19 with BN)"
         elif self.kd:
-            title = f"Student (with {loss_function(self.loss).upper()}, Temp = {format_number(self.temp)})"
+            title = f"{student} (with {loss_function(self.loss).upper()}, Temp = {format_number(self.temp)})"
         else:
-            title = "Student (w/o KD)"
+            title = f"{student} (w/o KD)"
         title += f", omit {' '.join(self.omit)}" if self.omit else ""
         title += f", {self.student_images:,} images" if self.student_images else ""
-        return title + "".join(
-            f", {name} {getattr(self, name)}" for name in ("subset", "holdout") if getattr(self, name)
-        )
+        names = [name for name in ("size", "subset", "holdout") if getattr(self, name) != getattr(RunName, name)]
+        return title + "".join(f", {name} {getattr(self, name)}" for name in names)
 
     def command(self, script: str, **folders) -> str:
         """What to type to train ("train.py") or to evaluate ("test.py") this run, with further options."""
@@ -87,7 +95,7 @@ class RunName:
         if self.kd:
             words += ["--kd True"] + ([f"--loss {self.loss}"] if self.loss != "kd" else [])
             words += [f"--temp {format_number(self.temp)}"]
-        for name in ("dataset", "seed", "subset", "holdout", "omit", "student_images"):
+        for name in ("dataset", "seed", "subset", "holdout", "omit", "student_images", "student", "size"):
             if getattr(self, name) != getattr(RunName, name):
                 words.append(f"--{name} {typed(getattr(self, name))}")
         return " ".join(words + [f"--{name} {typed(value)}" for name, value in folders.items()])
@@ -116,6 +124,7 @@ class RunConfig(RunName):
     precision: str
     processes: int
     teacher: str | None = None  # the fingerprint of its weights, once it is loaded
+    student_layers: str = ""  # of the user's own student, the fingerprint of its layers, once it is imported
 
     @property
     def title(self) -> str:
@@ -154,7 +163,8 @@ def name_of(options) -> RunName:
     seed = DEFAULT_SEED if options.seed is None else options.seed
     images = (options.student_images or (None,))[0]
     trial = {"subset": options.subset, "holdout": options.holdout, "omit": options.omit, "student_images": images}
-    return RunName(options.dataset, role, **kd, seed=seed, **trial)
+    own = None if options.tto else options.student
+    return RunName(options.dataset, role, **kd, seed=seed, **trial, student=own, size=options.size)
 
 
 def names_of(options) -> list[RunName]:
@@ -233,7 +243,7 @@ def describe_differences(run: RunConfig, other: RunConfig, ignoring: set[str] = 
 def say(run: RunConfig, name: str, label: str | None = None) -> str:
     """A field in words."""
     value = getattr(run, name)
-    value = value[:8] if name in ("teacher", "images") and value else value
+    value = value[:8] if name in ("teacher", "images", "student_layers") and value else value
     value = typed(value) or "none" if isinstance(value, (tuple, float)) else value
     return f"{name if label is None else label} {value}".strip()
 
@@ -263,9 +273,9 @@ def saw_held_out(run: RunConfig, name: RunName, train_images: int) -> bool:
 
 
 def row_order(run: RunName) -> tuple:
-    """The place of a run in a table: the teacher, the student without KD, then by loss, temperature and seed."""
+    """The place of a run in a table: the teacher, then by student, loss (first none), temperature and seed."""
     loss = list(LOSS_DEFAULTS).index(run.loss) if run.kd else -1
-    return run.role != "teacher", loss, run.temp or 0.0, run.seed
+    return run.role != "teacher", run.student or "", loss, run.temp or 0.0, run.seed
 
 
 def labels(runs: list[RunConfig]) -> list[str]:

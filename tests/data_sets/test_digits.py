@@ -47,7 +47,7 @@ def test_an_image_shows_its_label(monkeypatch):
 
 def test_the_labelled_digit_is_drawn_last_and_in_the_middle(monkeypatch):
     drawn, mask = [], Image.new("L", (32, 32))
-    monkeypatch.setattr(digits, "place", lambda glyph, centre, _: drawn.append((glyph, abs(centre).max())) or mask)
+    monkeypatch.setattr(digits, "place", lambda glyph, centre, *_: drawn.append((glyph, abs(centre).max())) or mask)
     monkeypatch.setattr(digits, "NEIGHBOUR", 1)
     digits.draw_image(["0123456789"], 7, np.random.default_rng(0))
     assert len(drawn) == 5 and drawn[-1][0] == "7" and drawn[-1][1] <= 2
@@ -63,7 +63,7 @@ def test_cached_images_are_drawn_again_only_if_the_file_is_damaged(tmp_path, mon
     flipped = data[:5000] + bytes([data[5000] ^ 1]) + data[5001:]
     if damage:
         cache.write_bytes({"cut": data[:5000], "empty": b"", "flipped": flipped}[damage])
-    monkeypatch.setattr(digits, "make_digits", lambda *rest: calls.append(rest) or real(*rest))
+    monkeypatch.setattr(digits, "make_digits", lambda *rest, **more: calls.append(rest) or real(*rest, **more))
     for _ in range(2):
         images = digits.cached_digits(cache.parent, "train", 30)
         assert all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(images, expected, strict=True))

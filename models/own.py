@@ -1,0 +1,61 @@
+"""A student of the user's own: imported by its name, checked, and given logits in float32."""
+
+import hashlib
+import importlib
+import os
+import sys
+
+import torch
+from torch import nn
+
+from models.vgg import Float32Linear
+from runtime.errors import UserError
+
+
+def import_builder(name: str):
+    """What MODULE:FUNCTION names, of a module that is installed or in the current folder; UserError."""
+    module_name, _, function = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        return getattr(importlib.import_module(module_name), function)
+    except ImportError as error:
+        raise UserError(f"--student {name}: can't import {module_name}: {error}") from error
+    except AttributeError:
+        raise UserError(f"--student {name}: module {module_name} has no {function}") from None
+
+
+def build_own(name: str, num_classes: int, size: int) -> nn.Module:
+    """The model that MODULE:FUNCTION returns, its last linear layer in float32; UserError if it is no classifier."""
+    try:
+        model = import_builder(name)(num_classes=num_classes)
+    except TypeError as error:
+        raise UserError(f"--student {name} can't be called with num_classes={num_classes}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise UserError(f"--student {name} returns a {type(model).__name__}, not a torch.nn.Module")
+    images = torch.zeros(2, 3, size, size)
+    try:
+        with torch.no_grad():
+            logits = model.eval()(images)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise UserError(f"--student {name} fails on images {tuple(images.shape)}: {error}") from error
+    if (found := tuple(getattr(logits, "shape", ()))) != (2, num_classes):
+        raise UserError(f"--student {name} returns shape {found} for 2 images, not {(2, num_classes)}")
+    layer = last_linear(model)
+    if layer is None:
+        raise UserError(f"--student {name} has no linear layer that can be trained: its last layer must be one")
+    if type(layer) is nn.Linear:
+        layer.__class__ = Float32Linear
+    return model.train()
+
+
+def last_linear(model: nn.Module) -> nn.Linear | None:
+    """The last linear layer with a weight to train, in the order of the modules: that of the logits."""
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad]
+    return layers[-1] if layers else None
+
+
+def fingerprint_layers(model: nn.Module) -> str:
+    """A hash of the names and shapes of all weights and buffers, as 16 hexadecimal digits."""
+    shapes = [(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items()]
+    return hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]
