@@ -109,7 +109,7 @@ def option(group: str, text: str, parse=str, default=None, **argparse_keywords):
 def option_help(f) -> str:
     """What an option means, in which unit, and its default."""
     text = f.metadata["help"]
-    return text if f.default in (None, False) else f"{text} (default: {f.default})"
+    return text if f.default in (None, False, ()) else f"{text} (default: {f.default})"
 
 
 class Parser(argparse.ArgumentParser):

@@ -180,7 +180,7 @@ def test_options_and_plan_need_the_standard_library_only(module):
 def test_help_tells_every_option_and_default(script, options):
     text = " ".join(run_script(script, "--help", env={"COLUMNS": "1000"}).stdout.split())
     for f in fields(options):
-        meaning = f.metadata["help"] + (f" (default: {f.default})" if f.default not in (None, False) else "")
+        meaning = f.metadata["help"] + (f" (default: {f.default})" if f.default not in (None, False, ()) else "")
         assert f"--{f.name} " in text and meaning in text
 
 

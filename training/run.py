@@ -130,7 +130,7 @@ class Run:
         self.clock = time.monotonic()
 
     def seed_step(self) -> None:
-        """Seed what the model draws, dropout say, by seed, epoch, step and process, so that a resumed run repeats it."""
+        """Seed what the model draws (dropout) by seed, epoch, step and process, so that a resumed run repeats it."""
         seed = seed_of("step", self.config.seed, self.epoch, self.step, self.runtime.rank)
         torch.default_generator.manual_seed(seed)  # torch.manual_seed seeds all devices, which takes 30 times as long
         if self.runtime.device.type != "cpu":
