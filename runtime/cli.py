@@ -173,6 +173,9 @@ def answer_early(parse) -> None:
     try:
         import matplotlib  # noqa: F401
         import torchvision  # noqa: F401
+        import tqdm  # noqa: F401
+    except ImportError as error:
+        sys.exit(report(f"can't start: {error}; install what it needs with `pip install -r requirements.txt`"))
     except OSError as error:  # they keep caches, and take the folder of temporary files where they can't
         sys.exit(report(f"can't start: {error}; set TMPDIR to a folder that can be written to"))
     except KeyboardInterrupt:

@@ -20,11 +20,16 @@ def process_count() -> int:
 
 @contextlib.contextmanager
 def torch_settings(device: torch.device, deterministic: bool):
-    """Set torch's global settings within the block."""
+    """Set torch's global settings within the block; those of the host would change the results, or fail."""
     cudnn = torch.backends.cudnn
+    host = torch.get_default_dtype(), torch.get_default_device(), torch.get_float32_matmul_precision()
     before = cudnn.benchmark, cudnn.allow_tf32, cudnn.deterministic
     algorithms = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     try:
+        torch.set_default_dtype(torch.float32)
+        if host[1].type != "cpu":
+            torch.set_default_device(None)
+        torch.set_float32_matmul_precision("highest")
         if device.type == "cuda":
             torch.cuda.set_device(device)
             cudnn.benchmark = not deterministic
@@ -33,8 +38,13 @@ def torch_settings(device: torch.device, deterministic: bool):
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             cudnn.deterministic = True
             torch.use_deterministic_algorithms(True)
-        yield
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            yield
     finally:
+        torch.set_default_dtype(host[0])
+        if host[1].type != "cpu":
+            torch.set_default_device(host[1])
+        torch.set_float32_matmul_precision(host[2])
         cudnn.benchmark, cudnn.allow_tf32, cudnn.deterministic = before
         torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
 

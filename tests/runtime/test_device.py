@@ -121,6 +121,9 @@ def settings() -> dict:
         "enabled": cudnn.enabled, "benchmark": cudnn.benchmark, "tf32": cudnn.allow_tf32,
         "deterministic": cudnn.deterministic, "algorithms": torch.are_deterministic_algorithms_enabled(),
         "warn only": torch.is_deterministic_algorithms_warn_only_enabled(),
+        "dtype": torch.get_default_dtype(), "device": torch.get_default_device().type,
+        "products": torch.get_float32_matmul_precision(), "gradients": torch.is_grad_enabled(),
+        "inference": torch.is_inference_mode_enabled(), "autocast": torch.is_autocast_enabled("cpu"),
     }  # fmt: skip
 
 
@@ -133,8 +136,16 @@ def host(request, monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     torch.use_deterministic_algorithms(request.param, warn_only=request.param)
-    yield settings()
+    if request.param:
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+    torch.set_float32_matmul_precision("medium" if request.param else "highest")
+    with torch.inference_mode(request.param), torch.autocast("cpu", torch.bfloat16, enabled=request.param):
+        yield settings()
     torch.use_deterministic_algorithms(False)
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+    torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
@@ -149,6 +160,12 @@ def test_a_run_restores_the_hosts_settings(device, deterministic, host):
         except ZeroDivisionError:
             pass
         assert settings() == host
+    assert (during["dtype"], during["device"], during["products"]) == (torch.float32, "cpu", "highest")
+    assert (during["gradients"], during["inference"], during["autocast"]) == (
+        True,
+        False,
+        device == "cuda" and host["autocast"],
+    )
     if deterministic:
         assert during["deterministic"] and during["algorithms"] and not during["warn only"]
     if device == "cuda":

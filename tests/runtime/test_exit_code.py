@@ -132,6 +132,8 @@ def test_under_torchrun_which_sends_each_signal_twice_the_second_is_ignored(monk
     ("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise SystemExit(9)\n", 130, "interrupted\n"),
     ("raise OSError(30, 'Read-only file system')", 2, "{script}: error: can't start: [Errno 30] Read-only file system; "
      "set TMPDIR to a folder that can be written to\n"),
+    ("raise ImportError(\"No module named 'torch'\")", 2, "{script}: error: can't start: No module named 'torch'; "
+     "install what it needs with `pip install -r requirements.txt`\n"),
 ])  # fmt: skip
 def test_what_happens_during_the_imports_is_one_line(script, happens, code, tells, tmp_path):
     (tmp_path / "torch.py").write_text(happens)  # before torch on the path
