@@ -88,6 +88,11 @@ def test_a_name_is_a_folder_below_weights_and_plots(parse):
     assert (parse([]).weights_folder, parse([]).plots_folder) == (Path("weights"), Path("plots"))
 
 
+def test_an_omitted_class_is_a_name_or_else_a_number():
+    assert parse_train(["--omit", "dog", "3", "cat"]).omit == ("cat", "dog") == parse_test(["--omit", "5", "3"]).omit
+    assert config.classes_of(None, ("1", "2"), ("2", "1", "x", "y")) == ("2", "1"), "a name is tried first"
+
+
 @pytest.mark.parametrize("words", ["--resume False", "--resume=no", "--resume FALSE"])
 def test_the_command_that_resumes_does_not_restart(words):
     typed = shlex.split(f"--kd True {words} --temp 5 --weights_path 'a b'")
