@@ -126,7 +126,7 @@ def test_the_published_numbers_are_those_of_the_logs(dataset):
 def test_the_quoted_commands_plan_the_published_runs(dataset):
     found, planned = {run.stem: replace(run, teacher=None) for run in logs_of(dataset)}, {}
     first = next(iter(found.values()))
-    for command in re.findall(r"^python train\.py (.+)$", SECTIONS[dataset], re.MULTILINE):
+    for command in re.findall(r"^`?python train\.py ([^`\n]+)`?$", SECTIONS[dataset], re.MULTILINE):
         for run in runs_of(command, images=first.images, precision=first.precision):
             planned.setdefault(run.stem, run)  # --all uses the teacher that was trained before
     assert planned == found
@@ -140,6 +140,11 @@ def test_the_times_and_accuracies_in_the_text_are_those_of_the_logs():
     assert f"{tops['Student (with KD, Temp = 20)']:.1f} % in {minutes['student_kd_t20']:.0f} more" in top
     said = f"The teacher took {teacher:.0f} minutes, the nine students {sum(minutes.values()) / 60:.1f} hours"
     assert said in one_line(TABLES["cifar10"])
+    without, _, kd = (f"{row['corrected_top1_omitted']:.0f} %" for row in published("digits_omit/results")["rows"][1:])
+    assert f"{kd} of the test 3s right with KD at T = 20, once its bias is corrected, and {without} without KD" in top
+    biases = ["{:+.2f}".format(*row["bias"]) for row in published("digits_omit/results")["rows"][1:]]
+    assert "Corrected by {1} (T = 5) and {2} (T = 20)".format(*biases) in (page := one_line(PAGES["paper.md"]))
+    assert f"Without KD the correction, {biases[0]}, costs" in page
     minutes = minutes_of("cifar100")
     teacher = minutes.pop("cifar100_teacher")
     said = f"{teacher:.0f} minutes for the teacher and {sum(minutes.values()):.0f} for the nine students"

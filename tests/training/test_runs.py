@@ -60,7 +60,7 @@ NAMES = [
         "Student (w/o KD), omit cat dog, 1,500 images",
     ),
     ("--kd True --dataset digits --omit 3", "digits_student_kd_t5_omit_3", "Student (with KD, Temp = 5), omit 3"),
-    ("--dataset folder --omit 'a (b)' 1", "folder_student_omit_1_a (b)", "Student (w/o KD), omit 1 a (b)"),
+    ("--dataset folder --omit 'a (b)' 1", "folder_student_omit_1_a_(b)", "Student (w/o KD), omit 1 a (b)"),
 ]
 
 
