@@ -160,7 +160,7 @@ class TestOptions(Options):
     compare: bool = option(WHAT, "one table of all checkpoints in --weights_path, and a figure", boolean, False)
     image: tuple[Path, ...] | None = option(WHAT, "classify these pictures instead", file_name, nargs="+")
     soften: tuple[float, ...] | None = option(
-        WHAT, "draw the probabilities of --image, or of four test images, at these temperatures",
+        WHAT, "draw the probabilities of --image, or of four test images, at these temperatures; print how soft they are",
         number(float, at_least=0.01, at_most=1000), nargs="+",
     )  # fmt: skip
     json: Path | None = option(FILES, "also write the numbers of the report to this .json file", file_name)

@@ -3,7 +3,7 @@
 import itertools
 import json
 import math
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -186,65 +186,59 @@ def plot_omitted(contents: list[dict], path: Path) -> Path | None:
     return save_figure(figure.axes[0], path)
 
 
-@matplotlib.style.context("default")
-def plot_images(contents: list[dict], path: Path) -> Path | None:
-    """Draw the top-1 (%) over the number of the students' images; None unless there are several numbers.
+def lines_of(results: dict, key: str, words: Callable[[float], str]) -> dict[str, list[dict]]:
+    """The rows of a table that have a number `key`, in its order, by their label without its `words`."""
+    lines: dict[str, list[dict]] = {}
+    for row in sorted((row for row in results["rows"] if key in row), key=lambda row: row[key]):
+        lines.setdefault(row["model"].replace(words(row[key]), ""), []).append(row)
+    return lines
 
-    A line is the mean of the seeds, on a band from the least to the most.
+
+@matplotlib.style.context("default")
+def plot_images(results: dict, path: Path) -> Path | None:
+    """Draw the top-1 (%) of a table over the number of the students' images; None unless there are several.
+
+    A line is the mean of the seeds, on a band from the lowest to the highest.
     """
-    lines: dict[str, dict[int, list[float]]] = {}
-    for row in rows_of(contents).values():
-        run = run_from(row[0]["run"])
-        title = replace(run, student_images=None).title
-        tops = [100 * content["measured"]["top1"] for content in row]
-        lines.setdefault(title, {})[run.student_images or 0] = tops
-    counts = {count for line in lines.values() for count in line if count}
+    lines = lines_of(results, "student_images", lambda count: f", {count:,} images")
+    counts = sorted({row["student_images"] for rows in lines.values() for row in rows})
     if len(counts) < 2:
         return None
-    axes = new_axes("Students of a teacher of all images", "top-1 accuracy (%)")
-    for colour, (title, line) in zip(itertools.cycle(COLOURS), lines.items(), strict=False):
-        if 0 in line:  # of all images
-            axes.axhline(sum(line[0]) / len(line[0]), color=colour, linestyle="--", label=title)
-        else:
-            tops = [line[count] for count in sorted(line)]
-            mean = [sum(values) / len(values) for values in tops]
-            axes.plot(sorted(line), mean, marker=".", color=colour, label=title)
-            least, most = [min(values) for values in tops], [max(values) for values in tops]
-            axes.fill_between(sorted(line), least, most, color=colour, alpha=0.2, linewidth=0)
+    axes = new_axes("Students of a teacher that has seen all images", "top-1 accuracy (%)")
+    for colour, (title, rows) in zip(itertools.cycle(COLOURS), lines.items(), strict=False):
+        of_line = [row["student_images"] for row in rows]
+        axes.plot(of_line, [row["top1"] for row in rows], marker=".", color=colour, label=title)
+        seeds = [row.get("top1_of_seeds", [row["top1"]]) for row in rows]
+        axes.fill_between(of_line, [*map(min, seeds)], [*map(max, seeds)], color=colour, alpha=0.2, linewidth=0)
     axes.set(xscale="log", xlabel="training images of the student")
-    axes.set_xticks(sorted(counts), [f"{count:,}" for count in sorted(counts)])
+    axes.set_xticks(counts, [f"{count:,}" for count in counts])
     axes.minorticks_off()
     return save_figure(axes, path)
 
 
 @matplotlib.style.context("default")
-def plot_temperatures(contents: list[dict], results: dict, path: Path) -> Path | None:
-    """Draw the gain of KD with its interval over T; None with fewer than three temperatures.
+def plot_temperatures(results: dict, path: Path) -> Path | None:
+    """Draw the gain of KD in a table over T, with its interval, above the entropy of the teacher's outputs.
 
-    Below it the entropy of the teacher's outputs at each T, of at most log C. `results` are those of the table.
+    None unless a line has three temperatures or more.
     """
     gains = {gain["model"]: gain for gain in results["gains"]}
-    entropies = {row["model"]: row["teacher_entropy"] for row in results["rows"] if "teacher_entropy" in row}
-    lines: dict[str, list[tuple]] = {}
-    for label, row in rows_of(contents).items():
-        run = run_from(row[0]["run"])
-        if label in gains and label in entropies:
-            points = lines.setdefault(label.replace(f", Temp = {format_number(run.temp)}", ""), [])
-            gain, mean = gains[label], gains[label]["mean"]
-            low, high = gain.get("ci", (mean, mean))
-            points.append((run.temp, mean, mean - low, high - mean, entropies[label] / math.log(run.num_classes)))
-    lines = {title: sorted(points) for title, points in lines.items() if len(points) > 2}
+    known = {"rows": [row for row in results["rows"] if row["model"] in gains and "teacher_entropy" in row]}
+    lines = lines_of(known, "temp", lambda temp: f", Temp = {format_number(temp)}")
+    lines = {title: rows for title, rows in lines.items() if len(rows) > 2}
     if not lines:
         return None
     above, below = new_figure(5.4).subplots(2, sharex=True, height_ratios=(3, 2))
-    for colour, (title, points) in zip(itertools.cycle(COLOURS), lines.items(), strict=False):
-        temps, means, lower, upper, shares = zip(*points, strict=True)
-        above.errorbar(temps, means, (lower, upper), marker=".", capsize=3, color=colour, label=title)
-        below.plot(temps, shares, marker=".", color=colour)
+    for colour, (title, rows) in zip(itertools.cycle(COLOURS), lines.items(), strict=False):
+        temps, of_line = [row["temp"] for row in rows], [gains[row["model"]] for row in rows]
+        means = [gain["mean"] for gain in of_line]
+        halves = [gain["ci"][1] - gain["mean"] if "ci" in gain else 0 for gain in of_line]
+        above.errorbar(temps, means, halves, marker=".", capsize=3, color=colour, label=title)
+        below.plot(temps, [row["teacher_entropy"] for row in rows], marker=".", color=colour)
     above.axhline(0, color=COLOURS[6], linewidth=0.8)
-    above.set(title="Gain of KD over T", ylabel="points of top-1", xscale="log")
-    below.set(xlabel="temperature T", ylabel="teacher's entropy / log C", ylim=(0, 1.05))
-    ticks = sorted({point[0] for points in lines.values() for point in points})
+    above.set(title="Gain of KD over the temperature", ylabel="points of top-1", xscale="log")
+    below.set(xlabel="T", ylabel="teacher's entropy (nats)", ylim=(0, None))
+    ticks = sorted({row["temp"] for rows in lines.values() for row in rows})
     below.set_xticks(ticks, [format_number(temp) for temp in ticks])
     for axes in (above, below):
         axes.minorticks_off()

@@ -196,6 +196,8 @@ def collect(contents: list[dict]) -> dict:
         runs = [run_from(content["run"]) for content in row]
         numbers = {"model": label, "epochs": runs[0].num_epochs, "parameters": row[0]["measured"]["parameters"]}
         numbers["seeds"] = [run.seed for run in runs]
+        if runs[0].student_images:
+            numbers["student_images"] = runs[0].student_images
         if len({tuple(content["machine"].values()) for content in row}) > 1:
             numbers["machines"] = sorted({", torch ".join(c["machine"][k] for k in ("device", "torch")) for c in row})
         measured = [content["measured"] for content in row]
@@ -211,7 +213,7 @@ def collect(contents: list[dict]) -> dict:
             numbers["bias"] = [statistics.mean(values) for values in zip(*(m["bias"] for m in measured), strict=True)]
         results["rows"].append(numbers)
         if runs[0].kd:
-            numbers |= teacher_softness(row)
+            numbers |= {"temp": runs[0].temp, **teacher_softness(row)}
             differences_of_pairs = paired_differences(row, contents, is_baseline_of)
             if differences_of_pairs:
                 results["gains"].append({"model": label, **paired_gain(differences_of_pairs)})
@@ -332,8 +334,8 @@ def publish(contents: list[dict], folder: Path) -> None:
     plot_comparison(contents, folder / "comparison.png")
     drawn = [
         plot_omitted(contents, folder / "omitted.png"),
-        plot_images(contents, folder / "images.png"),
-        plot_temperatures(contents, results, folder / "temperatures.png"),
+        plot_images(results, folder / "images.png"),
+        plot_temperatures(results, folder / "temperatures.png"),
     ]
     names = ["results.md", "results.json", "comparison.png", *(path.name for path in drawn if path)]
     print(f"{text}\nsaved {folder}: {', '.join(names)} and runs.jsonl")

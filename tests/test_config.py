@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, run_script
+from made_up import run_of
 
 import config
 import test
@@ -86,6 +87,12 @@ def test_a_name_is_a_folder_below_weights_and_plots(parse):
     options = parse(["--name=a-0.5", "--weights_path=w"])
     assert (options.weights_folder, options.plots_folder) == (Path("w/a-0.5"), Path("plots/a-0.5"))
     assert (parse([]).weights_folder, parse([]).plots_folder) == (Path("weights"), Path("plots"))
+
+
+def test_an_omitted_class_is_a_name_or_else_a_number():
+    assert parse_train(["--omit", "dog", "3", "cat"]).omit == ("cat", "dog") == parse_test(["--omit", "5", "3"]).omit
+    assert len(run_of(f"--dataset=cifar100 --omit {' '.join(map(str, range(99)))}").stem) < 80, "a name of a file"
+    assert config.classes_of(None, ("1", "2"), ("2", "1", "x", "y")) == ("2", "1"), "a name is tried first"
 
 
 @pytest.mark.parametrize("words", ["--resume False", "--resume=no", "--resume FALSE"])

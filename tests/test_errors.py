@@ -45,6 +45,13 @@ WRONG_OPTIONS = [
     ("test.py --tto True --teacher my.pt --seed 7", "--teacher names the teacher to evaluate: leave --seed out"),
     ("train.py --skip_broken True", "--skip_broken requires --dataset folder"),
     ("test.py --skip_broken True", "--skip_broken requires --dataset folder"),
+    # The student's images.
+    ("train.py --omit kat", "--omit: no class is called 'kat': give one of airplane, automobile, "),
+    ("test.py --dataset digits --omit 10", "--omit: no class is called '10': give one of 0, 1, 2"),
+    ("train.py --dataset digits --omit 0 1 2 3 4 5 6 7 8 9", "--omit names all classes"),
+    *each("train.py --tto True", "omit 3", "student_images 40", tells=CLASH),
+    *each("test.py --checkpoint my.pt", "omit 3", "student_images 40", tells=CLASH),
+    ("train.py --student_images 40 50", "--student_images takes one value without --all True, not 2"),
     # Losses and their weights.
     ("train.py --kd True --temp 5 20", "--temp takes one value without --all True, not 2"),
     ("train.py --kd True --loss kd ls", "--loss takes one value without --all True, not 2"),
@@ -65,7 +72,7 @@ WRONG_OPTIONS = [
     *values("train.py --kd True --loss", "KD"),
     *values("train.py --num_epochs", "0", "2.5", "1" + 400 * "0", "2147483648", ""),
     *[(f"train.py --{name} 0", name) for name in (
-        "batch_size", "lr", "head_lr", "norm_lr", "subset", "seeds", "views")],
+        "batch_size", "lr", "head_lr", "norm_lr", "subset", "student_images", "seeds", "views")],
     *[(f"train.py --{name} -1", name) for name in ("weight_decay", "holdout", "seed")],
     *[(f"train.py --{name} other", name) for name in (
         "dataset", "device", "precision", "resume", "optimizer", "epochs")],
@@ -102,6 +109,8 @@ WRONG_FILES = [
     case("device of a test", "test.py --device cuda:99", "--device cuda:99: this machine has"),
     case("no folder of pictures", "train.py --dataset folder", "no folder data/train: --data_path must name"),
     case("held-out images of all", f"{TRAIN} --holdout 40", "--holdout 40 leaves none of the 40 training images"),
+    case("too few images", f"{TRAIN.replace('train.py', 'train.py --all True')} --omit 3 --student_images 8",
+         "--student_images 8: give at least 9, one per class, and at most the 36 that are left"),
     case("weights is a file", TRAIN, "can't use weights as a folder: ", lambda at: (at / "weights").touch()),
     case("plots is a file", TRAIN, "can't use plots as a folder: ", lambda at: (at / "plots").touch()),
     case("plots of a test is a file", "test.py", "can't use plots as a folder: ", lambda at: (at / "plots").touch()),

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import runpy
 import shlex
 import signal
@@ -135,6 +136,20 @@ def test_report_of_a_student_and_its_fidelity_to_the_teacher(evaluate, capfd):
     assert agreement.split("|")[2].strip() == f"{100 * numbers['agreement']:.2f}%"
     assert evaluate("--kd", f"--teacher={other}") == 0
     assert f"{other} is not the teacher that this student learned from" in capfd.readouterr().out
+
+
+def test_a_student_with_omitted_classes_is_reported_before_and_after_the_correction(report_of, capfd):
+    save("--omit cat dog", weights=3)
+    numbers, output = report_of("--omit", "3", "dog"), capfd.readouterr().out
+    corrected = {f"corrected_{name}" for name in ("top1", "top1_omitted", "top1_others", "per_class")}
+    assert set(numbers) == KEYS | corrected | {"top1_omitted", "top1_others", "bias"}
+    assert re.search(r"Top-1 without cat, dog in training \| +as it is \| after the bias correction \|", output)
+    cat, dog = numbers["bias"]
+    assert f"added to the logits: cat {cat:+.2f}, dog {dog:+.2f}\n" in output
+    assert Path("plots/student_omit_cat_dog_omitted.png").exists()
+    save("--omit cat dog", weights=3, images="c" * 16)
+    assert set(report_of("--omit", "3", "dog")) == KEYS | {"top1_omitted", "top1_others"}
+    assert "added to the logits: nothing, because it was trained on other images\n" in capfd.readouterr().out
 
 
 def foreign_teachers() -> dict[str, str]:
@@ -358,7 +373,12 @@ def test_probabilities_are_softened(evaluate, capfd, monkeypatch):
     (pixels, names, answers, classes, path), labels = drawn[0], DATA.test.labels.tolist()
     rows = sorted(labels.index(label) for label in set(labels))[:4]
     assert (pixels == DATA.test.pixels[rows].numpy()).all() and path.name == "teacher_softened.png"
-    assert names == [f"{classes[labels[row]]} (test {row})" for row in rows] and names[3] in capfd.readouterr().out
+    assert names == [f"{classes[labels[row]]} (test {row})" for row in rows] and names[3] in (
+        told := capfd.readouterr().out
+    )
+    assert (
+        told.startswith("over 20 images, at\nT = 1: mean largest probability ") and told.count(" of log C = 2.30") == 3
+    )
     assert list(answers) == [f"Teacher (VGG19 with BN), T = {temp}" for temp in (1, 5, 20)]
     plain, soft, _ = answers.values()
     torch.testing.assert_close(soft, (plain.log() / 5).softmax(1))

@@ -221,6 +221,27 @@ def test_a_subset_is_the_first_images_and_a_holdout_the_last_of_these():
         data.rows(40, 40)
 
 
+def test_a_student_sees_no_image_of_the_omitted_classes_and_the_first_of_each_other_in_turn():
+    labels = torch.tensor([0, 0, 0, 1, 2, 1, 0, 2, 1, 3])
+    data = Data(replace(SPEC, classes=tuple("abcd")), Images(torch.zeros(10, 1), labels), random_images(1))
+    assert data.rows(None, 0, ("b", "d")).tolist() == [0, 1, 2, 4, 6, 7]
+    assert data.rows(9, 1, ("b",)).tolist() == [0, 1, 2, 4, 6, 7]
+    in_turn = {4: [0, 3, 4, 9], 5: [0, 1, 3, 4, 9], 7: [0, 1, 3, 4, 5, 7, 9], 8: [0, 1, 2, 3, 4, 5, 7, 9]}
+    for count, rows in in_turn.items():
+        assert data.rows(None, 0, (), count).tolist() == rows
+    assert torch.equal(data.rows(None, 0, (), 10), data.rows(None, 0))
+    assert data.rows(None, 0, ("a",), 3).tolist() == [3, 4, 9]
+    assert data.held_out(None, 2).labels.tolist() == [1, 3], "also images of omitted classes"
+    for omit, count, tells in (
+        (("a",), 2, "--student_images 2: give at least 3, one per class, and at most the 6 that are left"),
+        ((), 11, "--student_images 11: give at least 4, one per class, and at most the 10"),
+        (("e",), None, "--omit: no class of cifar10 is called 'e': give one of a, b, c, d"),
+        (tuple("abcd"), None, "--omit a b c d leaves no training image"),
+    ):
+        with pytest.raises(UserError, match=tells):
+            data.rows(None, 0, omit, count)
+
+
 def test_the_fingerprint_of_a_data_set_is_of_all_pixels_labels_and_classes(digits, monkeypatch):
     arrays = {split: [a.numpy() for a in (images.pixels, images.labels)]
               for split, images in (("train", random_images(9)), ("test", random_images(4, seed=1)))}  # fmt: skip

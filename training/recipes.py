@@ -22,7 +22,7 @@ class Recipe:
 
 RECIPE_FIELDS = tuple(f.name for f in fields(Recipe))
 OPTIMIZERS = ("muon", "sgd")
-OF_DIGITS = {"made_for": 5000, "most": 40}  # images, and times as many epochs: 120, as with CIFAR's recipe
+OF_DIGITS = {"made_for": 5000, "most": 10}  # images, and times as many epochs: 30, as with CIFAR's recipe
 CIFAR = {
     ("teacher", "muon"): Recipe(num_epochs=16, lr=0.1, head_lr=0.003, norm_lr=0.11),
     ("student", "muon"): Recipe(num_epochs=30, lr=0.1, head_lr=0.2, norm_lr=0.11, views=16),

@@ -12,7 +12,7 @@ from runtime.cli import format_number, typed
 from training.recipes import LOSS_DEFAULTS, RECIPE_FIELDS, ce_weight_of, recipe_of
 
 DEFAULT_SEED = 42
-LONGEST_WORDS = 80  # of the omitted classes in a file name
+LONGEST_WORDS = 80  # characters of the omitted classes in a file name
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,19 @@ class RunName:
         return "" if self.dataset == "cifar10" else f"{self.dataset}_"
 
     @property
+    def omitted(self) -> str:
+        """The omitted classes in words; of many, their number and a hash of their names."""
+        words = " ".join(self.omit)
+        if len(words) <= LONGEST_WORDS:
+            return words
+        return f"{len(self.omit)} classes {hashlib.sha256(words.encode()).hexdigest()[:8]}"
+
+    @property
     def trial(self) -> str:
         """What file names end with if the images are other ones than all of the usual size."""
-        classes = "_".join(self.omit)
-        if len(classes) > LONGEST_WORDS:
-            classes = f"{len(self.omit)}_classes_{hashlib.sha256(classes.encode()).hexdigest()[:8]}"
+        omitted = self.omitted.replace(" ", "_")
         parts = {"size": self.size if self.size != SIDE else None, "subset": self.subset, "holdout": self.holdout}
-        parts |= {"omit_": classes, "images": self.student_images}
+        parts |= {"omit_": omitted, "images": self.student_images}
         return "".join(f"_{name}{value}" for name, value in parts.items() if value)
 
     @property
@@ -83,7 +89,7 @@ class RunName:
             title = f"{student} (with {loss_function(self.loss).upper()}, Temp = {format_number(self.temp)})"
         else:
             title = f"{student} (w/o KD)"
-        title += f", omit {' '.join(self.omit)}" if self.omit else ""
+        title += f", omit {self.omitted}" if self.omit else ""
         title += f", {self.student_images:,} images" if self.student_images else ""
         names = [name for name in ("size", "subset", "holdout") if getattr(self, name) != getattr(RunName, name)]
         return title + "".join(f", {name} {getattr(self, name)}" for name in names)

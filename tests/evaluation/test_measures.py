@@ -102,6 +102,50 @@ def test_fidelity_against_a_case_worked_by_hand():
     assert itself["agreement"] == 1 and itself["kl_to_teacher"] == pytest.approx(0, abs=1e-12)
 
 
+def random_case(scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (400, 4) float64 that never favour the last two classes, and labels (400,)."""
+    generator = torch.Generator().manual_seed(2)
+    logits = scale * torch.randn(400, 4, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 4, (400,), generator=generator)
+    return logits - torch.tensor([0, 0, 3, 5]) * scale, labels
+
+
+@pytest.mark.parametrize("omitted, scale", [([3], 1.0), ([3], 8.0), ([2, 3], 1.0), ([3, 2], 4.0)])
+def test_the_bias_correction_against_a_search_by_bisection(omitted, scale):
+    logits, labels = random_case(scale)
+    found = measures.bias_correction(logits, labels, omitted)
+    expected, shares = np.zeros(4), np.bincount(labels, minlength=4) / 400
+
+    def mean(i: int) -> float:
+        exponentials = np.exp(logits.numpy() + expected)
+        return (exponentials[:, i] / exponentials.sum(1)).mean()
+
+    for _ in range(60):  # one class after the other, again and again
+        for i in omitted:
+            low, high = -20.0, 100.0
+            for _ in range(50):
+                expected[i] = (low + high) / 2
+                low, high = (expected[i], high) if mean(i) < shares[i] else (low, expected[i])
+    assert found.tolist() == pytest.approx(expected.tolist(), abs=1e-3)
+    assert [found[i] for i in range(4) if i not in omitted] == [0] * (4 - len(omitted))
+    assert measures.bias_correction(logits[labels < 3], labels[labels < 3], [3]).tolist() == [0] * 4, "no image of it"
+
+
+def test_accuracy_on_omitted_and_other_classes():
+    logits, labels = one_hot([0, 1, 2, 2, 2]), torch.tensor([0, 0, 0, 2, 2])
+    assert measures.measure_omitted(logits, labels, [2]) == {"top1_omitted": 1, "top1_others": pytest.approx(1 / 3)}
+    assert measures.measure_omitted(logits, labels, [1]) == {"top1_others": pytest.approx(3 / 5)}
+
+
+def test_softness_against_cases_worked_by_hand():
+    uniform, sure = measures.softness(torch.zeros(2, 8), 3.0), measures.softness(one_hot([0, 1]), 0.1)
+    assert uniform == {"confidence": pytest.approx(1 / 8), "entropy": pytest.approx(math.log(8))}
+    assert sure == {"confidence": pytest.approx(1), "entropy": pytest.approx(0)}
+    logits = torch.tensor([[math.log(4) * 5, 0.0], [0.0, 0.0]])  # at T = 5: 4/5 and 1/5; 1/2 and 1/2
+    entropy = (-0.8 * math.log(0.8) - 0.2 * math.log(0.2) + math.log(2)) / 2
+    assert measures.softness(logits.half(), 5.0) == pytest.approx({"confidence": 0.65, "entropy": entropy}, rel=1e-3)
+
+
 # Two-sided 95 % points of Student's t by degrees of freedom, from printed tables.
 T_TABLE = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 5: 2.5706, 9: 2.2622, 10: 2.2281, 30: 2.0423, 120: 1.9799}
 

@@ -74,6 +74,28 @@ def test_a_teacher_that_is_not_there_is_told_before_anything_is_trained(learn, t
     assert "no teacher none.pt" in capfd.readouterr().err and not (tmp_path / "weights").exists()
 
 
+def test_the_papers_experiments(learn, tmp_path, capfd):
+    words = ["--omit", "5", "--student_images", "20", "27", "--temp", "1", "2", "20"]
+    assert learn("--all", *words, "--seeds=2") == 0
+    told, folder = capfd.readouterr().out, tmp_path / "plots" / "results_digits_subset40_omit_5_images20_27"
+    figures = {"omitted.png", "images.png", "temperatures.png"}
+    assert figures < {path.name for path in folder.iterdir()} and ", omitted.png, images.png, temp" in told
+    results = json.loads((folder / "results.json").read_text())
+    assert [gain["pairs"] for gain in results["gains"]] == [2] * 6, "each with the baselines of its own images"
+    teacher, *rows = results["rows"]
+    assert teacher["model"].endswith(", subset 40") and "bias" not in teacher and len(rows) == 8
+    for row in rows:
+        assert re.search(r", omit 5, 2[07] images, subset 40$", row["model"]) and len(row["bias"]) == 1
+        assert 8 * row["top1"] == pytest.approx(row["top1_omitted"] + 7 * row["top1_others"])  # one of 8 is a 5
+        assert {"corrected_top1", "corrected_top1_omitted", "corrected_top1_others_sd"} < set(row)
+    softness = json.loads(load("student_kd_t20", "_subset40_omit_5_images20")["log"].splitlines()[1])["teacher"]
+    words = "the teacher at T = 20: mean largest probability {confidence:.3f}, entropy {entropy:.2f} of log C = 2.30"
+    assert words.format(**softness) in told
+    entropies = [row["teacher_entropy"] for row in rows if row.get("temp") and row["student_images"] == 27]
+    assert entropies == sorted(entropies) and entropies[0] < entropies[2] - 0.01, "softer at a higher temperature"
+    assert "_omit_5_images20: 20 images, " in told and "_omit_5_images27: 27 images, " in told
+
+
 def test_students_of_a_seed_differ_in_the_loss_alone(learn, monkeypatch):
     begun, seen, losses = [], [], []
 

@@ -54,6 +54,13 @@ NAMES = [
     ("--kd True --loss kd_as_ls", "student_kd_as_ls_t2", "Student (with KD, Temp = 2, 9 KL + 0.1 CE)"),
     ("--dataset digits --kd True --seed 7", "digits_student_kd_t5_seed7", "Student (with KD, Temp = 5)"),
     ("--subset 40 --holdout 8 --seed 7", "student_seed7_subset40_holdout8", "Student (w/o KD), subset 40, holdout 8"),
+    (
+        "--omit dog 3 --student_images 1500",
+        "student_omit_cat_dog_images1500",
+        "Student (w/o KD), omit cat dog, 1,500 images",
+    ),
+    ("--kd True --dataset digits --omit 3", "digits_student_kd_t5_omit_3", "Student (with KD, Temp = 5), omit 3"),
+    ("--dataset folder --omit 'a (b)' 1", "folder_student_omit_1_a_(b)", "Student (w/o KD), omit 1 a (b)"),
 ]
 
 
@@ -77,7 +84,10 @@ def test_a_title_tells_weights_other_than_the_usual_ones():
 
 
 def test_a_student_learns_from_the_teacher_of_the_same_images_whatever_its_seed():
-    for words, stem in (("", "teacher"), ("--subset=40 --holdout=8", "teacher_subset40_holdout8")):
+    for words, stem in (
+        ("", "teacher"), ("--omit 3 --student_images 40", "teacher"),
+        ("--subset=40 --holdout=8", "teacher_subset40_holdout8"),
+    ):  # fmt: skip
         assert name_of(parse_train(["--kd", "--seed=7", *words.split()])).teacher_name.stem == stem
     assert RunName("digits", loss="kd", temp=5.0).teacher_name == RunName("digits", "teacher")
 
@@ -120,6 +130,12 @@ def test_all_plans_every_run_once_and_in_order():
     runs = plan(options, SPEC, "bf16", 2)
     assert [run.stem for run in runs] == ["teacher", *students]
     assert {(run.precision, run.processes, run.num_classes) for run in runs} == {("bf16", 2, 10)}
+    options = parse_train(["--all", "--temp", "5", "--student_images", "500", "50000", "--omit", "3"])
+    teacher, *students = plan(options, SPEC, "bf16", 2)
+    assert teacher == runs[0] and [run.student_images for run in students] == [500, 500, 50_000, 50_000]
+    assert [run.stem for run in students[:2]] == ["student_omit_cat_images500", "student_kd_t5_omit_cat_images500"]
+    assert [(run.num_epochs, run.batch_size) for run in students[::2]] == [(120, 32), (30, 256)]
+    assert options.table_folder.name == "results_cifar10_omit_cat_images500_50000"
     assert [name.stem for name in names_of(parse_train(["--all"]))] == [
         "teacher", "student", "student_kd_t5", "student_kd_t20",
     ]  # fmt: skip
@@ -191,6 +207,11 @@ def test_recipes_are_scaled_to_a_folder_within_bounds():
     }  # fmt: skip
     assert recipe_of("folder", "teacher", "muon", 25_000) == scale_recipe(teacher, 25_000)
     assert recipe_of("cifar100", "teacher", "muon", 25_000) == teacher, "only a folder's is scaled"
+    student = recipe_of("digits", "student", "muon", 5000)
+    for images, epochs, batch in ((5000, 3, 64), (1500, 10, 32), (50, 30, 32)):
+        assert recipe_of("digits", "student", "muon", 5000, images) == replace(
+            student, num_epochs=epochs, batch_size=batch
+        )
 
 
 # ---------------------------------------------------------------------------------------------- comparing runs
