@@ -64,7 +64,7 @@ class Options:
         "(default: kd)", nargs="+", choices=tuple(LOSS_DEFAULTS), metavar="LOSS",
     )  # fmt: skip
     teacher: Path | None = option(
-        KD, "checkpoint of the teacher, or folder of its logits (default: what --tto True wrote)", folder_name
+        KD, "the teacher's checkpoint, state dict or folder of logits (default: what --tto True wrote)", folder_name
     )
     device: str = option(MACHINE, "auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:N or mps", device_name, "auto")
     precision: str = option(

@@ -201,7 +201,7 @@ def train_all(options: config.TrainOptions) -> None:
                     runtime.print(f"the teacher is {teacher.title}")
                     contents = [teacher.content, *contents] if options.teacher and teacher.content else contents
                 teacher.check_views(run.views)
-                run = replace(run, teacher=teacher.fingerprint)
+                run = replace(run, teacher=teacher.fingerprint, teacher_unknown=teacher.is_unknown)
             files = files_of(run, options)
             content = find_finished(run, files, options, data.spec)
             if content:
@@ -211,7 +211,7 @@ def train_all(options: config.TrainOptions) -> None:
                 content = train(run, data, views, teacher, files, options.resume, runtime, stop)
             contents.append(content)
         if options.all:
-            shown = measure_all(contents, data, runtime, teacher, stop)
+            shown = measure_all(contents, data, runtime, teacher, stop, student=options.student)
             if runtime.is_main:
                 publish(shown, options.plots_folder / f"results_{options.dataset}{runs[-1].own}{runs[-1].trial}")
         else:

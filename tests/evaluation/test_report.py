@@ -13,7 +13,11 @@ def content(command: str = "", top1: float = 70.0, path: str = "x.pt", device: s
     """A measured checkpoint of `train.py COMMAND`, with `changes` of its run."""
     made_up = content_of(run_of(command, **changes), (top1,), MODEL)
     machine = {"torch": "2.14", "device": device}
-    return made_up | {"measured": {"top1": top1 / 100, "top5": 0.97, "parameters": 1000}, "path": path, "machine": machine}
+    return made_up | {
+        "measured": {"top1": top1 / 100, "top5": 0.97, "parameters": 1000},
+        "path": path,
+        "machine": machine,
+    }
 
 
 MODEL = tiny_student()
