@@ -72,7 +72,7 @@ class Options:
         "(default: kd)", nargs="+", choices=tuple(LOSS_DEFAULTS), metavar="LOSS",
     )  # fmt: skip
     teacher: Path | None = option(
-        KD, "checkpoint of the teacher, or folder of its logits (default: what --tto True wrote)", folder_name
+        KD, "the teacher's checkpoint, state dict or folder of logits (default: what --tto True wrote)", folder_name
     )
     device: str = option(MACHINE, "auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:N or mps", device_name, "auto")
     precision: str = option(
@@ -160,7 +160,7 @@ class TestOptions(Options):
     compare: bool = option(WHAT, "one table of all checkpoints in --weights_path, and a figure", boolean, False)
     image: tuple[Path, ...] | None = option(WHAT, "classify these pictures instead", file_name, nargs="+")
     soften: tuple[float, ...] | None = option(
-        WHAT, "draw the probabilities of --image, or of four test images, at these temperatures; print how soft they are",
+        WHAT, "draw the probabilities of --image, or of four test images, at these temperatures, and how soft they are",
         number(float, at_least=0.01, at_most=1000), nargs="+",
     )  # fmt: skip
     json: Path | None = option(FILES, "also write the numbers of the report to this .json file", file_name)

@@ -236,7 +236,8 @@ def train_all(options: config.TrainOptions) -> None:
                     runtime.print(f"the teacher is {teacher.title}")
                     contents = [teacher.content, *contents] if options.teacher and teacher.content else contents
                 left = partial(seconds_left, len(to_do), run, teacher) if options.all else None
-                run = replace(run, teacher=teacher.fingerprint if run.kd else None)
+                if run.kd:
+                    run = replace(run, teacher=teacher.fingerprint, teacher_unknown=teacher.is_unknown)
             files = files_of(run, options)
             content = find_finished(run, files, options, data.spec)
             if content:
@@ -246,7 +247,7 @@ def train_all(options: config.TrainOptions) -> None:
                 content = train(run, data, views, teacher, files, options.resume, runtime, stop, left)
             contents.append(content)
         if options.all:
-            shown = measure_all(contents, data, runtime, teacher, stop)
+            shown = measure_all(contents, data, runtime, teacher, stop, student=options.student)
             if runtime.is_main:
                 publish(shown, options.table_folder)
         else:

@@ -134,7 +134,8 @@ def plot_comparison(contents: list[dict], path: Path) -> Path:
 
     Runs that differ in the seed alone are one line, their mean, on a band from the least to the most.
     """
-    contents = sorted(contents, key=lambda content: row_order(run_from(content["run"])))
+    contents = [content for content in contents if content["log"]]  # a teacher's plain state dict has none
+    contents.sort(key=lambda content: row_order(run_from(content["run"])))
     first = run_from(contents[0]["run"])
     images = "held-out images" if first.holdout else "test images"
     panels = new_panels(f"Accuracy and loss on the {images} of {first.dataset}", ["top-1 (%)", "cross-entropy (nats)"])

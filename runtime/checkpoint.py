@@ -3,6 +3,7 @@
 import hashlib
 import io
 import pickle
+import textwrap
 import warnings
 import zipfile
 import zlib
@@ -75,9 +76,8 @@ def load_weights(model: torch.nn.Module, content: dict) -> torch.nn.Module:
     try:
         model.load_state_dict(content["model"])
     except (RuntimeError, TypeError, AttributeError, KeyError) as error:
-        raise UserError(
-            f"{content['path']} does not fit the model {type(model).__name__}: it was trained by another version"
-        ) from error
+        why = textwrap.shorten(str(error).partition("\n")[2], 160) or "it was trained by another version"
+        raise UserError(f"{content['path']} does not fit the model {type(model).__name__}: {why}") from error
     return model
 
 

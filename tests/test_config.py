@@ -117,6 +117,11 @@ REFUSED = [
     ("train.py --flip False --views 82", "an image of cifar10 has 81 views, not 82"),
     ("train.py --resume auto", "--resume: expected True or False, not 'auto'"),
     ("train.py --name 'a b'", "--name: expected letters, digits, '.', '_' and '-', not 'a b'"),
+    ("train.py --size 48 --dataset digits", "--size: invalid choice: 48"),
+    ("train.py --size 64", "--size: the images of cifar10 have 32 x 32 pixels: leave it out"),
+    ("train.py --size 64 --dataset digits --views 290", "an image of digits has 289 views, not 290"),
+    ("train.py --student resnet8", "--student: expected MODULE:FUNCTION, as in my_models:resnet8, not 'resnet8'"),
+    ("test.py --tto --student a:b", "--tto and --student can't be combined"),
     ("train.py --name ~", "--name: expected letters"),
     *((f"test.py --{option}", f"unrecognized arguments: --{option}") for option in ("flip True", "resume True", "all")),
 ]

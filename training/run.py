@@ -15,7 +15,7 @@ from runtime.device import Runtime, machine
 from runtime.errors import UserError
 from runtime.log import RunLog
 from training.optimizer import learning_rate, make_optimizer, set_learning_rate
-from training.runs import RunConfig, RunName, describe_differences, differences, run_from, saw_held_out
+from training.runs import UNKNOWN, RunConfig, RunName, describe_differences, differences, run_from, saw_held_out
 from utils import seed_of
 
 METRICS = ("loss", "ce", "kl", "top1", "top5")
@@ -77,7 +77,7 @@ def mismatch(content: dict, name: RunName, spec: DataSet, same_images: bool = Tr
         return f"has {len(classes)} other classes ({', '.join(classes[:3])}, ...)"
     if run.size != spec.size:
         return f"was trained on images of {run.size} x {run.size} pixels, not {spec.size} x {spec.size}"
-    if same_images and run.images != spec.fingerprint:
+    if same_images and run.images not in (spec.fingerprint, UNKNOWN):
         return f"was trained on other images than those of {spec.name} here"
     if saw_held_out(run, name, spec.train_images):
         return f"was trained on images that --holdout {name.holdout} holds out"

@@ -13,6 +13,7 @@ from training.recipes import LOSS_DEFAULTS, RECIPE_FIELDS, ce_weight_of, recipe_
 
 DEFAULT_SEED = 42
 LONGEST_WORDS = 80  # characters of the omitted classes in a file name
+UNKNOWN = "unknown"  # the images of a teacher that is a plain state dict
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class RunConfig(RunName):
     """Everything that shapes a run's result, as plain values; the machine does not belong to it."""
 
     num_classes: int
-    images: str  # the fingerprint of the data set
+    images: str  # the fingerprint of the data set, or UNKNOWN
     flip: bool
     optimizer: str
     num_epochs: int
@@ -130,17 +131,20 @@ class RunConfig(RunName):
     precision: str
     processes: int
     teacher: str | None = None  # the fingerprint of its weights, once it is loaded
+    teacher_unknown: bool = False  # whether nobody knows on which images its teacher was trained
     student_layers: str = ""  # of the user's own student, the fingerprint of its layers, once it is imported
 
     @property
     def title(self) -> str:
-        """As of its name, with the weights of the loss unless they are the usual ones."""
+        """As of its name, with the weights of the loss unless they are the usual ones, and what is not known."""
+        unknown = ", images unknown" if self.images == UNKNOWN else ", teacher's images unknown"
+        unknown = unknown if self.images == UNKNOWN or self.teacher_unknown else ""
         if not self.kd or (self.loss == "kd" and (self.kd_weights, self.ce_weight) == usual_weights("kd")):
-            return super().title
+            return super().title + unknown
         terms = {"kd": ("KL",), "dkd": ("TCKD", "NCKD")}.get(loss_function(self.loss), (self.loss.upper(),))
         weighted = zip((*self.kd_weights, self.ce_weight), (*terms, "CE"), strict=True)
         sum_of_terms = " + ".join(f"{format_number(weight)} {term}" for weight, term in weighted)
-        return super().title.replace(")", f", {sum_of_terms})", 1)
+        return super().title.replace(")", f", {sum_of_terms})", 1) + unknown
 
 
 def run_from(values: dict) -> RunConfig:
@@ -231,7 +235,7 @@ def resolve(name: RunName, options, data: DataSet, precision: str, processes: in
 # ---------------------------------------------------------------------------------------------- comparing runs
 
 LOSS_FIELDS = {"loss", "temp", "kd_weights", "ce_weight"}
-KD_FIELDS = LOSS_FIELDS | {"teacher"}
+KD_FIELDS = LOSS_FIELDS | {"teacher", "teacher_unknown"}
 
 
 def differences(run: RunConfig, other: RunConfig, ignoring: set[str] = frozenset()) -> list[str]:

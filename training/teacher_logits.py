@@ -9,6 +9,7 @@ import json
 import time
 import zipfile
 import zlib
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,8 @@ from runtime.device import Runtime
 from runtime.errors import UserError, reason
 from runtime.files import writing
 from runtime.signals import StopSignal
-from training.run import load_model, mismatch
-from training.runs import RunName
+from training.run import describe_data, load_model, mismatch
+from training.runs import DEFAULT_SEED, UNKNOWN, RunConfig, RunName
 from utils import Images, Views, compute_logits, held_out_logits
 
 VERSION = 1  # of the forward pass and the views: a change that alters logits gets a new number
@@ -54,7 +55,14 @@ class TeacherLogits:
     @property
     def title(self) -> str:
         """The path, and the seed of a teacher that train.py trained."""
-        return f"{self.path} (seed {self.content['run']['seed']})" if self.content else f"{self.path} (logits)"
+        if self.is_unknown:
+            return f"{self.path} ({'state dict' if self.content else 'logits'}: its training images are unknown)"
+        return f"{self.path} (seed {self.content['run']['seed']})"
+
+    @property
+    def is_unknown(self) -> bool:
+        """Whether it can't be known on which images the teacher was trained."""
+        return self.content is None or self.content["run"]["images"] == UNKNOWN
 
     def missing(self, count: int) -> list[int]:
         """Of which of the first `count` views there are no logits."""
@@ -140,8 +148,9 @@ class TeacherLogits:
         return halves
 
 
-def write_logits(folder: Path, name: str, logits: np.ndarray, key: str) -> None:
-    """Write logits (N, C) float16 to `folder`, atomically and with check sums; UserError if that fails."""
+def write_logits(folder: Path, name: str, logits: torch.Tensor | np.ndarray, key: str) -> None:
+    """Write logits (N, C), a tensor as float16, to `folder`, atomically and with check sums; UserError if it fails."""
+    logits = logits.half().numpy() if isinstance(logits, torch.Tensor) else logits
     with writing(folder / name) as temporary, open(temporary, "wb") as file:
         np.savez(file, logits=logits, key=np.array(key))
 
@@ -172,7 +181,7 @@ def read_description(folder: Path, spec: DataSet) -> str:
     except OSError as error:
         raise UserError(f"{folder} is no folder of logits: can't read {path}: {reason(error)}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} does not describe logits for this version: see docs/teacher_logits.md") from error
+        raise UserError(f"{path} does not describe logits for this version: see docs/own.md") from error
     if classes != spec.classes:
         raise UserError(f"{folder} has logits of {len(classes)} other classes: give another --teacher")
     if images != spec.fingerprint:
@@ -198,17 +207,32 @@ def teacher_path(student: RunName, options) -> Path:
 
 
 def load_teacher(
-    student: RunName, options, spec: DataSet, runtime: Runtime, content: dict | None = None
+    student: RunConfig, options, spec: DataSet, runtime: Runtime, content: dict | None = None
 ) -> TeacherLogits:
     """The teacher of a student, from its `content` if that was read before.
 
     UserError if there is none, or if it can't teach on `spec`, the data as it was read.
     """
     path = content["path"] if content else teacher_path(student, options)
-    content = content or (None if path.is_dir() else checkpoint.load(path))
+    if content is None and not path.is_dir():
+        content = checkpoint.load_any(path)
+        is_state_dict = isinstance(content, dict) and isinstance(content.get("classifier.weight"), torch.Tensor)
+        content = made_up_checkpoint(path, content, student, spec) if is_state_dict else checkpoint.load(path)
     if content and (why := teacher_mismatch(content, student, spec)):
         raise UserError(f"the teacher {path} {why}: name another one by --teacher, or another --weights_path")
     return TeacherLogits(path, spec, runtime, options.weights_path, content)
+
+
+def made_up_checkpoint(path: Path, state: dict, student: RunConfig, spec: DataSet) -> dict:
+    """A state dict with the teacher's keys as a checkpoint of a run of which nothing is known; UserError."""
+    classes = len(state["classifier.weight"])
+    if classes != len(spec.classes):
+        raise UserError(f"the teacher {path} has {classes} classes, and {spec.name} has {len(spec.classes)}")
+    no_student = {"loss": None, "temp": None, "kd_weights": (), "ce_weight": 1.0, "student": None, "student_layers": ""}
+    no_student |= {"teacher": None, "teacher_unknown": False}
+    run = replace(student, role="teacher", seed=DEFAULT_SEED, images=UNKNOWN, num_epochs=0, **no_student)
+    words = {"title": run.title, "data": describe_data(spec), "machine": {}, "log": "", "seconds": 0.0}
+    return {"run": asdict(run), "model": state, "path": path} | words
 
 
 def teacher_mismatch(content: dict, student: RunName, spec: DataSet) -> str:

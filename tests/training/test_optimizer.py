@@ -81,7 +81,7 @@ def test_orthogonalise_is_the_quintic_of_the_singular_values(dtype, tolerance, s
 def tiny_model() -> torch.nn.Module:
     torch.manual_seed(0)
     features = [torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU()]
-    features += [torch.nn.Conv2d(8, 8, 3, bias=False), torch.nn.BatchNorm2d(8), torch.nn.Conv2d(8, 8, 3)]
+    features += [torch.nn.Conv2d(8, 8, 3, bias=False), torch.nn.BatchNorm2d(8)]
     parts = {"features": torch.nn.Sequential(*features), "classifier": torch.nn.Linear(8, 10)}
     return torch.nn.ModuleDict(parts).to(memory_format=torch.channels_last)
 
@@ -104,6 +104,58 @@ def lr_scale_of(name: str, p: torch.Tensor) -> float:
     if name.startswith("classifier"):
         return HEAD_LR
     return 1.0 if p.ndim > 1 else NORM_LR
+
+
+class Inside(torch.nn.Module):
+    """Layers that our own models lack, then the last layer; one more gets no gradient and one is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.depthwise, self.norm = torch.nn.Conv2d(8, 8, 3, groups=8), torch.nn.BatchNorm2d(8)
+        self.alone, self.wide = torch.nn.Conv2d(8, 8, 3, groups=8, bias=False), torch.nn.Conv2d(8, 4, 1)
+        self.attention = torch.nn.MultiheadAttention(8, 2)
+        self.token, self.scale = torch.nn.Parameter(torch.zeros(1, 1, 8)), torch.nn.Parameter(torch.ones(8, 1, 1))
+        self.layer_norm = torch.nn.LayerNorm(8)
+        self.unused, self.frozen = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8).requires_grad_(False)
+        self.classifier = torch.nn.Linear(8, 10)
+
+
+def test_layers_of_other_models_take_steps_relative_to_their_weights_at_the_start():
+    model = Inside().to(memory_format=torch.channels_last)
+    steps, before = gradients(model, 2), copy.deepcopy(model)
+    optimizer = make_optimizer(model, RUNS["muon"], torch.float32)
+    for p, gradient in zip(model.parameters(), steps[0], strict=True):
+        p.grad = torch.empty_like(p).copy_(gradient)
+    model.unused.requires_grad_(True).zero_grad()
+    set_learning_rate(optimizer, LR)
+    optimizer.step()
+    start = dict(before.named_parameters())
+    moves = {name: (start[name] - p).detach() for name, p in model.named_parameters()}
+    assert not any(moves[f"{layer}.{name}"].any() for layer in ("unused", "frozen") for name in ("weight", "bias"))
+    for name in ("alone.weight", "wide.weight", "attention.in_proj_weight", "attention.out_proj.weight", "token"):
+        norm = start[name].norm().item() or 0.01 * 8**0.5
+        assert moves[name].norm().item() == pytest.approx(LR * norm, rel=1e-4), name
+    for name in ("norm.bias", "wide.bias", "scale", "layer_norm.weight", "attention.in_proj_bias"):
+        assert moves[name].square().mean().sqrt().item() == pytest.approx(LR * NORM_LR, rel=1e-4), name
+    for name, weight in (("alone.weight", start["alone.weight"]), ("depthwise.weight", None)):
+        if weight is None:  # batch norm follows: its norm is sqrt(8) first
+            weight = start[name] / start[name].norm() * 8**0.5
+        step = (weight - dict(model.named_parameters())[name]).detach().flatten(1)
+        gradient = steps[0][[*start].index(name)].flatten(1)
+        cosine = torch.cosine_similarity(step, gradient, dim=1)
+        assert cosine.min() > 0.999 and step.norm(dim=1).std() < 1e-5, "each filter down its own gradient"
+    wide = moves["wide.weight"].flatten(1)
+    assert torch.linalg.svdvals(wide / wide.norm()).std() < 0.15, "nearly orthogonal"
+    assert torch.linalg.svdvals(steps[0][[*start].index("wide.weight")].flatten(1)).std() > 0.5
+
+
+def test_a_model_of_a_single_linear_layer_has_an_optimizer():
+    for optimizer in OPTIMIZERS:
+        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 10, bias=False))
+        made = make_optimizer(model, RUNS[optimizer], torch.float32)
+        assert [len(group["params"]) for group in made.param_groups] == [1]
+        take_steps(model, made, gradients(model, 1), [0.1])
 
 
 def test_muon_against_a_plain_computation():

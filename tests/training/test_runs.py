@@ -216,7 +216,7 @@ def test_recipes_are_scaled_to_a_folder_within_bounds():
 
 # ---------------------------------------------------------------------------------------------- comparing runs
 
-OF_KD = {"loss", "temp", "kd_weights", "ce_weight", "teacher"}
+OF_KD = {"loss", "temp", "kd_weights", "ce_weight", "teacher", "teacher_unknown"}
 
 
 def changed(run: RunConfig, name: str) -> RunConfig:

@@ -212,21 +212,39 @@ def test_a_read_only_folder_or_a_full_disk_costs_the_files_alone(learn, digits, 
 
 
 @pytest.fixture
-def mine(learn, digits, tmp_path):
-    """A folder of logits as docs/teacher_logits.md writes it, of the very teacher in weights/."""
+def mine(learn, digits, tmp_path, monkeypatch):
+    """A folder of logits as docs/own.md writes it, of the very teacher in weights/."""
     assert learn("--tto") == 0
     model = TinyTeacher()
     checkpoint.load_weights(model, checkpoint.load(tmp_path / "weights" / "digits_teacher_subset40.pt"))
-    (code,) = re.findall("```python\n(.*?)```", (REPOSITORY / "docs" / "teacher_logits.md").read_text(), re.DOTALL)
-    for of_the_page, here in (
-        ('"cifar10", Path("data")', f'"digits", Path({str(digits)!r})'),
-        ('"auto", "auto"', '"cpu", "fp32"'),
-        ("range(16)", "range(2)"),
-    ):
+    monkeypatch.setattr("torchvision.models.resnet18", lambda num_classes: model)
+    run_the_page(digits, {"torch.nn.Upsample(size=64)": "torch.nn.Identity()"})
+    return tmp_path / "weights" / "my_teacher"
+
+
+def run_the_page(digits: Path, changes: dict[str, str]) -> None:
+    """Run the Python of docs/own.md over digits, with further changes."""
+    (code,) = re.findall("```python\n(.*?)```", (REPOSITORY / "docs" / "own.md").read_text(), re.DOTALL)
+    assert code.count("\n") <= 15
+    changes = changes | {
+        '"cifar10", Path("data")': f'"digits", Path({str(digits)!r})',
+        '"auto", "auto"': '"cpu", "fp32"',
+        "range(16)": "range(2)",
+    }
+    for of_the_page, here in changes.items():
         assert of_the_page in code
         code = code.replace(of_the_page, here)
-    exec(code, {"make_my_model": lambda: model})
-    return tmp_path / "weights" / "my_teacher"
+    exec(code, {})
+
+
+def test_the_page_runs_as_it_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(utils, "DIGITS_IMAGES", {"train": 6, "test": 3})
+    monkeypatch.setattr(utils, "EVALUATION_BATCH", 4)
+    run_the_page(tmp_path, {})
+    spec = utils.load_images("digits", tmp_path, CPU).spec
+    teacher = TeacherLogits(tmp_path / "weights" / "my_teacher", spec, CPU, tmp_path)
+    assert len(teacher.read("01.npz", 6)) == 6 and len(teacher.read("test.npz", 3)) == 3
 
 
 def test_a_folder_of_logits_teaches_like_the_checkpoint(mine, learn, tmp_path, monkeypatch):
@@ -237,7 +255,7 @@ def test_a_folder_of_logits_teaches_like_the_checkpoint(mine, learn, tmp_path, m
     assert learn("--kd", f"--teacher={mine}", "--name=mine") == 0
     assert_bit_equal(f"weights/mine/{STUDENT}", expected["model"])
     assert (
-        checkpoint.load(Path("weights/mine", STUDENT))["run"]["teacher"] == "my-model-1" != expected["run"]["teacher"]
+        checkpoint.load(Path("weights/mine", STUDENT))["run"]["teacher"] == "resnet18-1" != expected["run"]["teacher"]
     )
     assert snapshot(mine) == before
 
@@ -251,10 +269,10 @@ WRONG = {
     "missing view": (lambda folder: (folder / "01.npz").unlink(), r"lacks 1 of 2 views, the first 01.npz"),
     "damaged view": (lambda folder: flip_bit(folder / "00.npz", 300), "00.npz is damaged: write it again"),
     "fewer images": (
-        lambda folder: write_logits(folder, "00.npz", np.ones((39, 10), np.float16), "my-model-1"),
+        lambda folder: write_logits(folder, "00.npz", np.ones((39, 10), np.float16), "resnet18-1"),
         "00.npz has the logits of 39 images, not 40",
     ),
-    "another key": (lambda folder: describe(folder, key="my-model-2"), "belongs to other logits"),
+    "another key": (lambda folder: describe(folder, key="resnet18-2"), "belongs to other logits"),
     "other classes": (lambda folder: describe(folder, classes=["cat", "dog"]), "has logits of 2 other classes"),
     "other images": (lambda folder: describe(folder, images="b" * 16), "has logits of other images than digits here"),
     "unmirrored views": (lambda folder: describe(folder, flip=True), "--flip"),

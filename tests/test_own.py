@@ -1,0 +1,155 @@
+"""The user's own student, teacher and image size, through train.py and test.py with tiny models."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import snapshot
+from made_up import TinyTeacher, draw
+
+import test as test_script
+import train
+from data_sets import memory
+from evaluation import figures
+from runtime import checkpoint
+from runtime.errors import Stopped
+
+LEARN = ["--views=2"]
+MODULE = """
+import torch
+from torch import nn
+
+def net(num_classes):
+    layers = nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()
+    return nn.Sequential(*layers, nn.Dropout(0.5), nn.Linear(32, num_classes))
+
+no_call = lambda classes: net(classes)
+no_module = lambda num_classes: [num_classes]
+no_shape = lambda num_classes: net(num_classes + 1)
+no_linear = lambda num_classes: net(num_classes).requires_grad_(False)
+no_forward = lambda num_classes: nn.Sequential(nn.Linear(7, num_classes))
+number = 7
+"""
+
+
+@pytest.fixture
+def mine(learn, tmp_path, monkeypatch):
+    """my_models.py in the current folder; `learn` of tests/conftest.py."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "my_models", raising=False)
+    for name in ("plot_confusion", "plot_reliability"):
+        monkeypatch.setattr(figures, name, lambda logits, labels, title, path: path)
+    (tmp_path / "my_models.py").write_text(MODULE)
+    return learn
+
+
+def evaluate(digits: Path, *words: str) -> int:
+    return test_script.main(["--device=cpu", f"--data_path={digits}", *words])
+
+
+def test_an_own_student_at_an_own_size(mine, digits, capfd):
+    words = ["--dataset=digits", "--subset=40", "--size=64", "--student=my_models:net"]
+    assert mine("--all", "--temp", "5", *words[2:]) == 0
+    output = capfd.readouterr().out
+    assert "Student my_models:net (with KD, Temp = 5), size 64, subset 40" in output
+    assert {path.name for path in Path("weights").glob("*.pt")} == {
+        f"digits_{name}_size64_subset40.pt"
+        for name in ("teacher", "student_my_models.net", "student_my_models.net_kd_t5")
+    }
+    table = json.loads(Path("plots/results_digits_my_models.net_size64_subset40/results.json").read_text())
+    assert [row["parameters"] for row in table["rows"][1:]] == [570, 570]
+    assert evaluate(digits, *words, "--kd", "--export=s.pt2") == 0
+    output = capfd.readouterr().out
+    assert output.startswith("test loss") and "top-1 agreement" in output and "images/s at batch 64" in output
+    files = {"preprocessing.json": ""}
+    exported = torch.export.load("s.pt2", extra_files=files)
+    assert exported.module()(torch.zeros(3, 3, 64, 64)).shape == (3, 10)
+    said = json.loads(files["preprocessing.json"])
+    assert said["size"] == 64 and "shortest side to 64 " in said["pictures"]
+    draw(Path("a.png"), seed=1)
+    path = "weights/digits_student_my_models.net_kd_t5_size64_subset40.pt"
+    assert test_script.main(["--device=cpu", f"--checkpoint={path}", words[3], "--image=a.png"]) == 0
+    assert "Teacher" in capfd.readouterr().out
+    assert evaluate(digits, *words, "--compare") == 0
+    assert evaluate(digits, *words[:3], "--compare") == 0
+    assert "is a student of my_models:net: give --student my_models:net to run that" in capfd.readouterr().out
+    for command, tells in (
+        ([f"--checkpoint={path}"], "is a student of my_models:net: give --student my_models:net"),
+        ([f"--checkpoint={path}", "--student=my_models:other"], "is a student of my_models:net: give"),
+        (["--checkpoint=weights/digits_teacher_size64_subset40.pt", words[3]], "is no student of your own"),
+    ):
+        assert evaluate(digits, *command) == 2
+        assert tells in (error := capfd.readouterr().err) and error.count("\n") == 1
+    Path("my_models.py").write_text(MODULE.replace("nn.BatchNorm2d(8)", "nn.Identity()"))
+    del sys.modules["my_models"]
+    assert evaluate(digits, f"--checkpoint={path}", words[3]) == 2
+    assert (
+        "does not fit the model Sequential: Unexpected key" in (error := capfd.readouterr().err)
+        and error.count("\n") == 1
+    )
+    assert mine(*words[2:]) == 2
+    assert "is a finished run with student_layers" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "student, tells",
+    [
+        ("no_such:net", "can't import no_such: No module named 'no_such'"),
+        ("my_models:nothing", "module my_models has no nothing"),
+        ("my_models:number", "can't be called with num_classes=10: 'int' object is not callable"),
+        ("my_models:no_call", "can't be called with num_classes=10: .*unexpected keyword"),
+        ("my_models:no_module", "returns a list, not a torch.nn.Module"),
+        ("my_models:no_shape", r"returns shape \(2, 11\) for 2 images, not \(2, 10\)"),
+        ("my_models:no_linear", "has no linear layer that can be trained"),
+        ("my_models:no_forward", r"fails on images \(2, 3, 32, 32\): mat1 and mat2"),
+    ],
+)
+def test_a_student_that_can_not_learn_is_one_line(student, tells, mine, capfd, tmp_path):
+    before = snapshot(tmp_path / "weights")
+    assert mine("--all", f"--student={student}") == 2
+    error = capfd.readouterr().err
+    assert re.search(tells, error) and error.count("\n") == 1 and snapshot(tmp_path / "weights") == before
+
+
+def test_dropout_resumes_bit_exactly(mine, monkeypatch):
+    words = ["--student=my_models:net", "--num_epochs=2"]
+    assert mine(*words, "--name=whole") == 0
+
+    def stop(run, signal, real=train.save_or_stop):
+        real(run, signal)
+        if (run.epoch, run.step) == (1, 2):
+            raise Stopped(15)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_or_stop", stop)
+        assert mine(*words) == 128 + 15
+    assert mine(*words) == 0
+    name = "digits_student_my_models.net_subset40.pt"
+    whole, resumed = (checkpoint.load(Path(folder, name))["model"] for folder in ("weights/whole", "weights"))
+    assert all(torch.equal(resumed[key], value) for key, value in whole.items())
+
+
+def test_a_plain_state_dict_teaches_and_its_images_are_unknown(learn, capfd):
+    torch.manual_seed(0)
+    for classes in (10, 7):
+        torch.save(TinyTeacher(classes).state_dict(), f"state{classes}.pt")
+    torch.save({"classifier.weight": torch.zeros(10, 4)}, "half.pt")
+    assert learn("--all", "--temp", "5", "--teacher=state10.pt") == 0
+    output = capfd.readouterr().out
+    assert "Teacher (VGG19 with BN), subset 40, images unknown" in output
+    assert "Student (with KD, Temp = 5), subset 40, teacher's images unknown gains" in output
+    for name, tells in (("state7.pt", "has 7 classes, and digits has 10"), ("half.pt", "does not fit the model")):
+        assert learn("--kd", f"--teacher={name}") == 2
+        assert tells in (error := capfd.readouterr().err) and error.count("\n") == 1
+
+
+def test_what_does_not_fit_into_memory_is_said_before_it_is_read(learn, monkeypatch, capfd):
+    told = []
+    memory.check_memory(5000, 224, told.append)
+    assert told == ["5,000 images of 224 x 224 pixels need 1.9 GB of memory"]
+    monkeypatch.setattr(memory, "available_memory", lambda: 10**6)
+    assert learn("--size=96") == 2
+    assert "7,000 images of 96 x 96 pixels need 0.5 GB of memory, and 0.0 GB are free" in capfd.readouterr().err
