@@ -46,8 +46,8 @@ class TeacherLogits:
         else:
             self.model = load_model(content, runtime)
             self.fingerprint = checkpoint.fingerprint(content["model"])
-            # A guess until one is computed: the forward pass is a third of an epoch's work.
-            self.view_seconds = content["seconds"] / content["epoch"] / 3
+            if "epoch" in content:  # a guess until one is computed: the forward pass is a third of an epoch's work
+                self.view_seconds = content["seconds"] / content["epoch"] / 3
             facts = (VERSION, self.fingerprint, spec.fingerprint, spec.mean, spec.std, spec.flip, runtime.precision)
             self.key = checkpoint.fingerprint({}, *facts)
             self.folder = weights_path / f"{path.stem}_logits_{self.key}"
