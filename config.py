@@ -152,8 +152,8 @@ class TestOptions(Options):
     compare: bool = option(WHAT, "one table of all checkpoints in --weights_path, and a figure", boolean, False)
     image: tuple[Path, ...] | None = option(WHAT, "classify these pictures instead", file_name, nargs="+")
     soften: tuple[float, ...] | None = option(
-        WHAT, "draw the probabilities of --image, or of four test images, at these temperatures; print how soft they are",
-        number(float, at_least=0.01, at_most=1000), nargs="+",
+        WHAT, "draw the probabilities of --image, or of four test images, at these temperatures, and say how soft "
+        "they are", number(float, at_least=0.01, at_most=1000), nargs="+",
     )  # fmt: skip
     json: Path | None = option(FILES, "also write the numbers of the report to this .json file", file_name)
     export: Path | None = option(FILES, "also export the model as a torch.export program, .pt2", file_name)
