@@ -63,7 +63,7 @@ def test_an_own_student_at_an_own_size(mine, digits, capfd):
     assert [row["parameters"] for row in table["rows"][1:]] == [570, 570]
     assert evaluate(digits, *words, "--kd", "--export=s.pt2") == 0
     output = capfd.readouterr().out
-    assert output.startswith("test loss") and "top-1 agreement" in output and "images/s at batch 64" in output
+    assert output.startswith("test loss") and "top-1 agreement" in output and "images/s in batches" in output
     files = {"preprocessing.json": ""}
     exported = torch.export.load("s.pt2", extra_files=files)
     assert exported.module()(torch.zeros(3, 3, 64, 64)).shape == (3, 10)

@@ -68,6 +68,31 @@ def test_confusion_and_reliability_show_the_numbers(drawn, tmp_path):
     assert [bar.get_height() for bar in bars] == [0] * 14 + [0.5]
 
 
+def test_a_table_is_drawn_over_the_number_of_images_and_over_the_temperature(drawn, tmp_path):
+    rows = [
+        {"model": f"Student (with KD, Temp = {temp}), {count:,} images", "top1": temp + 0.5, "student_images": count,
+         "top1_of_seeds": [temp, temp + 1], "temp": float(temp), "teacher_entropy": temp / 10}
+        for count in (5000, 150) for temp in (20, 5, 1)
+    ]  # fmt: skip
+    gains = [{"model": row["model"], "mean": row["temp"], "ci": [row["temp"] - 2, row["temp"] + 2]} for row in rows]
+    results = {"rows": [{"model": "Student (w/o KD)", "top1": 9.0}, *rows], "gains": gains}
+    assert figures.plot_images(results, tmp_path) == figures.plot_temperatures(results, tmp_path) == tmp_path
+    assert drawn[0].get_legend_handles_labels()[1] == [f"Student (with KD, Temp = {temp})" for temp in (20, 5, 1)]
+    assert [line.get_xydata().tolist() for line in drawn[0].lines] == [
+        [[150, temp + 0.5], [5000, temp + 0.5]] for temp in (20, 5, 1)
+    ]  # fmt: skip
+    assert drawn[0].collections[0].get_datalim(drawn[0].transData).intervaly.tolist() == [20, 21]
+    assert drawn[1].get_legend_handles_labels()[1] == [
+        "Student (with KD), 5,000 images",
+        "Student (with KD), 150 images",
+    ]
+    assert drawn[1].containers[0].lines[0].get_xydata().tolist() == [[1, 1], [5, 5], [20, 20]]
+    assert drawn[1].containers[0].lines[1][0].get_ydata().tolist() == [-1, 3, 18], "the lower ends of the intervals"
+    assert drawn[1].figure.axes[1].lines[0].get_ydata().tolist() == [0.1, 0.5, 2.0]
+    few = {"rows": rows[1:3], "gains": gains}
+    assert figures.plot_images(few, tmp_path) is None is figures.plot_temperatures(few, tmp_path)
+
+
 def test_the_users_matplotlib_style_changes_no_figure(tmp_path):
     bytes_of = []
     for style in ({}, {"axes.facecolor": "red", "font.family": "no such font", "savefig.bbox": "tight"}):
