@@ -91,13 +91,8 @@ def cost_text(cost: Cost, teacher: Cost | None) -> str:
         spread = [f"{middle:{form}} ({low:{form}} to {high:{form}})" for (low, middle, high), form in timed]
         return [f"{of.parameters:,}", f"{of.macs / 1e6:,.1f} M", f"{of.bytes / 1e6:,.2f} MB", *spread]
 
-    names = [
-        "parameters",
-        "multiply-accumulates per image",
-        "checkpoint",
-        "latency at batch 1, ms",
-        f"images/s at batch {cost.batch}",
-    ]
+    names = ["parameters", "multiply-accumulates per image", "checkpoint", "latency at batch 1, ms"]
+    names.append(f"images/s at batch {cost.batch}")
     if teacher is None:
         return table(
             ["Cost: median (quartiles)", "this model"], [list(r) for r in zip(names, cells(cost), strict=True)]
