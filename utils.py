@@ -118,13 +118,13 @@ def load_images(
     spec, notes = replace(DATA_SETS[name], size=size), []
     with main_first(runtime):
         if spec.source == "folder":
-            classes, arrays, notes = read_folder(folder, skip_broken, size, runtime.is_main, stop, runtime.print)
+            classes, arrays, notes = read_folder(folder, skip_broken, size, runtime.is_main, stop)
             spec = replace(spec, classes=classes)
         elif spec.source == "digits":
-            check_memory(sum(DIGITS_IMAGES.values()), size, runtime.print)
+            check_memory(sum(DIGITS_IMAGES.values()), size)
             arrays = {split: cached_digits(folder, split, count, size) for split, count in DIGITS_IMAGES.items()}
         else:
-            arrays = read_torchvision(spec, folder, runtime.print)
+            arrays = read_torchvision(spec, folder)
     train, test = (Images(*map(torch.from_numpy, arrays[split])) for split in ("train", "test"))
     digest = hashlib.sha256(repr(spec.classes).encode())
     for tensor in (train.pixels, train.labels, test.pixels, test.labels):
@@ -204,7 +204,7 @@ class Views:
         generator = seeded_generator("views of images")
         self.crops = torch.randperm(self.offsets**2, generator=generator).to(home)
         self.mirrored_first = torch.randint(2, (len(images),), generator=generator).to(home)
-        starts = torch.randint(self.offsets**2, (len(images), 2), generator=generator)
+        starts = torch.randint(len(self.crops), (len(images), 2), generator=generator)
         self.starts = starts.to(home)  # unmirrored and mirrored
 
     def __len__(self) -> int:

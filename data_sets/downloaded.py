@@ -1,7 +1,6 @@
 """The data sets that torchvision downloads."""
 
 import inspect
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +12,7 @@ from data_sets.pictures import square
 from runtime.errors import UserError
 
 
-def read_torchvision(
-    spec: DataSet, folder: Path, tell: Callable[[str], None]
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def read_torchvision(spec: DataSet, folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Pixels and labels of "train" and "test" from torchvision, which downloads what is missing and checks its MD5."""
     dataset_class = getattr(torchvision.datasets, spec.source)
     if hasattr(dataset_class, "meta"):  # CIFAR's file of class names, which the row has: another file stands in for it
@@ -41,7 +38,7 @@ def read_torchvision(
                 f"no complete {spec.source} in {folder}, and the download from {url} "
                 f"failed: {why}; run again with a network, {archive}or give its folder by --data_path"
             ) from error
-        check_memory(len(found), spec.size, tell)
+        check_memory(len(found), spec.size)
         arrays[split] = as_arrays(found, spec.size)
     return arrays
 

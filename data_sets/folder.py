@@ -10,7 +10,6 @@ import json
 import os
 import unicodedata
 import zipfile
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -38,12 +37,7 @@ Images = tuple[np.ndarray, np.ndarray]  # pixels (N, size, size, 3) uint8, label
 
 
 def read_folder(
-    root: Path,
-    skip_broken: bool = False,
-    size: int = SIDE,
-    show_progress: bool = True,
-    stop: StopSignal | None = None,
-    tell: Callable[[str], None] = print,
+    root: Path, skip_broken: bool = False, size: int = SIDE, show_progress: bool = True, stop: StopSignal | None = None
 ) -> tuple[tuple[str, ...], dict[str, Images], list[str]]:
     """Class names, the images of "train" and "test", and notes to print, one line each.
 
@@ -54,7 +48,7 @@ def read_folder(
         key = files_key(root, files, size)
     except OSError as error:
         raise UserError(f"can't read {error.filename or root}: {reason(error)}") from error
-    check_memory(len(files), size, tell)
+    check_memory(len(files), size)
     packed = load_packed(root / "packed.npz", key)
     if packed is None:
         packed = pack(files, size, show_progress, stop)

@@ -11,7 +11,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_sets import SIDE, DataSet
-from models import last_linear, use_products
+from models import use_products
+from models.vgg import Float32Linear
 from runtime.device import Runtime
 from runtime.files import writing
 from utils import Normaliser
@@ -99,8 +100,10 @@ def export_model(model: torch.nn.Module, path: Path, data: dict) -> float:
     RuntimeError if the outputs disagree.
     """
     model = copy.deepcopy(model).to("cpu", memory_format=torch.contiguous_format)
-    last_linear(use_products(model, 0).requires_grad_(True)).__class__ = torch.nn.Linear  # all of it is float32
-    size = data["size"]
+    for module in use_products(model, 0).modules():
+        if isinstance(module, Float32Linear):  # all of it is float32
+            module.__class__ = torch.nn.Linear
+    size = data.get("size", SIDE)  # older checkpoints don't say
     images = torch.randn(5, 3, size, size, generator=torch.Generator().manual_seed(0))
     program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
     preprocessing = data | {"input": "RGB, 0 to 1, (x - mean) / std"}

@@ -12,35 +12,27 @@ from models.vgg import Float32Linear
 from runtime.errors import UserError
 
 
-def import_builder(name: str):
-    """What MODULE:FUNCTION names, of a module that is installed or in the current folder; UserError."""
-    module_name, _, function = name.partition(":")
+def build_own(name: str, num_classes: int, size: int) -> nn.Module:
+    """The model that MODULE:FUNCTION returns, its last linear layer in float32; UserError if it is no classifier."""
+    module, _, function = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
-        return getattr(importlib.import_module(module_name), function)
-    except ImportError as error:
-        raise UserError(f"--student {name}: can't import {module_name}: {error}") from error
-    except AttributeError:
-        raise UserError(f"--student {name}: module {module_name} has no {function}") from None
-
-
-def build_own(name: str, num_classes: int, size: int) -> nn.Module:
-    """The model that MODULE:FUNCTION returns, its last linear layer in float32; UserError if it is no classifier."""
-    try:
-        model = import_builder(name)(num_classes=num_classes)
-    except TypeError as error:
-        raise UserError(f"--student {name} can't be called with num_classes={num_classes}: {error}") from error
-    if not isinstance(model, nn.Module):
-        raise UserError(f"--student {name} returns a {type(model).__name__}, not a torch.nn.Module")
+        builder = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"--student {name} can't be imported: {error}") from error
     images = torch.zeros(2, 3, size, size)
     try:
+        model = builder(num_classes=num_classes)
         with torch.no_grad():
-            logits = model.eval()(images)
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise UserError(f"--student {name} fails on images {tuple(images.shape)}: {error}") from error
-    if (found := tuple(getattr(logits, "shape", ()))) != (2, num_classes):
-        raise UserError(f"--student {name} returns shape {found} for 2 images, not {(2, num_classes)}")
+            logits = model.eval()(images) if isinstance(model, nn.Module) else None
+    except (TypeError, ValueError, RuntimeError) as error:
+        called = f"num_classes={num_classes} and images {tuple(images.shape)}"
+        raise UserError(f"--student {name} fails with {called}: {error}") from error
+    if logits is None:
+        raise UserError(f"--student {name} returns a {type(model).__name__}, not a torch.nn.Module")
+    if (shape := tuple(getattr(logits, "shape", ()))) != (2, num_classes):
+        raise UserError(f"--student {name} returns shape {shape} for 2 images, not {(2, num_classes)}")
     layer = last_linear(model)
     if layer is None:
         raise UserError(f"--student {name} has no linear layer that can be trained: its last layer must be one")

@@ -33,7 +33,11 @@ def load(path: Path) -> dict:
 
     UserError if the file is missing, damaged, or something else than a checkpoint of this project.
     """
-    content = load_any(path)
+    return accept(load_any(path), path)
+
+
+def accept(content, path: Path) -> dict:
+    """What torch loaded from a file, with its `path`; UserError if it is no checkpoint of this project."""
     if not isinstance(content, dict) or "format" not in content:
         raise UserError(f"{path} holds {describe(content)}, not a checkpoint of this project: {RETRAIN}")
     if content["format"] != FORMAT:

@@ -137,8 +137,8 @@ class RunConfig(RunName):
     @property
     def title(self) -> str:
         """As of its name, with the weights of the loss unless they are the usual ones, and what is not known."""
-        unknown = ", images unknown" if self.images == UNKNOWN else ", teacher's images unknown"
-        unknown = unknown if self.images == UNKNOWN or self.teacher_unknown else ""
+        unknown = ", images unknown" if self.images == UNKNOWN else ""
+        unknown = ", teacher's images unknown" if self.teacher_unknown else unknown
         if not self.kd or (self.loss == "kd" and (self.kd_weights, self.ce_weight) == usual_weights("kd")):
             return super().title + unknown
         terms = {"kd": ("KL",), "dkd": ("TCKD", "NCKD")}.get(loss_function(self.loss), (self.loss.upper(),))

@@ -159,13 +159,8 @@ def describe_logits(folder: Path, spec: DataSet, key: str) -> None:
     """Write what the logits in `folder` are of, unless it is there."""
     path = folder / "teacher.json"
     if not path.exists():
-        content = {
-            "key": key,
-            "classes": list(spec.classes),
-            "images": spec.fingerprint,
-            "flip": spec.flip,
-            "version": VERSION,
-        }
+        content = {"key": key, "classes": list(spec.classes), "images": spec.fingerprint, "flip": spec.flip}
+        content |= {"version": VERSION}
         with writing(path) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n")
 
@@ -217,7 +212,10 @@ def load_teacher(
     if content is None and not path.is_dir():
         content = checkpoint.load_any(path)
         is_state_dict = isinstance(content, dict) and isinstance(content.get("classifier.weight"), torch.Tensor)
-        content = made_up_checkpoint(path, content, student, spec) if is_state_dict else checkpoint.load(path)
+        if is_state_dict:
+            content = made_up_checkpoint(path, content, student, spec)
+        else:
+            content = checkpoint.accept(content, path)
     if content and (why := teacher_mismatch(content, student, spec)):
         raise UserError(f"the teacher {path} {why}: name another one by --teacher, or another --weights_path")
     return TeacherLogits(path, spec, runtime, options.weights_path, content)
