@@ -32,7 +32,6 @@ if __name__ == "__main__":
 
 import torch
 
-from data_sets import DataSet
 from evaluation.comparison import measure_all
 from evaluation.measures import softness
 from evaluation.report import publish, softness_text
@@ -44,11 +43,12 @@ from runtime.files import locked, make_folder
 from runtime.processes import start
 from runtime.progress import Progress, duration
 from runtime.signals import StopSignal
+from training.files import RunFiles, files_of, find_finished, has_finished
 from training.losses import training_loss
 from training.recipes import RECIPE_FIELDS
-from training.run import METRICS, Run, RunFiles
-from training.runs import RunConfig, RunName, describe_differences, differences, loss_function, plan, run_from
-from training.teacher_logits import TeacherLogits, load_teacher, teacher_mismatch
+from training.run import METRICS, Run
+from training.runs import RunConfig, RunName, loss_function, plan
+from training.teacher_logits import TeacherLogits, load_teacher
 from utils import Data, Images, Views, epoch_order, epoch_view, evaluate, load_images, plot_curves, topk_correct
 
 
@@ -209,42 +209,30 @@ def begin(run: Run, images: int, resume: bool) -> None:
 def train_all(options: config.TrainOptions) -> None:
     """The run that the options name, or with --all every run that is not finished yet, and then the table."""
     with StopSignal() as stop, start(options.device, options.precision, options.deterministic) as runtime:
-        if options.sync_bn and runtime.device.type != "cuda":
-            raise UserError("--sync_bn True needs CUDA devices: leave it out")
-        images_here = options.flip, options.skip_broken, stop, options.size
-        data = load_images(options.dataset, options.data_path, runtime, *images_here)
-        for note in data.notes:
-            runtime.print(note)
+        data, runs = prepare(options, runtime, stop)
         views = Views(data.train, data.spec, runtime.device)
-        runs = plan(options, data.spec, runtime.precision, runtime.world_size)
-        if options.student:  # before a teacher is trained for it
-            layers = fingerprint_layers(build_model_of(runs[-1]))
-            runs = [replace(run, student_layers=layers if run.student else "") for run in runs]
-        for run in runs:
-            training_rows(run, data)  # what leaves no images is told before anything is trained
-        to_do = [run for run in runs if not has_ended(files_of(run, options), options)]
+        to_do = [run for run in runs if not has_finished(run, options)]
         if options.all:
             runtime.print(f"{len(runs)} runs, {len(runs) - len(to_do)} of them finished")
         teacher, contents = None, []
         for run in runs:
             to_do, left = [other for other in to_do if other != run], None
-            if run.kd or (options.all and run.role == "student"):
-                if teacher is None:  # one for all students
-                    trained = contents[0] if options.all and not options.teacher else None
-                    teacher = load_teacher(run, options, data.spec, runtime, trained)
-                    teacher.check_views(run.views)
-                    runtime.print(f"the teacher is {teacher.title}")
-                    contents = [teacher.content, *contents] if options.teacher and teacher.content else contents
-                left = partial(seconds_left, len(to_do), run, teacher) if options.all else None
-                if run.kd:
-                    run = replace(run, teacher=teacher.fingerprint, teacher_unknown=teacher.is_unknown)
-            files = files_of(run, options)
-            content = find_finished(run, files, options, data.spec)
+            if teacher is None and (run.kd or (options.all and run.role == "student")):  # one for all students
+                teacher = load_teacher(run, options, data.spec, runtime, contents[0] if contents else None)
+                teacher.check_views(run.views)
+                runtime.print(f"the teacher is {teacher.title}")
+                if teacher.content and not contents:
+                    contents.append(teacher.content)
+            if teacher and options.all:
+                left = partial(seconds_left, len(to_do), run, teacher)
+            if run.kd:
+                run = replace(run, teacher=teacher.fingerprint, teacher_unknown=teacher.is_unknown)
+            content = find_finished(run, options, data.spec)
             if content:
                 ended = f"{content['metrics']['top1']:.2f}% top-1"
                 runtime.print(f"{run.stem}: already finished ({ended}), skipping; --resume False trains it again")
             else:
-                content = train(run, data, views, teacher, files, options.resume, runtime, stop, left)
+                content = train(run, data, views, teacher, files_of(run, options), options.resume, runtime, stop, left)
             contents.append(content)
         if options.all:
             shown = measure_all(contents, data, runtime, teacher, stop, student=options.student)
@@ -254,43 +242,27 @@ def train_all(options: config.TrainOptions) -> None:
             runtime.print(f"evaluate it with `{run.command('test.py', **options.folders())}`")
 
 
+def prepare(options: config.TrainOptions, runtime: Runtime, stop: StopSignal) -> tuple[Data, list[RunConfig]]:
+    """The images and the plan of runs; UserError about what can't work, before anything is trained."""
+    if options.sync_bn and runtime.device.type != "cuda":
+        raise UserError("--sync_bn True needs CUDA devices: leave it out")
+    images_here = options.flip, options.skip_broken, stop, options.size
+    data = load_images(options.dataset, options.data_path, runtime, *images_here)
+    for note in data.notes:
+        runtime.print(note)
+    runs = plan(options, data.spec, runtime.precision, runtime.world_size)
+    if options.student:
+        layers = fingerprint_layers(build_model_of(runs[-1]))
+        runs = [replace(run, student_layers=layers if run.student else "") for run in runs]
+    for run in runs:
+        training_rows(run, data)
+    return data, runs
+
+
 def seconds_left(later: int, run: RunConfig, teacher: TeacherLogits, epochs: int, epoch_seconds: float) -> float:
     """An estimate for the epochs left of a student and so many later ones like it, with the teacher's logits."""
     epochs += later * run.num_epochs
     return epochs * epoch_seconds + min(len(teacher.missing(run.views)), epochs) * teacher.view_seconds
-
-
-def files_of(run: RunName, options: config.TrainOptions) -> RunFiles:
-    """Where a run's files are; the teacher of --all is shared by all --name folders."""
-    if options.all and run.role == "teacher":
-        return RunFiles(options.weights_path, options.plots_path, run.stem)
-    return RunFiles(options.weights_folder, options.plots_folder, run.stem)
-
-
-def has_ended(files: RunFiles, options: config.TrainOptions) -> bool:
-    """Whether a run of this name has finished and is not to be trained anew."""
-    return options.resume and files.checkpoint.exists() and not files.resume.exists()
-
-
-def find_finished(run: RunConfig, files: RunFiles, options: config.TrainOptions, spec: DataSet) -> dict | None:
-    """The checkpoint of this very run if it is finished, else None; UserError if training would replace another run.
-
-    With --all, whose options are the students', any teacher that fits is taken.
-    """
-    if not has_ended(files, options):
-        return None
-    content = checkpoint.load(files.checkpoint)
-    found = run_from(content["run"])
-    if options.all and run.role == "teacher":
-        if why := teacher_mismatch(content, run, spec):
-            raise UserError(f"the teacher {files.checkpoint} {why}: give another --weights_path")
-        return content
-    if differences(found, run):
-        raise UserError(
-            f"{files.checkpoint} is a finished run with {describe_differences(found, run)}: keep both with "
-            "--name WORD, or replace it with --resume False"
-        )
-    return content
 
 
 def main(argv: list | None = None) -> int:

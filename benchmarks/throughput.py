@@ -35,8 +35,9 @@ from runtime.cli import Parser, file_name
 from runtime.device import Runtime, device_title, processor
 from runtime.signals import StopSignal
 from train import train_epoch
+from training.files import RunFiles
 from training.losses import LOSSES
-from training.run import Run, RunFiles
+from training.run import Run
 from training.runs import RunConfig, plan
 from utils import EVALUATION_BATCH, Images, Views, compute_logits, epoch_order
 

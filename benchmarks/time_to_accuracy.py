@@ -32,7 +32,8 @@ from evaluation.report import table, write_json
 from runtime.cli import Parser, file_name, number
 from runtime.device import Runtime, device_title, machine
 from runtime.errors import UserError
-from training.run import Run, RunFiles
+from training.files import RunFiles
+from training.run import Run
 from training.runs import plan
 from utils import COLOURS, Views, evaluate, load_images, new_axes, save_figure
 

@@ -22,7 +22,8 @@ from evaluation.report import table
 from runtime.processes import start
 from runtime.signals import StopSignal
 from train import train_epoch
-from training.run import Run, RunFiles
+from training.files import RunFiles
+from training.run import Run
 from training.runs import plan
 from utils import Images, Views
 

@@ -2,8 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, replace
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -20,28 +19,6 @@ from utils import seed_of
 
 METRICS = ("loss", "ce", "kl", "top1", "top5")
 SAVING_SHARE = 0.01  # of the time that saving the resume state may take
-
-
-@dataclass(frozen=True)
-class RunFiles:
-    """Where a run's files are."""
-
-    weights: Path  # folder
-    plots: Path  # folder
-    stem: str
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.weights / f"{self.stem}.pt"
-
-    @property
-    def resume(self) -> Path:
-        """The resume state of an unfinished run."""
-        return self.weights / f"{self.stem}.last.pt"
-
-    @property
-    def log(self) -> Path:
-        return self.plots / f"{self.stem}.jsonl"
 
 
 def describe_data(spec: DataSet) -> dict:
@@ -87,7 +64,7 @@ def mismatch(content: dict, name: RunName, spec: DataSet, same_images: bool = Tr
 class Run:
     """Model, optimizer, log and position of one training on `images` images."""
 
-    def __init__(self, config: RunConfig, runtime: Runtime, spec: DataSet, images: int, files: RunFiles) -> None:
+    def __init__(self, config: RunConfig, runtime: Runtime, spec: DataSet, images: int, files) -> None:
         """UserError if the processes can't share a batch."""
         self.config, self.runtime, self.spec, self.files = config, runtime, spec, files
         world = runtime.world_size

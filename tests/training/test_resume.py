@@ -24,7 +24,8 @@ import utils
 from runtime import checkpoint
 from runtime.device import Runtime
 from runtime.log import RunLog, read_log
-from training.run import Run, RunFiles
+from training.files import RunFiles
+from training.run import Run
 
 STEM = "digits_student_kd_t5_subset40"
 LEARN = SIZE = [

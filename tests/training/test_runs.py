@@ -16,8 +16,9 @@ from config import parse_test, parse_train
 from data_sets import DATA_SETS
 from runtime.device import Runtime
 from runtime.errors import UserError
+from training.files import RunFiles
 from training.recipes import CIFAR, OPTIMIZERS, RECIPE_FIELDS, recipe_of, scale_recipe
-from training.run import Run, RunFiles
+from training.run import Run
 from training.runs import (
     RunConfig,
     RunName,

@@ -1,0 +1,67 @@
+"""Where a run's files are, and whether it has finished already."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_sets import DataSet
+from runtime import checkpoint
+from runtime.errors import UserError
+from training.runs import RunConfig, RunName, describe_differences, differences, run_from
+from training.teacher_logits import teacher_mismatch
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """The files of a run."""
+
+    weights: Path  # folder
+    plots: Path  # folder
+    stem: str
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.weights / f"{self.stem}.pt"
+
+    @property
+    def resume(self) -> Path:
+        """The resume state of an unfinished run."""
+        return self.weights / f"{self.stem}.last.pt"
+
+    @property
+    def log(self) -> Path:
+        return self.plots / f"{self.stem}.jsonl"
+
+
+def files_of(run: RunName, options) -> RunFiles:
+    """The files of a run; the teacher of --all is shared by all --name folders."""
+    if options.all and run.role == "teacher":
+        return RunFiles(options.weights_path, options.plots_path, run.stem)
+    return RunFiles(options.weights_folder, options.plots_folder, run.stem)
+
+
+def has_finished(run: RunName, options) -> bool:
+    """Whether a run of this name has finished and is not to be trained again."""
+    files = files_of(run, options)
+    return options.resume and files.checkpoint.exists() and not files.resume.exists()
+
+
+def find_finished(run: RunConfig, options, spec: DataSet) -> dict | None:
+    """The checkpoint of this very run if it has finished, else None; UserError if training would replace another run.
+
+    With --all, whose options are the students', any teacher that fits is taken.
+    """
+    if not has_finished(run, options):
+        return None
+    path = files_of(run, options).checkpoint
+    content = checkpoint.load(path)
+    found = run_from(content["run"])
+    if options.all and run.role == "teacher":
+        if why := teacher_mismatch(content, run, spec):
+            raise UserError(f"the teacher {path} {why}: give another --weights_path")
+        return content
+    if differences(found, run):
+        raise UserError(
+            f"{path} is a finished run with {describe_differences(found, run)}: keep both with --name WORD, or replace "
+            "it with --resume False"
+        )
+    return content
