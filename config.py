@@ -64,7 +64,7 @@ class Options:
         nargs="+",
     )  # fmt: skip
     temp: tuple[float, ...] | None = option(
-        KD, "temperature T; several with --all (default: 5, with --all 5 20; other losses their own)",
+        KD, "temperature T; several with --all (default: 5 and 20, CIFAR-100 2 and 5; other losses: docs/losses.md)",
         number(float, at_least=0.01, at_most=1000), nargs="+",
     )  # fmt: skip
     loss: tuple[str, ...] | None = option(

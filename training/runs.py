@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 
 from data_sets import SIDE, DataSet
 from runtime.cli import format_number, typed
-from training.recipes import LOSS_DEFAULTS, RECIPE_FIELDS, ce_weight_of, recipe_of
+from training.recipes import LOSS_DEFAULTS, RECIPE_FIELDS, ce_weight_of, recipe_of, temps_of
 
 DEFAULT_SEED = 42
 LONGEST_WORDS = 80  # characters of the omitted classes in a file name
@@ -168,7 +168,7 @@ def usual_weights(loss: str) -> tuple[tuple[float, ...], float]:
 def name_of(options) -> RunName:
     """The run that the options of either script name; with several temperatures or losses, the first."""
     loss = (options.loss or ("kd",))[0]
-    kd = {"loss": loss, "temp": (options.temp or LOSS_DEFAULTS[loss].temps)[0]} if options.kd else {}
+    kd = {"loss": loss, "temp": (options.temp or temps_of(options.dataset, loss))[0]} if options.kd else {}
     role = "teacher" if options.tto else "student"
     seed = DEFAULT_SEED if options.seed is None else options.seed
     images = (options.student_images or (None,))[0]
@@ -191,7 +191,7 @@ def names_of(options) -> list[RunName]:
             student = replace(first, seed=seed, student_images=images)
             names.append(student)
             for loss in losses:
-                for temp in options.temp or LOSS_DEFAULTS[loss].temps:
+                for temp in options.temp or temps_of(options.dataset, loss):
                     names.append(replace(student, loss=loss, temp=temp))
     return names
 

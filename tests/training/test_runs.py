@@ -140,6 +140,9 @@ def test_all_plans_every_run_once_and_in_order():
     assert [name.stem for name in names_of(parse_train(["--all"]))] == [
         "teacher", "student", "student_kd_t5", "student_kd_t20",
     ]  # fmt: skip
+    stems = [name.stem.removeprefix("cifar100_") for name in names_of(parse_train(["--all", "--dataset", "cifar100"]))]
+    assert stems == ["teacher", "student", "student_kd_t2", "student_kd_t5"]
+    assert run_of("--kd --dataset cifar100").temp == 2.0 and run_of("--kd --dataset cifar100 --loss dkd").temp == 4.0
 
 
 def test_each_loss_has_its_own_temperatures_and_weights():
