@@ -27,7 +27,14 @@ from runtime.log import RunLog, read_log
 from training.run import Run, RunFiles
 
 STEM = "digits_student_kd_t5_subset40"
-LEARN = SIZE = "--dataset=digits --subset=40 --batch_size=8 --num_epochs=3 --device=cpu --precision=fp32".split()
+LEARN = SIZE = [
+    "--dataset=digits",
+    "--subset=40",
+    "--batch_size=8",
+    "--num_epochs=3",
+    "--device=cpu",
+    "--precision=fp32",
+]
 
 # ---------------------------------------------------------------------------------------------- moments
 
