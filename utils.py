@@ -359,6 +359,7 @@ def new_figure(height: float):
 def new_axes(title: str, ylabel: str):
     """The labelled axes of a figure that has only these."""
     axes = new_figure(4.2).add_subplot(title=title, xlabel="epoch", ylabel=ylabel)
+    axes.title.set_parse_math(False)  # it may name classes
     axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     return axes
@@ -367,7 +368,8 @@ def new_axes(title: str, ylabel: str):
 def save_figure(axes, path: Path) -> Path:
     """Write the figure of `axes` to `path` as PNG, atomically."""
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=9)
+        for text in axes.legend(fontsize=9).get_texts():
+            text.set_parse_math(False)
     with writing(path) as temporary:
         axes.figure.savefig(temporary, dpi=120, format="png")
     return path

@@ -6,11 +6,11 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from made_up import content_of, run_of, tiny_student
+from made_up import content_of, run_of, tiny_student, write_log
 from PIL import Image
 
 from evaluation import figures
-from utils import save_figure
+from utils import plot_curves, save_figure
 
 CLASSES = tuple("abc")
 
@@ -127,6 +127,18 @@ def test_of_many_classes_the_likeliest_are_shown_beside_a_picture(drawn, tmp_pat
     assert [name.get_text() for name in beside.get_yticklabels()] == [f"${i}" for i in likeliest]
     for bars, answer in zip(beside.containers, answers, strict=True):
         assert [bar.get_width() for bar in bars] == pytest.approx((100 * answer[0, likeliest]).tolist())
+
+
+def test_a_class_of_any_name_may_be_omitted(tmp_path):
+    run = run_of("", omit=("$\\frac$",))
+    content = content_of(run, (50.0,), tiny_student())
+    write_log(tmp_path / "run.jsonl", run)
+    plot_curves(tmp_path / "run.jsonl", tmp_path)
+    assert figures.plot_comparison([content], tmp_path / "comparison.png").exists()
+    pixels, answers = [np.zeros((32, 32, 3), np.uint8)], {run.title: torch.full((1, 3), 1 / 3)}
+    assert figures.plot_pictures(pixels, ["a.png"], answers, CLASSES, tmp_path / "pictures.png").exists()
+    content["measured"] = {"per_class": [0.5] * 10, "corrected_per_class": [0.6] * 10, "bias": [1.0]}
+    assert figures.plot_omitted([content], tmp_path / "omitted.png").exists()
 
 
 @pytest.mark.parametrize("name", ["$\\frac$.png", "_a_{b}^c ä 1%.png"])
