@@ -55,9 +55,9 @@ class Options:
         DATA, "evaluate on the last N training images, not trained on, instead of the test set",
         number(int, at_least=0), 0,
     )  # fmt: skip
-    omit: tuple[str, ...] = option(
+    omit: tuple[str, ...] | None = option(
         DATA, "the student sees no training image of these classes, by name or number; the teacher has seen all",
-        default=(), nargs="+", metavar="CLASS",
+        nargs="+", metavar="CLASS",
     )  # fmt: skip
     student_images: tuple[int, ...] | None = option(
         DATA, "the student sees N training images, the first of each class in turn; several with --all", AT_LEAST_1,
@@ -212,7 +212,8 @@ def parse(script: str, options_class: type[Options], argv: list | None) -> tuple
         if len(set(values)) < len(values):
             parser.error(f"--{name} names one value twice: leave it out once")
     options = options_class(**given)
-    options = replace(options, omit=classes_of(parser, options.omit, DATA_SETS[options.dataset].classes))
+    if options.omit:
+        options = replace(options, omit=classes_of(parser, options.omit, DATA_SETS[options.dataset].classes))
     if options.skip_broken and options.dataset != "folder" and "checkpoint" not in given:
         parser.error("--skip_broken requires --dataset folder: add that, or leave --skip_broken out")
     if options.size != SIDE and options.dataset in ("cifar10", "cifar100"):

@@ -123,7 +123,9 @@ def plot_pictures(pixels: list, names: list[str], answers: dict, classes: tuple[
         right.tick_params(labelsize=8)
         right.invert_yaxis()
         right.grid(axis="x", alpha=0.3)
-    figure.legend(*grid[0, 1].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=9)
+    legend = figure.legend(*grid[0, 1].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=9)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     grid[-1, 1].set_xlabel("probability (%)")
     return save_figure(grid[0, 0], path)  # whose legend is the figure's
 

@@ -172,7 +172,7 @@ def name_of(options) -> RunName:
     role = "teacher" if options.tto else "student"
     seed = DEFAULT_SEED if options.seed is None else options.seed
     images = (options.student_images or (None,))[0]
-    trial = {"subset": options.subset, "holdout": options.holdout, "omit": options.omit, "student_images": images}
+    trial = {"subset": options.subset, "holdout": options.holdout, "omit": options.omit or (), "student_images": images}
     own = None if options.tto else options.student
     return RunName(options.dataset, role, **kd, seed=seed, **trial, student=own, size=options.size)
 

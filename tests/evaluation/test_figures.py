@@ -8,12 +8,12 @@ import pytest
 import torch
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
-from made_up import content_of, run_of, tiny_student
+from made_up import content_of, run_of, tiny_student, write_log
 from matplotlib.font_manager import fontManager
 from PIL import Image
 
 from evaluation import figures
-from utils import save_figure
+from utils import plot_curves, save_figure
 
 CLASSES = tuple("abc")
 
@@ -166,6 +166,18 @@ def test_letters_are_of_an_installed_font_or_else_the_name_is_a_number(font, tmp
     assert [pictures[0].get_title(), pictures[2].get_title()] == ["日.png", "picture 2"]
     assert [label.get_text() for label in pictures[1].get_yticklabels()] == shown
     assert matplotlib.rcParams["font.family"] == before
+
+
+def test_a_class_of_any_name_may_be_omitted(tmp_path):
+    run = run_of("", omit=("$\\frac$",))
+    content = content_of(run, (50.0,), tiny_student())
+    write_log(tmp_path / "run.jsonl", run)
+    plot_curves(tmp_path / "run.jsonl", tmp_path)
+    assert figures.plot_comparison([content], tmp_path / "comparison.png").exists()
+    pixels, answers = [np.zeros((32, 32, 3), np.uint8)], {run.title: torch.full((1, 3), 1 / 3)}
+    assert figures.plot_pictures(pixels, ["a.png"], answers, CLASSES, tmp_path / "pictures.png").exists()
+    content["measured"] = {"per_class": [0.5] * 10, "corrected_per_class": [0.6] * 10, "bias": [1.0]}
+    assert figures.plot_omitted([content], tmp_path / "omitted.png").exists()
 
 
 @pytest.mark.parametrize("name", ["$\\frac$.png", "_a_{b}^c ä 1%.png"])
