@@ -8,7 +8,7 @@ from models.student import StudentCNN
 from models.vgg import vgg19_bn
 
 __all__ = ["StudentCNN", "build_model", "build_model_of", "fingerprint_layers", "last_linear"]
-__all__ += ["use_products", "vgg19_bn"]
+__all__ += ["build_own", "use_products", "vgg19_bn"]
 BUILDERS = {"teacher": vgg19_bn, "student": StudentCNN}
 
 

@@ -14,6 +14,7 @@ import test as test_script
 import train
 from data_sets import memory
 from evaluation import figures
+from models import build_own
 from runtime import checkpoint
 from runtime.errors import Stopped
 
@@ -114,6 +115,12 @@ def test_a_student_that_can_not_learn_is_one_line(student, tells, mine, capfd, t
     assert re.search(tells, error) and error.count("\n") == 1 and snapshot(tmp_path / "weights") == before
 
 
+def test_its_logits_are_float32_whatever_the_precision(mine):
+    model = build_own("my_models:net", 10, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.training and model(torch.randn(2, 3, 32, 32)).dtype == torch.float32
+
+
 def test_dropout_resumes_bit_exactly(mine, monkeypatch):
     words = ["--student=my_models:net", "--num_epochs=2"]
     assert mine(*words, "--name=whole") == 0
@@ -141,8 +148,14 @@ def test_a_plain_state_dict_teaches_and_its_images_are_unknown(learn, capfd):
     output = capfd.readouterr().out
     assert "Teacher (VGG19 with BN), subset 40, images unknown" in output
     assert "Student (with KD, Temp = 5), subset 40, teacher's images unknown gains" in output
-    for name, tells in (("state7.pt", "has 7 classes, and digits has 10"), ("half.pt", "does not fit the model")):
-        assert learn("--kd", f"--teacher={name}") == 2
+    assert learn("--tto") == 0
+    teacher = "weights/digits_teacher_subset40.pt"
+    for name, size, tells in (
+        ("state7.pt", 32, "has 7 classes, and digits has 10"),
+        ("half.pt", 32, "does not fit the model"),
+        (teacher, 64, "was trained on images of 32 x 32 pixels, not 64 x 64"),
+    ):
+        assert learn("--kd", f"--size={size}", f"--teacher={name}") == 2
         assert tells in (error := capfd.readouterr().err) and error.count("\n") == 1
 
 

@@ -45,6 +45,13 @@ def test_an_image_shows_its_label(monkeypatch):
     assert (nearest == labels[100:]).mean() > 0.9
 
 
+def test_a_larger_image_shows_the_same_picture(monkeypatch):
+    monkeypatch.setattr(digits, "NOISE", 0)
+    small, large = (digits.make_digits("train", 20, size=size)[0].astype(float) for size in (32, 64))
+    difference = large.reshape(20, 32, 2, 32, 2, 3).mean(axis=(2, 4)) - small
+    assert abs(difference).mean() < 2, "levels of 255"
+
+
 def test_the_labelled_digit_is_drawn_last_and_in_the_middle(monkeypatch):
     drawn, mask = [], Image.new("L", (32, 32))
     monkeypatch.setattr(digits, "place", lambda glyph, centre, *_: drawn.append((glyph, abs(centre).max())) or mask)
