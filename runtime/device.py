@@ -51,7 +51,8 @@ class Runtime:
         """The context of every forward pass."""
         if self.autocast_dtype is None:
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.autocast_dtype)
+        # Its cache of cast weights lives as long as the outermost autocast, which may be the host's: never kept here.
+        return torch.autocast(self.device.type, self.autocast_dtype, cache_enabled=False)
 
     @contextlib.contextmanager
     def repeatable_logits(self):

@@ -56,6 +56,16 @@ def test_plain_kd_trains_with_kd_loss_of_the_images_that_the_student_sees(learn,
     assert learn() == learn("--kd", "--loss", "ls") == 0 and len(asked) == 10, "no other loss is kd_loss"
 
 
+def test_bf16_learns_what_float32_learns_within_a_hosts_autocast_too(learn, tmp_path):
+    losses = []
+    for precision in ("fp32", "bf16", "bf16"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=len(losses) == 2):
+            assert learn(f"--precision={precision}", "--num_epochs=6", "--resume=False") == 0
+        losses.append([line["train"]["loss"] for line in read_log(tmp_path / "plots" / f"{STEM}.jsonl")[1]])
+    assert losses[0][-1] < 0.9 * losses[0][0] and losses[1] == losses[2]
+    assert losses[1] == pytest.approx(losses[0], rel=0.03)
+
+
 def test_the_time_of_the_compilation_counts(learn, tmp_path, monkeypatch):
     clock = [0.0]
 
