@@ -45,22 +45,24 @@ class Options:
     dataset: str = option(
         DATA, "cifar10, cifar100, digits (drawn, no download) or folder", default="cifar10", choices=DATA_SETS
     )
-    data_path: Path = option(DATA, "folder of the data, for folder of train/<class>/*", folder_name, Path("data"))
+    data_path: Path = option(
+        DATA, "folder of the data; with --dataset folder it contains train/<class>/*", folder_name, Path("data")
+    )
     skip_broken: bool = option(DATA, "leave out pictures that can't be read (--dataset folder)", boolean, False)
     size: int = option(
         DATA, "pixels along a side of an image (folder, digits): a multiple of 32", int, SIDE, choices=SIZES
     )
-    subset: int | None = option(DATA, "a trial: the first N training and N/5 test images", AT_LEAST_1)
+    subset: int | None = option(DATA, "a quick trial: the first N training images and N/5 test images", AT_LEAST_1)
     holdout: int = option(
-        DATA, "evaluate on the last N training images, not trained on, instead of the test set",
+        DATA, "hold out the last N training images and evaluate on them instead of the test set",
         number(int, at_least=0), 0,
     )  # fmt: skip
     omit: tuple[str, ...] | None = option(
-        DATA, "the student sees no training image of these classes, by name or number; the teacher has seen all",
+        DATA, "leave these classes (names or numbers) out of the student's training images; the teacher sees them",
         nargs="+", metavar="CLASS",
     )  # fmt: skip
     student_images: tuple[int, ...] | None = option(
-        DATA, "the student sees N training images, the first of each class in turn; several with --all", AT_LEAST_1,
+        DATA, "train the student on N images, balanced over the classes; several with --all", AT_LEAST_1,
         nargs="+",
     )  # fmt: skip
     temp: tuple[float, ...] | None = option(
@@ -81,9 +83,7 @@ class Options:
     )  # fmt: skip
     weights_path: Path = option(FILES, "folder of the checkpoints", folder_name, Path("weights"))
     plots_path: Path = option(FILES, "folder of the logs and figures", folder_name, Path("plots"))
-    name: str | None = option(
-        FILES, "write into folders of this name below --weights_path and --plots_path", plain_word
-    )
+    name: str | None = option(FILES, "write to subfolders of this name in --weights_path and --plots_path", plain_word)
 
     @property
     def weights_folder(self) -> Path:
@@ -114,14 +114,14 @@ class TrainOptions(Options):
         number(float, at_least=0, at_most=1),
     )  # fmt: skip
     kd_weight: tuple[float, ...] | None = option(
-        KD, "weight of the distillation loss, of dkd two: target, other classes (default: docs/losses.md)",
+        KD, "weight of the distillation loss; dkd takes two: target, other classes (default: docs/losses.md)",
         number(float, at_least=0, at_most=1e6), nargs="+",
     )  # fmt: skip
     ce_weight: float | None = option(
         KD, "weight of the cross-entropy (default: docs/losses.md)", number(float, at_least=0, at_most=1e6)
     )
     matched: bool = option(
-        KD, "with --all: beside each other loss, plain kd at its weights and temperature", boolean, False
+        KD, "with --all: for each other loss also plain kd at its temperature and total weight", boolean, False
     )
     optimizer: str = option(RECIPE, "muon or sgd, each with its own recipe", default="muon", choices=OPTIMIZERS)
     num_epochs: int | None = option(RECIPE, "epochs", AT_LEAST_1)
@@ -132,7 +132,7 @@ class TrainOptions(Options):
     )
     norm_lr: float | None = option(RECIPE, "learning rate of batch norm, as a fraction of --lr", number(float, above=0))
     weight_decay: float | None = option(
-        RECIPE, "weight decay of the last layer, with sgd of all weights", number(float, at_least=0)
+        RECIPE, "weight decay of the last layer; with sgd, of all weight matrices", number(float, at_least=0)
     )
     views: int | None = option(RECIPE, "augmented views per image", AT_LEAST_1)
     flip: bool | None = option(
@@ -160,8 +160,8 @@ class TestOptions(Options):
     compare: bool = option(WHAT, "one table of all checkpoints in --weights_path, and a figure", boolean, False)
     image: tuple[Path, ...] | None = option(WHAT, "classify these pictures instead", file_name, nargs="+")
     soften: tuple[float, ...] | None = option(
-        WHAT, "draw the probabilities of --image, or of four test images, at these temperatures, and how soft they are",
-        number(float, at_least=0.01, at_most=1000), nargs="+",
+        WHAT, "draw the probabilities of --image or of four test images at these temperatures, and say how soft "
+        "they are", number(float, at_least=0.01, at_most=1000), nargs="+",
     )  # fmt: skip
     json: Path | None = option(FILES, "also write the numbers of the report to this .json file", file_name)
     export: Path | None = option(FILES, "also export the model as a torch.export program, .pt2", file_name)
@@ -210,7 +210,7 @@ def parse(script: str, options_class: type[Options], argv: list | None) -> tuple
             several = " without --all True" if script == "train.py" else ""
             parser.error(f"--{name} takes one value{several}, not {len(values)}")
         if len(set(values)) < len(values):
-            parser.error(f"--{name} names one value twice: leave it out once")
+            parser.error(f"--{name} contains a value twice: give each value once")
     options = options_class(**given)
     if options.omit:
         options = replace(options, omit=classes_of(parser, options.omit, DATA_SETS[options.dataset].classes))

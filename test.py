@@ -57,7 +57,7 @@ def find_checkpoint(options: config.TestOptions, runtime: Runtime) -> dict:
     if options.checkpoint:
         content = checkpoint.load(options.checkpoint)
         if options.student and not run_from(content["run"]).student:
-            raise UserError(f"{options.checkpoint} is no student of your own: leave --student out")
+            raise UserError(f"{options.checkpoint} is not a student of your own: leave --student out")
         if "metrics" not in content:
             raise UserError(f"{options.checkpoint} is an unfinished run: rerun its command to finish it")
         if content["run"]["role"] == "teacher" and options.teacher:
@@ -69,7 +69,7 @@ def find_checkpoint(options: config.TestOptions, runtime: Runtime) -> dict:
         path = options.teacher
     published = PUBLISHED / options.dataset / path.name
     if not path.exists() and published.exists() and not options.folders("weights_path", "name"):
-        runtime.print(f"there is no {path}: evaluating the published {published}")
+        runtime.print(f"{path} does not exist: evaluating the published {published}")
         return checkpoint.load(published)
     if not path.exists() and path == options.teacher:
         raise UserError(f"no teacher {path}: check the name that --teacher gives")
@@ -79,7 +79,7 @@ def find_checkpoint(options: config.TestOptions, runtime: Runtime) -> dict:
     content = checkpoint.load(path)
     run = run_from(content["run"])
     if (run.role, run.dataset) != (name.role, name.dataset):
-        raise UserError(f"{path} holds a {run.role} of {run.dataset}, not a {name.role} of {name.dataset}")
+        raise UserError(f"{path} contains a {run.role} of {run.dataset}, not a {name.role} of {name.dataset}")
     return content
 
 
@@ -157,7 +157,7 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
 def export(model: torch.nn.Module, path: Path, content: dict) -> str:
     """Export a model; the file and how exact it is, in words."""
     difference = inference.export_model(model, path, content["data"])
-    return f"{path}, whose logits differ by at most {difference:.1g} after loading it again"
+    return f"{path} (reloaded, its logits differ by at most {difference:.1g})"
 
 
 # ---------------------------------------------------------------------------------------------- all checkpoints
@@ -186,7 +186,7 @@ def compare(options: config.TestOptions, runtime: Runtime) -> None:
 def find_checkpoints(options: config.TestOptions, runtime: Runtime) -> list[dict]:
     """The finished checkpoints of these images, in --weights_path and its subfolders or that of --name, teachers first.
 
-    With --teacher, that one and, of the students with KD, its own. What can't be read is named and left out.
+    With --teacher, that teacher, its students and those without KD. What can't be read is reported and left out.
     """
     contents = []
     paths = sorted(options.weights_folder.rglob("*.pt"))

@@ -148,7 +148,7 @@ def train(
 ) -> dict:
     """One run, new or resumed, until its checkpoint, log and figures are written; what its checkpoint holds.
 
-    `seconds_left` estimates the time of all that is to do from the epochs left of this run and the seconds of one.
+    `seconds_left` estimates the time left for all runs from the epochs left in this run and the seconds per epoch.
     """
     rows, held_out = training_rows(config, data), data.held_out(config.subset, config.holdout)
     with locked(files.checkpoint) if runtime.is_main else contextlib.nullcontext():
@@ -272,7 +272,7 @@ def main(argv: list | None = None) -> int:
 
 
 def resume_command(words: list) -> str:
-    """What to type to resume what these words started."""
+    """The command that resumes the run started with these arguments."""
     processes = os.environ.get("WORLD_SIZE", "1")
     python = "python" if processes == "1" else f"torchrun --nproc_per_node={processes}"
     typed = shlex.join(["train.py", *map(str, words)])

@@ -95,7 +95,7 @@ class Data:
 
 
 def turns(labels: torch.Tensor) -> torch.Tensor:
-    """For each label (N,), how many equal ones stand before it (N,)."""
+    """For each label (N,), the number of earlier occurrences of the same label (N,)."""
     by_class, counts = labels.argsort(stable=True), labels.bincount()
     turn = torch.empty_like(labels)
     turn[by_class] = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[by_class]]
@@ -111,9 +111,9 @@ def load_images(
     stop: StopSignal | None = None,
     size: int = SIDE,
 ) -> Data:
-    """The data set `name` in `folder`, downloaded or drawn if it is missing; UserError if it can't be had.
+    """The data set `name` in `folder`, downloaded or drawn if it is missing; UserError if that fails.
 
-    The row gets what the images say: their fingerprint, their number and, unless it has them, mean and deviation.
+    The returned row has the images' fingerprint, their number and, where missing, mean and deviation.
     """
     spec, notes = replace(DATA_SETS[name], size=size), []
     with main_first(runtime):

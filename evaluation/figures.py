@@ -183,7 +183,7 @@ def plot_omitted(contents: list[dict], path: Path) -> Path | None:
         style = {"fontsize": 8} if len(classes) <= CELLS_WITH_NUMBERS else {"fontsize": 5, "rotation": 90}
         axes.set_xticklabels(names, parse_math=False, **style)
         axes.grid(axis="y", alpha=0.3)
-    said = [f"{which}, {when}" for which in ("seen", "never seen") for when in ("as it is", "corrected")]
+    said = [f"{which}, {when}" for which in ("seen", "never seen") for when in ("uncorrected", "corrected")]
     patches = [Patch(color=colour, label=label) for colour, label in zip((*seen, *never), said, strict=True)]
     figure.legend(handles=patches, loc="outside upper center", ncols=4, fontsize=9)
     return save_figure(figure.axes[0], path)

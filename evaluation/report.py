@@ -108,7 +108,7 @@ def bias_text(numbers: dict, omitted: tuple[str, ...]) -> str:
     text = table([f"Top-1 without {', '.join(omitted)} in training", *prefixes], rows)
     offsets = zip(omitted, numbers.get("bias", ()), strict=False)
     added = ", ".join(f"{name} {offset:+.2f}" for name, offset in offsets)
-    return f"{text}\nadded to the logits: {added or 'nothing, because it was trained on other images'}"
+    return f"{text}\nadded to the logits: {added or 'none, the student was trained on other images'}"
 
 
 def softness_text(numbers: dict, temp: float, classes: int) -> str:

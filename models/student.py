@@ -1,4 +1,4 @@
-"""The student: a plain convolutional network, small enough to train in seconds an epoch."""
+"""The student: a plain convolutional network, small enough to train in seconds per epoch."""
 
 from torch import nn
 
@@ -12,7 +12,7 @@ class StudentCNN(nn.Module):
 
     Three stages of two conv-BN-ReLU at 32, 64 and 128 channels with a 2 x 2 max pool between them, no
     residual block, global average pooling (Lin et al., 2014, section 3.2) and one linear layer: 288,746
-    parameters, 1/69 of the teacher's, and 38.6 M multiply-accumulates an image of 32 x 32, 1/10 of
+    parameters, 1/69 of the teacher's, and 38.6 M multiply-accumulates per image of 32 x 32, 1/10 of
     the teacher's.
     """
 

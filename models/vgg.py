@@ -5,7 +5,7 @@ from torch import nn
 
 from models.convolution import Conv3x3
 
-# One row a resolution: the widths of its 3 x 3 convolutions, each row followed by a 2 x 2 max pool.
+# One row per resolution: the widths of its 3 x 3 convolutions, each row followed by a 2 x 2 max pool.
 CONFIGURATION_E = ((64, 64), (128, 128), (256,) * 4, (512,) * 4, (512,) * 4)
 
 
@@ -78,5 +78,5 @@ class VGG(nn.Module):
 
 
 def vgg19_bn(num_classes: int = 10) -> nn.Module:
-    """VGG19-BN: 20.0 M parameters, 398 M multiply-accumulates an image of 32 x 32."""
+    """VGG19-BN: 20.0 M parameters, 398 M multiply-accumulates per image of 32 x 32."""
     return VGG(CONFIGURATION_E, num_classes)

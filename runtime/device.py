@@ -117,7 +117,7 @@ def pick_device(name: str) -> torch.device:
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     devices = torch.cuda.device_count() if kind == "cuda" and not index else 1
     if processes > devices:
-        raise UserError(f"{processes} processes need a device each, --device {name} gives {devices}; try --device cpu")
+        raise UserError(f"{processes} processes need one device each, --device {name} has {devices}; try --device cpu")
     if kind == "mps":
         return torch.device(name)
     return torch.device("cuda", int(index or os.environ.get("LOCAL_RANK", 0)))

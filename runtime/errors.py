@@ -13,7 +13,7 @@ FAILURES = {
     "DefaultCPUAllocator": MEMORY,
     "out of memory": MEMORY,  # of CUDA, MPS
     "STATUS_ALLOC_FAILED": MEMORY,  # of cuBLAS, cuDNN
-    "no kernel image is available": "this PyTorch has no code for this GPU: install another one, or give --device cpu",
+    "no kernel image is available": "this PyTorch does not support this GPU: install another, or use --device cpu",
     "busy or unavailable": "another program has reserved the GPU: wait for it, or give another --device",
     "NCCL built in": "this PyTorch lacks NCCL, which several GPUs need: train on one without torchrun",
     "torch.compile is not supported": "torch.compile does not work with this Python: leave --compile out",
@@ -63,7 +63,7 @@ def exit_code(main: Callable[[], None], resume_command: str = "") -> int:
     except UserError as error:
         return report(str(error))
     except KeyboardInterrupt:
-        print_error("interrupted; a training resumes from its last save")
+        print_error("interrupted; rerun the command to resume training from its last save")
         return 128 + signal.SIGINT
     except Stopped as stop:
         print_error(f"stopped; resume with `{resume_command}`")
@@ -109,7 +109,7 @@ def known_failure(error: Exception) -> str | None:
         return f"can't use {error.filename}: {reason(error)}; give another path"
     if isinstance(error, OSError) and error.filename is None and output_is_full():
         discard_output()
-        return f"can't write to standard output: {reason(error)}; all files saved before are whole"
+        return f"can't write to standard output: {reason(error)}; all files saved so far are complete"
     return None
 
 

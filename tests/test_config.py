@@ -110,7 +110,7 @@ def test_the_command_that_resumes_does_not_restart(words):
 # The long list is that of tests/test_errors.py; here are cases of several options.
 REFUSED = [
     ("train.py --all True --tto True", "--tto and --all can't be combined"),
-    ("train.py --all True --temp 5 5.0", "--temp names one value twice"),
+    ("train.py --all True --temp 5 5.0", "--temp contains a value twice"),
     ("train.py --kd True --loss dkd --kd_weight 0 0 --ce_weight 0", "are all 0, which leaves no loss"),
     ("train.py --all True --loss kd ls --ce_weight 1", "--kd_weight and --ce_weight need a single --loss"),
     ("train.py --all True --matched True --loss kd kd_as_ls", "--matched requires another --loss than kd"),

@@ -55,7 +55,7 @@ WRONG_OPTIONS = [
     # Losses and their weights.
     ("train.py --kd True --temp 5 20", "--temp takes one value without --all True, not 2"),
     ("train.py --kd True --loss kd ls", "--loss takes one value without --all True, not 2"),
-    ("train.py --all True --loss ls dkd ls", "--loss names one value twice"),
+    ("train.py --all True --loss ls dkd ls", "--loss contains a value twice"),
     ("train.py --all True --loss ls dkd --kd_weight 9", "--kd_weight and --ce_weight need a single --loss"),
     ("train.py --all True --loss kd ls --alpha 0.5", "--alpha is for --loss kd"),
     ("train.py --kd True --loss dkd --kd_weight 9", "--kd_weight: --loss dkd has 2, not 1"),
@@ -122,7 +122,7 @@ WRONG_FILES = [
     case("no teacher", f"{TRAIN} --kd True --holdout 8 --weights_path w --seed 7",
          "no teacher w/digits_teacher_subset40_holdout8.pt: train one with `python train.py --tto True "
          "--dataset digits --subset 40 --holdout 8 --data_path .* --weights_path w`"),
-    case("no teacher of that name", LEARN, "no teacher weights/my.pt: .*name another one by --teacher"),
+    case("no teacher of that name", LEARN, "no teacher weights/my.pt: .*--teacher"),
     case("teacher: hostile", LEARN, "weights/my.pt holds Python objects, not plain", in_weights("my.pt", hostile)),
     case("teacher: damaged", LEARN, "weights/my.pt is damaged", in_weights("my.pt", checkpoint_of("--tto", flip_bit))),
     case("teacher: a folder", LEARN, "weights/my.pt is no folder of logits", in_weights("my.pt", Path.mkdir)),

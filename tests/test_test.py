@@ -149,7 +149,7 @@ def test_a_student_with_omitted_classes_is_reported_before_and_after_the_correct
     assert Path("plots/student_omit_cat_dog_omitted.png").exists()
     save("--omit cat dog", weights=3, images="c" * 16)
     assert set(report_of("--omit", "3", "dog")) == KEYS | {"top1_omitted", "top1_others"}
-    assert "added to the logits: nothing, because it was trained on other images\n" in capfd.readouterr().out
+    assert "added to the logits: none, the student was trained on other images\n" in capfd.readouterr().out
 
 
 def foreign_teachers() -> dict[str, str]:
@@ -165,7 +165,7 @@ def foreign_teachers() -> dict[str, str]:
         "torn.pt": "weights/torn.pt is damaged",
         "bare.pt": "weights/bare.pt holds a state dict of 1 entries (features.0.weight), not a checkpoint",
         "others.pt": "the teacher weights/others.pt has 100 other classes (apple, aquarium_fish, baby, ...): name ",
-        "pupil.pt": "the teacher weights/pupil.pt is a student: name another one by --teacher",
+        "pupil.pt": "the teacher weights/pupil.pt is a student: choose another one with --teacher",
         "elsewhere.pt": "the teacher weights/elsewhere.pt was trained on other images than those of cifar10 here: ",
     }
 
@@ -293,7 +293,7 @@ def test_without_a_checkpoint_of_ones_own_the_published_one_is_evaluated(report_
     save_run(tmp_path / "published" / "cifar10", run_of("--kd"), weights=2)
     assert report_of()["checkpoint"] == str(published)
     lines = capfd.readouterr().out.splitlines()
-    assert lines[0] == f"there is no weights/student.pt: evaluating the published {published}"
+    assert lines[0] == f"weights/student.pt does not exist: evaluating the published {published}"
     assert lines[1].startswith("test loss ")
     assert report_of("--kd", "True")["checkpoint"].endswith("published/cifar10/student_kd_t5.pt")
     for words in ("--weights_path=weights", "--name=a05", "--tto", "--seed=7", "--kd --temp=7", "--dataset=digits"):
@@ -320,7 +320,7 @@ def evaluate_digits(digits, tmp_path, forked):
     return lambda *more, **how: forked("test.py", *words, *more, folder=tmp_path, tiny=True, **how)
 
 
-FULL = "test.py: error: can't write to standard output: No space left on device; all files saved before are whole\n"
+FULL = "test.py: error: can't write to standard output: No space left on device; all files saved so far are complete\n"
 
 
 @pytest.mark.parametrize("stdout, code, stderr", [("gone", 128 + signal.SIGPIPE, ""), ("full", 2, FULL)])

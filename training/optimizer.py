@@ -100,7 +100,7 @@ def is_depthwise(weight: torch.Tensor) -> bool:
 
 
 class Muon(torch.optim.Optimizer):
-    """SGD whose every step is orthogonalised (Jordan et al., 2024), so that no gradient's size counts.
+    """SGD with orthogonalised steps (Jordan et al., 2024): their size does not depend on the gradient's magnitude.
 
     A weight is seen as a matrix, of a convolution (out, in * 3 * 3), and its step is the nearest orthogonal matrix: all
     directions are learnt at one speed, the rare ones too; of a depthwise one each filter's step is brought to norm 1.

@@ -1,4 +1,4 @@
-"""What a model trains with if the user does not say: by data set, role and optimizer, and by loss.
+"""Default hyperparameters by data set, role and optimizer, and by loss.
 
 Standard library only: `--help` reads these tables.
 """

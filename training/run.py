@@ -1,4 +1,4 @@
-"""A training under way: its model, optimizer, log and position; how it is saved and resumed."""
+"""The state of a training run: its model, optimizer, log and position; how it is saved and resumed."""
 
 import time
 from collections.abc import Callable
@@ -70,7 +70,9 @@ class Run:
         world = runtime.world_size
         self.batch_size = min(config.batch_size, images) // world * world
         if config.batch_size % world or not self.batch_size:
-            raise UserError(f"{world} processes can't share batches of {config.batch_size}: give a multiple")
+            raise UserError(
+                f"a batch of {config.batch_size} can't be split over {world} processes: give a multiple of {world}"
+            )
         self.steps = images // self.batch_size  # of an epoch; its last, smaller batch is left out
         self.total_steps = self.steps * config.num_epochs
         torch.manual_seed(config.seed)  # of the initial weights
@@ -211,5 +213,5 @@ class Run:
         notes = [describe_differences(before, self.config)] if before != self.config else []
         notes += [f"{name} {state['machine'][name]}, not {value}" for name, value in machine(self.runtime).items()
                   if state["machine"][name] != value]  # fmt: skip
-        changed = f"; it had {'; '.join(notes)}: the result may differ" if notes else ""
+        changed = f"; it was saved with {'; '.join(notes)}: the result may differ" if notes else ""
         self.runtime.print(f"resuming {path} at epoch {self.epoch + 1}, step {self.step}/{self.steps}{changed}")

@@ -136,7 +136,7 @@ class RunConfig(RunName):
 
     @property
     def title(self) -> str:
-        """As of its name, with the weights of the loss unless they are the usual ones, and what is not known."""
+        """The name's title, with weights of the loss other than the default ones, and what is unknown."""
         unknown = ", images unknown" if self.images == UNKNOWN else ""
         unknown = ", teacher's images unknown" if self.teacher_unknown else unknown
         if not self.kd or (self.loss == "kd" and (self.kd_weights, self.ce_weight) == usual_weights("kd")):

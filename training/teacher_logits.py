@@ -74,7 +74,8 @@ class TeacherLogits:
         missing = self.missing(count)
         if self.model is None and missing:
             raise UserError(
-                f"{self.folder} lacks {len(missing)} of {count} views, the first {missing[0]:02}.npz: write it"
+                f"{self.folder} lacks the logits of {len(missing)} of {count} views, the first is "
+                f"{missing[0]:02}.npz: write them"
             )
 
     def of_view(self, k: int, views: Views, rows: torch.Tensor, stop: StopSignal | None = None) -> torch.Tensor:
@@ -217,7 +218,7 @@ def load_teacher(
         else:
             content = checkpoint.accept(content, path)
     if content and (why := teacher_mismatch(content, student, spec)):
-        raise UserError(f"the teacher {path} {why}: name another one by --teacher, or another --weights_path")
+        raise UserError(f"the teacher {path} {why}: choose another one with --teacher or --weights_path")
     return TeacherLogits(path, spec, runtime, options.weights_path, content)
 
 

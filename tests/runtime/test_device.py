@@ -27,10 +27,10 @@ CPU = torch.device("cpu")
         ("cpu", {}, "cpu"),
         ("auto", {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, "cuda:1"),
         ("cpu", {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "9"}, "cpu"),
-        ("cuda", {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "3"}, "3 processes need a device each.* gives 2"),
-        ("cuda:1", {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, "2 processes need a device each.* gives 1"),
+        ("cuda", {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "3"}, "3 processes need one device each.* has 2"),
+        ("cuda:1", {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, "2 processes need one device each.* has 1"),
         ("cuda:2", {}, "has 2 CUDA devices"),
-        ("mps", {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, "2 processes need a device each.* gives 1"),
+        ("mps", {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, "2 processes need one device each.* has 1"),
     ],
 )
 def test_each_process_has_a_device_of_its_own_with_its_number(name, environment, expected, monkeypatch):

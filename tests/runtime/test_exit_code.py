@@ -30,12 +30,12 @@ def raising(error: Exception):
     [
         (UserError("one\n  line"), 2, "error: one line\n"),
         (Stopped(signal.SIGTERM), 143, "stopped; resume with `python train.py --kd True`\n"),
-        (KeyboardInterrupt(), 130, "interrupted; a training resumes from its last save\n"),
+        (KeyboardInterrupt(), 130, "interrupted; rerun the command to resume training from its last save\n"),
         (ReportedElsewhere(143), 143, ""),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."), 2, "a smaller --batch_size"),
         (RuntimeError("MPS backend out of memory (MPS allocated: 18.04 GB)"), 2, "a smaller --batch_size"),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `x`"), 2, "a smaller --batch_size"),
-        (torch.AcceleratorError("CUDA error: no kernel image is available\nfor"), 2, "no code for this GPU: install"),
+        (torch.AcceleratorError("CUDA error: no kernel image is available\nfor"), 2, "not support this GPU"),
         (torch.AcceleratorError("CUDA error: CUDA-capable device(s) is/are busy or unavailable"), 2, "give another"),
         (RuntimeError("Distributed package doesn't have NCCL built in"), 2, "this PyTorch lacks NCCL"),
         (RuntimeError("torch.compile is not supported on Python 3.99+"), 2, "leave --compile out"),
@@ -114,7 +114,7 @@ def test_a_second_signal_interrupts_at_once(capsys):
             raise AssertionError("the second signal had no effect")
 
     assert exit_code(work) == 130
-    assert capsys.readouterr().err == "interrupted; a training resumes from its last save\n"
+    assert capsys.readouterr().err == "interrupted; rerun the command to resume training from its last save\n"
 
 
 def test_under_torchrun_which_sends_each_signal_twice_the_second_is_ignored(monkeypatch):

@@ -164,7 +164,7 @@ def test_a_run_that_torchrun_stopped_resumes_as_one_process(tmp_path, options, c
     state["run"]["num_epochs"] = state["epoch"] + 1  # so that little is left to do
     torch.save(state, tmp_path / f"{STEM}.last.pt")
     assert train.main([*arguments[:-1], f"--num_epochs={state['epoch'] + 1}"]) == 0
-    assert re.search(f"{where}; it had processes 2, not 1.*: the result may differ", capfd.readouterr().out)
+    assert re.search(f"{where}; it was saved with processes 2, not 1.*: the result may differ", capfd.readouterr().out)
     assert len(result(tmp_path)[1]) == state["epoch"] + 1
 
 

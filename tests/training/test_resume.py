@@ -193,7 +193,7 @@ def test_another_number_of_processes_computes_the_same_logits_and_may_resume(run
     assert codes == [128 + TERM] * 2, errors
     codes, output, errors = run(tmp_path)
     assert codes == [0], errors
-    assert "; it had processes 2, not 1: the result may differ\n" in output
+    assert "; it was saved with processes 2, not 1: the result may differ\n" in output
     assert [line["epoch"] for line in result(tmp_path)["lines"]] == [1, 2, 3]
 
 

@@ -266,7 +266,10 @@ def describe(folder: Path, **changes) -> None:
 
 
 WRONG = {
-    "missing view": (lambda folder: (folder / "01.npz").unlink(), r"lacks 1 of 2 views, the first 01.npz"),
+    "missing view": (
+        lambda folder: (folder / "01.npz").unlink(),
+        "lacks the logits of 1 of 2 views, the first is 01.npz",
+    ),
     "damaged view": (lambda folder: flip_bit(folder / "00.npz", 300), "00.npz is damaged: write it again"),
     "fewer images": (
         lambda folder: write_logits(folder, "00.npz", np.ones((39, 10), np.float16), "resnet18-1"),
