@@ -42,8 +42,8 @@ from runtime.errors import UserError, exit_code
 from runtime.files import make_folder
 from runtime.processes import start
 from training.run import load_model, mismatch, spec_of
-from training.runs import RunConfig, name_of, row_order, run_from
-from training.teacher_logits import load_teacher, teacher_path
+from training.runs import name_of, row_order, run_from
+from training.teacher_logits import load_teacher, read_teacher, teacher_path
 from utils import Images, load_images
 
 PUBLISHED = Path(__file__).resolve().parent / "results"
@@ -67,14 +67,15 @@ def find_checkpoint(options: config.TestOptions, runtime: Runtime) -> dict:
     path = options.weights_folder / f"{name.stem}.pt"
     if options.tto and options.teacher:
         path = options.teacher
+    if path == options.teacher and not path.exists():
+        raise UserError(f"no teacher {path}: check the name that --teacher gives")
     published = PUBLISHED / options.dataset / path.name
     if not path.exists() and published.exists() and not options.folders("weights_path", "name"):
         runtime.print(f"{path} does not exist: evaluating the published {published}")
         return checkpoint.load(published)
-    if not path.exists() and path == options.teacher:
-        raise UserError(f"no teacher {path}: check the name that --teacher gives")
     if not path.exists():
-        train = name.command("train.py", **options.folders())
+        folders = {key: value for key, value in options.folders().items() if key != "teacher" or name.kd}
+        train = name.command("train.py", **folders)
         raise UserError(f"no checkpoint {path}: train it with `{train}`, or give its folder by --weights_path")
     content = checkpoint.load(path)
     run = run_from(content["run"])
@@ -170,7 +171,7 @@ def compare(options: config.TestOptions, runtime: Runtime) -> None:
     data = load_images(options.dataset, options.data_path, runtime, skip_broken=broken, size=size)
     for note in data.notes:
         runtime.print(note)
-    shown = measure_all(contents, data, runtime, cost=True, student=options.student)
+    shown = measure_all(contents, data, runtime, cost=True, student=options.student, precision=options.precision)
     if not shown:
         command = name_of(options).command(
             "train.py --all True", **options.folders("data_path", "weights_path", "name")
@@ -217,11 +218,14 @@ def classify(options: config.TestOptions, runtime: Runtime) -> None:
     """
     contents = [find_checkpoint(options, runtime)]
     run, spec = run_from(contents[0]["run"]), spec_of(contents[0])
-    images, rows, names = read_pictures(options, run, runtime)
+    images, rows, names = read_pictures(options, contents[0], runtime)
     pixels = images.pixels[rows].numpy()
     if run.role == "student" and not options.soften:
         with left_out_unless_named(options, runtime.print):
-            teacher = checkpoint.load(teacher_path(run, options))
+            path = teacher_path(run, options)
+            if path.is_dir():
+                raise UserError(f"{path} holds logits, not a model that could classify pictures")
+            teacher = read_teacher(path, run, spec)
             if (spec_of(teacher).classes, spec_of(teacher).size) != (spec.classes, spec.size):
                 raise UserError(f"{teacher['path']} has other classes or images than {contents[0]['path']}")
             contents.append(teacher)
@@ -242,14 +246,17 @@ def classify(options: config.TestOptions, runtime: Runtime) -> None:
         print(f"{report.pictures_text(names, answers, spec.classes)}\nsaved {path}")
 
 
-def read_pictures(options: config.TestOptions, run: RunConfig, runtime: Runtime) -> tuple[Images, list[int], list[str]]:
+def read_pictures(options: config.TestOptions, content: dict, runtime: Runtime) -> tuple[Images, list[int], list[str]]:
     """The pictures of --image, or the test images; which to show, all or the first of four classes; their names."""
+    run = run_from(content["run"])
     if options.image:
         with reject_decompression_bombs():
             pixels = torch.from_numpy(np.stack([read_picture(path, size=run.size) for path in options.image]))
         count = len(pixels)
         return Images(pixels, torch.zeros(count)), list(range(count)), [str(path) for path in options.image]
     data = load_images(run.dataset, options.data_path, runtime, skip_broken=options.skip_broken, size=run.size)
+    if why := mismatch(content, run, data.spec, same_images=False):
+        raise UserError(f"{content['path']} {why}")
     images = data.held_out(run.subset, run.holdout)
     labels = images.labels.tolist()
     rows = sorted(labels.index(label) for label in set(labels))[:4]

@@ -112,6 +112,7 @@ def end_epoch(run: Run, held_out: Images, softened: dict, stop: StopSignal) -> N
     run.count_time()  # the device was waited for
     seconds = run.seconds
     test = percent(evaluate(run.model, held_out, run.spec, runtime, stop))
+    whole = seconds + time.monotonic() - run.clock  # with the evaluation
     left_out = {"kl": not config.kd, "top5": "top5" not in test}
     train = percent({name: value for name, value in means.items() if not left_out.get(name)})
     line = {"epoch": run.epoch + 1, "train": train, config.split: test, "lr": run.lr} | softened
@@ -121,7 +122,7 @@ def end_epoch(run: Run, held_out: Images, softened: dict, stop: StopSignal) -> N
     top5 = f" top5 {test['top5']:.2f}%" if "top5" in test else ""
     all_left = ""
     if run.seconds_left:
-        left = duration(run.seconds_left(config.num_epochs - run.epoch, seconds))
+        left = duration(run.seconds_left(config.num_epochs - run.epoch, whole))
         all_left = f", about {left} left for all runs"
     runtime.print(
         f"epoch {line['epoch']}/{config.num_epochs}: train loss {train['loss']:.4f} top1 {train['top1']:.2f}%, "
@@ -224,7 +225,7 @@ def train_all(options: config.TrainOptions) -> None:
                 if teacher.content and not contents:
                     contents.append(teacher.content)
             if teacher and options.all:
-                left = partial(seconds_left, len(to_do), run, teacher)
+                left = partial(seconds_left, to_do, run, teacher)
             if run.kd:
                 run = replace(run, teacher=teacher.fingerprint, teacher_unknown=teacher.is_unknown)
             content = find_finished(run, options, data.spec)
@@ -259,9 +260,13 @@ def prepare(options: config.TrainOptions, runtime: Runtime, stop: StopSignal) ->
     return data, runs
 
 
-def seconds_left(later: int, run: RunConfig, teacher: TeacherLogits, epochs: int, epoch_seconds: float) -> float:
-    """An estimate for the epochs left of a student and so many later ones like it, with the teacher's logits."""
-    epochs += later * run.num_epochs
+def seconds_left(
+    later: list[RunConfig], run: RunConfig, teacher: TeacherLogits, epochs: int, epoch_seconds: float
+) -> float:
+    """An estimate for the epochs left of a student and for later ones, by their images, with the teacher's logits."""
+    images = run.student_images or teacher.spec.train_images
+    for other in later:
+        epochs += other.num_epochs * (other.student_images or teacher.spec.train_images) / images
     return epochs * epoch_seconds + min(len(teacher.missing(run.views)), epochs) * teacher.view_seconds
 
 

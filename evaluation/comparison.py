@@ -53,7 +53,7 @@ def measure_bias(
         return {}
     numbers = measure_omitted(logits, labels, omitted)
     if run.images == data.spec.fingerprint:
-        train = data.train[data.rows(run.subset, run.holdout)]
+        train = data.train[: len(data.rows(run.subset, run.holdout))]  # all classes; a view, for a copy may not fit
         offsets = bias_correction(logits_of(model, content, train, runtime, stop), train.labels, omitted)
         corrected = measure(logits + offsets, labels) | measure_omitted(logits + offsets, labels, omitted)
         numbers |= {f"corrected_{name}": corrected[name] for name in CORRECTED if name in corrected}
@@ -69,6 +69,7 @@ def measure_all(
     stop: StopSignal | None = None,
     cost: bool = False,
     student: str | None = None,
+    precision: str = "auto",
 ) -> list[dict]:
     """The checkpoints, teachers first, that fit the data, each with what is `measured` of it; the others are named.
 
@@ -87,11 +88,11 @@ def measure_all(
         try:
             if why := mismatch(content, run, data.spec):
                 raise UserError(f"{content['path']} {why}")
-            model = load_model(content, runtime, student)
+            in_training = as_trained(runtime, run, precision)
+            model = load_model(content, in_training, student)
         except UserError as error:
             runtime.print(f"left out: {error}")
             continue
-        in_training = as_trained(runtime, run)
         logits = logits_of(model, content, images, in_training, stop)
         numbers = measure(logits, images.labels) | {"parameters": count_parameters(model)}
         numbers |= measure_bias(model, content, data, logits, images.labels, in_training, stop)

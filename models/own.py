@@ -34,7 +34,7 @@ def build_own(name: str, num_classes: int, size: int) -> nn.Module:
     if (shape := tuple(getattr(logits, "shape", ()))) != (2, num_classes):
         raise UserError(f"--student {name} returns shape {shape} for 2 images, not {(2, num_classes)}")
     layer = last_linear(model)
-    if layer is None:
+    if layer is None or layer.out_features != num_classes:
         raise UserError(f"--student {name} has no linear layer that can be trained: its last layer must be one")
     if type(layer) is nn.Linear:
         layer.__class__ = Float32Linear

@@ -90,5 +90,5 @@ def fingerprint(state: dict[str, torch.Tensor], *context) -> str:
     digest = hashlib.sha256(repr(context).encode())
     for name, tensor in state.items():
         digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]

@@ -126,7 +126,7 @@ WRONG_FILES = [
     case("teacher: hostile", LEARN, "weights/my.pt holds Python objects, not plain", in_weights("my.pt", hostile)),
     case("teacher: damaged", LEARN, "weights/my.pt is damaged", in_weights("my.pt", checkpoint_of("--tto", flip_bit))),
     case("teacher: a folder", LEARN, "weights/my.pt is no folder of logits", in_weights("my.pt", Path.mkdir)),
-    case("teacher: a student", LEARN, "the teacher weights/my.pt is a student: name another",
+    case("teacher: a student", LEARN, "the teacher weights/my.pt is a student: choose another",
          in_weights("my.pt", checkpoint_of(DIGITS))),
     case("teacher: of other images", LEARN,
          "was trained on other images", in_weights("my.pt", checkpoint_of("--tto --dataset=digits"))),

@@ -80,7 +80,7 @@ def test_an_own_student_at_an_own_size(mine, digits, capfd):
     for command, tells in (
         ([f"--checkpoint={path}"], "is a student of my_models:net: give --student my_models:net"),
         ([f"--checkpoint={path}", "--student=my_models:other"], "is a student of my_models:net: give"),
-        (["--checkpoint=weights/digits_teacher_size64_subset40.pt", words[3]], "is no student of your own"),
+        (["--checkpoint=weights/digits_teacher_size64_subset40.pt", words[3]], "is not a student of your own"),
     ):
         assert evaluate(digits, *command) == 2
         assert tells in (error := capfd.readouterr().err) and error.count("\n") == 1

@@ -164,7 +164,7 @@ def foreign_teachers() -> dict[str, str]:
         "none.pt": "no teacher weights/none.pt: train one with ",
         "torn.pt": "weights/torn.pt is damaged",
         "bare.pt": "weights/bare.pt holds a state dict of 1 entries (features.0.weight), not a checkpoint",
-        "others.pt": "the teacher weights/others.pt has 100 other classes (apple, aquarium_fish, baby, ...): name ",
+        "others.pt": "the teacher weights/others.pt has 100 other classes (apple, aquarium_fish, baby, ...): choose ",
         "pupil.pt": "the teacher weights/pupil.pt is a student: choose another one with --teacher",
         "elsewhere.pt": "the teacher weights/elsewhere.pt was trained on other images than those of cifar10 here: ",
     }

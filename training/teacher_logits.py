@@ -22,7 +22,7 @@ from runtime.errors import UserError, reason
 from runtime.files import writing
 from runtime.signals import StopSignal
 from training.run import describe_data, load_model, mismatch
-from training.runs import DEFAULT_SEED, UNKNOWN, RunConfig, RunName
+from training.runs import UNKNOWN, RunConfig, RunName
 from utils import Images, Views, compute_logits, held_out_logits
 
 VERSION = 1  # of the forward pass and the views: a change that alters logits gets a new number
@@ -211,15 +211,18 @@ def load_teacher(
     """
     path = content["path"] if content else teacher_path(student, options)
     if content is None and not path.is_dir():
-        content = checkpoint.load_any(path)
-        is_state_dict = isinstance(content, dict) and isinstance(content.get("classifier.weight"), torch.Tensor)
-        if is_state_dict:
-            content = made_up_checkpoint(path, content, student, spec)
-        else:
-            content = checkpoint.accept(content, path)
+        content = read_teacher(path, student, spec)
     if content and (why := teacher_mismatch(content, student, spec)):
         raise UserError(f"the teacher {path} {why}: choose another one with --teacher or --weights_path")
     return TeacherLogits(path, spec, runtime, options.weights_path, content)
+
+
+def read_teacher(path: Path, student: RunConfig, spec: DataSet) -> dict:
+    """The teacher's checkpoint, of a plain state dict a made-up one; UserError if it is neither."""
+    content = checkpoint.load_any(path)
+    if isinstance(content, dict) and isinstance(content.get("classifier.weight"), torch.Tensor):
+        return made_up_checkpoint(path, content, student, spec)
+    return checkpoint.accept(content, path)
 
 
 def made_up_checkpoint(path: Path, state: dict, student: RunConfig, spec: DataSet) -> dict:
@@ -227,13 +230,15 @@ def made_up_checkpoint(path: Path, state: dict, student: RunConfig, spec: DataSe
     classes = len(state["classifier.weight"])
     if classes != len(spec.classes):
         raise UserError(f"the teacher {path} has {classes} classes, and {spec.name} has {len(spec.classes)}")
-    no_student = {"loss": None, "temp": None, "kd_weights": (), "ce_weight": 1.0, "student": None, "student_layers": ""}
-    no_student |= {"teacher": None, "teacher_unknown": False}
-    run = replace(student, role="teacher", seed=DEFAULT_SEED, images=UNKNOWN, num_epochs=0, **no_student)
-    words = {"title": run.title, "data": describe_data(spec), "machine": {}, "log": "", "seconds": 0.0}
+    unknown = {"images": UNKNOWN, "num_epochs": 0, "kd_weights": (), "ce_weight": 1.0, "student_layers": ""}
+    unknown |= {"teacher": None, "teacher_unknown": False}
+    run = replace(student, **asdict(student.teacher_name), **unknown)
+    words = {"title": run.title, "data": describe_data(spec), "machine": {}, "log": "", "seconds": 0.0, "metrics": {}}
     return {"run": asdict(run), "model": state, "path": path} | words
 
 
 def teacher_mismatch(content: dict, student: RunName, spec: DataSet) -> str:
     """Why a checkpoint can't teach a student on these images, in words, or nothing."""
+    if "metrics" not in content:
+        return "is an unfinished run"
     return "is a student" if content["run"]["role"] != "teacher" else mismatch(content, student, spec)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -65,8 +66,12 @@ def test_stopped_after_each_run_it_gives_the_same_table(learn, tmp_path, monkeyp
 
 @pytest.mark.parametrize("later, epochs, expected", [(2, 1, 9 * 5 + 3 * 20), (0, 2, 2 * 5 + 2 * 20), (0, 0, 0)])
 def test_the_time_left_is_of_all_epochs_and_the_logits_that_are_missing(later, epochs, expected):
-    teacher = SimpleNamespace(missing=lambda views: list(range(views)), view_seconds=20.0)
-    assert train.seconds_left(later, run_of("--num_epochs=4 --views=3"), teacher, epochs, 5.0) == expected
+    spec = SimpleNamespace(train_images=100)
+    teacher = SimpleNamespace(missing=lambda views: list(range(views)), view_seconds=20.0, spec=spec)
+    run = run_of("--num_epochs=4 --views=3")
+    assert train.seconds_left([run] * later, run, teacher, epochs, 5.0) == expected
+    fewer = replace(run, student_images=25)
+    assert train.seconds_left([fewer], run, teacher, 1, 5.0) == 2 * 5 + 2 * 20, "a quarter of the images each epoch"
 
 
 def test_a_teacher_that_is_not_there_is_told_before_anything_is_trained(learn, tmp_path, capfd):
