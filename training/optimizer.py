@@ -67,19 +67,13 @@ def orthogonalise(matrices: list[torch.Tensor], dtype: torch.dtype) -> None:
         by_size.setdefault(size, []).append(torch.stack(same).to(dtype))
     results = {}
     for size, batches in by_size.items():
-        grams = [pad(batch.bmm(batch.mT), size) for batch in batches]
+        grams = [F.pad(batch.bmm(batch.mT), (0, size - batch.shape[1]) * 2) for batch in batches]
         products = newton_schulz(torch.cat(grams)).split([len(batch) for batch in batches])
         for batch, product in zip(batches, products, strict=True):
             side = batch.shape[1]
             results[batch.shape[1:]] = product[:, :side, :side].bmm(batch).unbind()
     targets = [matrix for same in alike.values() for matrix in same]
     torch._foreach_copy_(targets, [result for shape in alike for result in results[shape]])
-
-
-def pad(squares: torch.Tensor, size: int) -> torch.Tensor:
-    """Square matrices (B, M, M) padded with zeros to (B, size, size)."""
-    missing = size - squares.shape[1]
-    return F.pad(squares, (0, missing, 0, missing)) if missing else squares
 
 
 def as_matrix(weight: torch.Tensor) -> torch.Tensor:
