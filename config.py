@@ -22,8 +22,9 @@ from runtime.cli import (
     parse_words,
     plain_word,
 )
+from training.plan import name_of
 from training.recipes import ALPHA, LOSS_DEFAULTS, OPTIMIZERS
-from training.runs import DEFAULT_SEED, loss_function, name_of
+from training.runs import DEFAULT_SEED, loss_function
 
 WHAT, DATA, KD = "what to run", "data", "distillation"
 RECIPE, MACHINE, FILES = "recipe (defaults: docs/options.md)", "machine", "files"

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 
 from data_sets.pictures import read_picture, reject_decompression_bombs
-from evaluation import figures, inference, report
+from evaluation import figures, inference, paper_figures, report, results
 from evaluation.comparison import TOPS, as_trained, logits_of, measure_all, measure_bias
 from evaluation.measures import fidelity, measure, softness
 from runtime import checkpoint
@@ -41,8 +41,9 @@ from runtime.device import Runtime, device_title
 from runtime.errors import UserError, exit_code
 from runtime.files import make_folder
 from runtime.processes import start
+from training.plan import name_of
 from training.run import load_model, mismatch, spec_of
-from training.runs import name_of, row_order, run_from
+from training.runs import row_order, run_from
 from training.teacher_logits import load_teacher, read_teacher, teacher_path
 from utils import Images, load_images
 
@@ -139,7 +140,7 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
         figures.plot_reliability(logits, images.labels, f"{title}: reliability", Path(f"{stem}_reliability.png")),
     ]
     if "bias" in numbers:
-        saved.append(figures.plot_omitted([content | {"measured": numbers}], Path(f"{stem}_omitted.png")))
+        saved.append(paper_figures.plot_omitted([content | {"measured": numbers}], Path(f"{stem}_omitted.png")))
     if options.json:
         values = {"checkpoint": str(path), "role": run.role, **numbers, **inference.medians(cost)}
         saved.append(report.write_json(options.json, values | imitation))
@@ -181,7 +182,7 @@ def compare(options: config.TestOptions, runtime: Runtime) -> None:
             "or give --weights_path"
         )
     if runtime.is_main:
-        report.publish(shown, options.plots_folder / f"comparison_{options.dataset}{name_of(options).trial}")
+        results.publish(shown, options.plots_folder / f"comparison_{options.dataset}{name_of(options).trial}")
 
 
 def find_checkpoints(options: config.TestOptions, runtime: Runtime) -> list[dict]:

@@ -34,7 +34,8 @@ import torch
 
 from evaluation.comparison import measure_all
 from evaluation.measures import softness
-from evaluation.report import publish, softness_text
+from evaluation.report import softness_text
+from evaluation.results import publish
 from models import build_model_of, fingerprint_layers
 from runtime import checkpoint
 from runtime.device import Runtime, machine
@@ -45,9 +46,10 @@ from runtime.progress import Progress, duration
 from runtime.signals import StopSignal
 from training.files import RunFiles, files_of, find_finished, has_finished
 from training.losses import training_loss
+from training.plan import plan
 from training.recipes import RECIPE_FIELDS
 from training.run import METRICS, Run
-from training.runs import RunConfig, RunName, loss_function, plan
+from training.runs import RunConfig, RunName, loss_function
 from training.teacher_logits import TeacherLogits, load_teacher
 from utils import Data, Images, Views, epoch_order, epoch_view, evaluate, load_images, plot_curves, topk_correct
 

@@ -37,8 +37,9 @@ from runtime.signals import StopSignal
 from train import train_epoch
 from training.files import RunFiles
 from training.losses import LOSSES
+from training.plan import plan
 from training.run import Run
-from training.runs import RunConfig, plan
+from training.runs import RunConfig
 from utils import EVALUATION_BATCH, Images, Views, compute_logits, epoch_order
 
 IMAGES = 50_000  # of CIFAR-10's training set

@@ -33,8 +33,8 @@ from runtime.cli import Parser, file_name, number
 from runtime.device import Runtime, device_title, machine
 from runtime.errors import UserError
 from training.files import RunFiles
+from training.plan import plan
 from training.run import Run
-from training.runs import plan
 from utils import COLOURS, Views, evaluate, load_images, new_axes, save_figure
 
 QUICK_IMAGES = {"teacher": 1_000, "student": 4_000}

@@ -84,10 +84,10 @@ def learn(request, digits, tiny_models, tmp_path, monkeypatch):
     Further options are those that the test's module calls LEARN.
     """
     import train
-    from evaluation import report
+    from evaluation import results
 
     monkeypatch.setattr(train, "plot_curves", lambda *_: [])
-    monkeypatch.setattr(report, "plot_comparison", lambda contents, path: path)
+    monkeypatch.setattr(results, "plot_comparison", lambda contents, path: path)
     monkeypatch.chdir(tmp_path)
     size = [
         "--dataset=digits",

@@ -12,7 +12,7 @@ from made_up import draw, lay_out
 
 import test as test_script
 import train
-from evaluation import figures, report
+from evaluation import figures, results
 from runtime import checkpoint
 
 WORDS = ["--dataset=folder", "--data_path=my $pictures", "--device=cpu", "--precision=fp32"]
@@ -24,7 +24,7 @@ def root(tiny_models, tmp_path, monkeypatch):
     """Sixty pictures of three classes; the scripts run beside them, with tiny models and without figures."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "plot_curves", lambda *_: [])
-    monkeypatch.setattr(report, "plot_comparison", lambda contents, path: path)
+    monkeypatch.setattr(results, "plot_comparison", lambda contents, path: path)
     for name in ("plot_confusion", "plot_reliability"):
         monkeypatch.setattr(figures, name, lambda logits, labels, title, path: path)
     return lay_out(tmp_path / "my $pictures")

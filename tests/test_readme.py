@@ -14,7 +14,7 @@ from made_up import CPU, runs_of
 
 import config
 from evaluation.measures import paired_gain
-from evaluation.report import points, results_text
+from evaluation.results import points, results_text
 from runtime import checkpoint
 from training.run import load_model, spec_of
 from training.runs import RunConfig, is_baseline_of, run_from

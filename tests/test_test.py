@@ -24,8 +24,8 @@ from data_sets import DATA_SETS
 from evaluation import comparison, figures
 from runtime import checkpoint
 from runtime.log import read_log
+from training.plan import name_of
 from training.run import describe_data
-from training.runs import name_of
 from training.teacher_logits import describe_logits, write_logits
 from utils import Data, load_images
 

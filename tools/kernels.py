@@ -23,8 +23,8 @@ from runtime.processes import start
 from runtime.signals import StopSignal
 from train import train_epoch
 from training.files import RunFiles
+from training.plan import plan
 from training.run import Run
-from training.runs import plan
 from utils import Images, Views
 
 STEPS = 60

@@ -12,7 +12,7 @@ from made_up import content_of, run_of, tiny_student, write_log
 from matplotlib.font_manager import fontManager
 from PIL import Image
 
-from evaluation import figures
+from evaluation import figures, paper_figures
 from utils import plot_curves, save_figure
 
 CLASSES = tuple("abc")
@@ -22,7 +22,8 @@ CLASSES = tuple("abc")
 def drawn(monkeypatch) -> list:
     """The axes that are drawn, in order; nothing is written."""
     axes = []
-    monkeypatch.setattr(figures, "save_figure", lambda of, path: axes.append(of) or path)
+    for module in (figures, paper_figures):
+        monkeypatch.setattr(module, "save_figure", lambda of, path: axes.append(of) or path)
     return axes
 
 
@@ -76,7 +77,8 @@ def test_a_table_is_drawn_over_the_number_of_images_and_over_the_temperature(dra
     ]  # fmt: skip
     gains = [{"model": row["model"], "mean": row["temp"], "ci": [row["temp"] - 2, row["temp"] + 2]} for row in rows]
     results = {"rows": [{"model": "Student (w/o KD)", "top1": 9.0}, *rows], "gains": gains}
-    assert figures.plot_images(results, tmp_path) == figures.plot_temperatures(results, tmp_path) == tmp_path
+    assert paper_figures.plot_images(results, tmp_path) == tmp_path
+    assert paper_figures.plot_temperatures(results, tmp_path) == tmp_path
     assert drawn[0].get_legend_handles_labels()[1] == [f"Student (with KD, Temp = {temp})" for temp in (20, 5, 1)]
     assert [line.get_xydata().tolist() for line in drawn[0].lines] == [
         [[150, temp + 0.5], [5000, temp + 0.5]] for temp in (20, 5, 1)
@@ -90,7 +92,7 @@ def test_a_table_is_drawn_over_the_number_of_images_and_over_the_temperature(dra
     assert drawn[1].containers[0].lines[1][0].get_ydata().tolist() == [-1, 3, 18], "the lower ends of the intervals"
     assert drawn[1].figure.axes[1].lines[0].get_ydata().tolist() == [0.1, 0.5, 2.0]
     few = {"rows": rows[1:3], "gains": gains}
-    assert figures.plot_images(few, tmp_path) is None is figures.plot_temperatures(few, tmp_path)
+    assert paper_figures.plot_images(few, tmp_path) is None is paper_figures.plot_temperatures(few, tmp_path)
 
 
 def test_the_users_matplotlib_style_changes_no_figure(tmp_path):
@@ -177,7 +179,7 @@ def test_a_class_of_any_name_may_be_omitted(tmp_path):
     pixels, answers = [np.zeros((32, 32, 3), np.uint8)], {run.title: torch.full((1, 3), 1 / 3)}
     assert figures.plot_pictures(pixels, ["a.png"], answers, CLASSES, tmp_path / "pictures.png").exists()
     content["measured"] = {"per_class": [0.5] * 10, "corrected_per_class": [0.6] * 10, "bias": [1.0]}
-    assert figures.plot_omitted([content], tmp_path / "omitted.png").exists()
+    assert paper_figures.plot_omitted([content], tmp_path / "omitted.png").exists()
 
 
 @pytest.mark.parametrize("name", ["$\\frac$.png", "_a_{b}^c ä 1%.png"])

@@ -7,6 +7,7 @@ from made_up import content_of, run_of, tiny_student
 from PIL import Image
 
 from evaluation import report
+from evaluation.results import collect, publish, results_text
 
 
 def content(command: str = "", top1: float = 70.0, path: str = "x.pt", device: str = "a CPU", **changes) -> dict:
@@ -32,7 +33,7 @@ def test_publish_writes_the_table_its_numbers_the_figure_and_all_logs(tmp_path, 
     contents = [content("--tto", 84.451)]
     for seed, without, with_kd in ((42, 70.0, 71.0), (43, 71.0, 74.0), (44, 70.0, 72.0)):
         contents += [content(f"--seed={seed}", without), content(f"--kd --seed={seed}", with_kd)]
-    report.publish(contents, tmp_path / "results")
+    publish(contents, tmp_path / "results")
     files = {path.name for path in (tmp_path / "results").iterdir()}
     assert files == {"results.md", "results.json", "comparison.png", "runs.jsonl"}
     table = (tmp_path / "results" / "results.md").read_text()
@@ -62,7 +63,7 @@ def test_the_figure_shows_the_rows_of_the_table(tmp_path, monkeypatch):
         content("--tto"), content(top1=60.0, path="a.pt"), content(top1=50.0, path="copy.pt"),
         content("--seed=43", 70.0), content("--kd"), content("--kd --views=8"),
     ]  # fmt: skip
-    report.publish(contents, tmp_path)
+    publish(contents, tmp_path)
     rows = {row["model"]: f"{row['top1']:.2f}" for row in json.loads((tmp_path / "results.json").read_text())["rows"]}
     labels = [label.removesuffix(" (mean of 2)").split(": ") for label in drawn[0].get_legend_handles_labels()[1]]
     assert dict(labels) == rows and len(labels) == 5
@@ -72,14 +73,14 @@ def test_with_few_classes_there_is_no_top_5():
     contents = [content("--tto"), content(), content("--seed=43"), content("--kd")]
     for one in contents:
         del one["measured"]["top5"]
-    rows = cells(report.results_text(report.collect(contents)))
+    rows = cells(results_text(collect(contents)))
     assert rows[0] == ["Model", "Top 1 Accuracy", "Parameters", "Epochs", "Gain of KD"]
     assert rows[3][:3] == [STUDENT, "70.00% ± 0.00", "1,000"]
 
 
 def test_one_pair_has_a_difference_and_no_interval():
-    found = report.collect([content(), content("--kd", 70.5)])
-    text = report.results_text(found)
+    found = collect([content(), content("--kd", 70.5)])
+    text = results_text(found)
     assert cells(text)[-1][-1] == "+0.50 (one pair)" and not found["notes"]
     assert f"{KD} gains +0.50 points of top-1 over the same-seed baseline without KD (one pair, no interval: " in text
     assert "seed noise" not in text
@@ -88,7 +89,7 @@ def test_one_pair_has_a_difference_and_no_interval():
 def test_only_the_same_seed_and_options_are_paired():
     kd = [content(f"--kd --seed={seed}", 72.0 + seed) for seed in (3, 1, 2)]
     others = [content("--seed=1", 70.0), content("--seed=2", 71.5), content("--seed=3 --num_epochs=10", 60.0)]
-    found = report.collect([*others, *kd])
+    found = collect([*others, *kd])
     assert found["gains"][0]["pairs"] == 2 and found["gains"][0]["mean"] == pytest.approx((3 + 2.5) / 2)
     assert [len(row["seeds"]) for row in found["rows"]] == [2, 1, 3]
 
@@ -97,20 +98,20 @@ def test_only_the_same_seed_and_options_are_paired():
 def test_a_note_says_why_there_is_no_pair(name, value):
     far, near = content(lr=0.3, num_epochs=2, **{name: value}), content(**{name: value})
     kd = content("--kd")
-    found = report.collect([far, near, kd])
+    found = collect([far, near, kd])
     assert not found["gains"] and found["notes"] == [
         f"{KD}: no baseline, the nearest student without KD has {name} {value}, not {kd['run'][name]}"
     ]
-    assert report.results_text(found).endswith(f"{found['notes'][0]}\n")
-    assert report.collect([content("--tto"), kd])["notes"][0].endswith("there is no student without KD")
+    assert results_text(found).endswith(f"{found['notes'][0]}\n")
+    assert collect([content("--tto"), kd])["notes"][0].endswith("there is no student without KD")
 
 
 def test_runs_of_another_machine_are_paired_and_a_row_of_two_machines_is_marked():
     without = [content(f"--seed={seed}", 70.0, device="a GPU" if seed == 2 else "a CPU") for seed in (1, 2)]
     kd = [content(f"--kd --seed={seed}", 71.0 + seed, device="a GPU") for seed in (1, 2)]
-    found = report.collect([*without, *kd])
+    found = collect([*without, *kd])
     assert found["gains"][0]["pairs"] == 2
-    text = report.results_text(found)
+    text = results_text(found)
     assert [row[0] for row in cells(text)[2:]] == [f"{STUDENT} †", KD]
     assert f"† {STUDENT}: runs of different machines, a CPU, torch 2.14; a GPU, torch 2.14" in text
     assert text.count("†") == 2
@@ -132,7 +133,7 @@ def test_another_loss_is_paired_with_plain_kd_at_its_usual_weights_and_at_the_ot
         "--temp=4": (60.0, 61.0), "--temp=4 --alpha=0.5": (60.0, 61.0), "--views=8": (60.0, 61.0),
     }.items():  # fmt: skip
         contents += of_seeds(f"--kd {command}", *tops)
-    found = report.collect(contents)
+    found = collect(contents)
     assert {gain["over"]: round(gain["mean"], 9) for gain in found["gains_over_kd"] if gain["model"] == DKD} == {
         f"{KD}, views 16": 2.05,
         "Student (with KD, Temp = 20)": 1.05,
@@ -150,7 +151,7 @@ def test_verdicts_are_corrected_for_the_number_of_comparisons_in_the_table():
     ls = of_seeds("--kd --loss=ls", 69.0, 69.02, 69.01)  # p = 0.00003
 
     def verdicts(*rows) -> dict[str, str]:
-        text = report.results_text(report.collect([one for row in (kd, *rows) for one in row]))
+        text = results_text(collect([one for row in (kd, *rows) for one in row]))
         assert f"Verdicts at the 5% level, with Holm's correction for {len(rows)} comparison" in text
         return {row[0].split(",")[0].split()[-1]: row[-1] for row in cells(text) if len(row) == 4 and row[1] == KD}
 
@@ -161,7 +162,7 @@ def test_verdicts_are_corrected_for_the_number_of_comparisons_in_the_table():
 
 
 def test_one_pair_of_losses_is_not_tested():
-    text = report.results_text(report.collect([content("--kd"), content("--kd --loss=dkd", 71.0)]))
+    text = results_text(collect([content("--kd"), content("--kd --loss=dkd", 71.0)]))
     assert cells(text)[-1] == [DKD, KD, "+1.00 (one pair)", "one pair: not tested"]
 
 
@@ -172,7 +173,7 @@ def test_students_of_two_teachers_are_two_rows_each_with_its_gain():
     contents = [content(f"--seed={seed}", 70.0 + seed) for seed in (1, 2, 3)]
     for teacher, gains in {"1f3a" * 4: {1: 2, 2: 4}, "77aa" * 4: {2: -1, 3: 1}}.items():
         contents += [content(f"--kd --seed={s}", 70.0 + s + gain, teacher=teacher) for s, gain in gains.items()]
-    found = report.collect(contents)
+    found = collect(contents)
     labels = [row["model"] for row in found["rows"]]
     assert labels == [STUDENT, f"{KD}, teacher 1f3a1f3a", f"{KD}, teacher 77aa77aa"]
     assert [(gain["model"], round(gain["mean"], 9), gain["pairs"]) for gain in found["gains"]] == [
@@ -182,7 +183,7 @@ def test_students_of_two_teachers_are_two_rows_each_with_its_gain():
 
 def test_copies_of_a_run_are_rows_of_their_own():
     copies = [content(top1=top1, path=f"{name}.pt") for name, top1 in (("student", 70.0), ("old", 60.0), ("b", 50.0))]
-    found = report.collect([*copies, content("--seed=43", 80.0)])
+    found = collect([*copies, content("--seed=43", 80.0)])
     assert [(row["model"], row["top1"]) for row in found["rows"]] == [
         (STUDENT, 75.0), (f"{STUDENT}, old.pt", 60.0), (f"{STUDENT}, b.pt", 50.0),
     ]  # fmt: skip
@@ -190,7 +191,7 @@ def test_copies_of_a_run_are_rows_of_their_own():
 
 def test_rows_are_labelled_by_what_tells_them_apart():
     kd = [content("--kd"), content("--kd --alpha=0.5"), content("--kd --temp=20"), content("--kd --views=8")]
-    labels = [row["model"] for row in report.collect([content("--tto"), content(), *kd])["rows"]]
+    labels = [row["model"] for row in collect([content("--tto"), content(), *kd])["rows"]]
     assert labels == [
         TEACHER, STUDENT, f"{KD}, views 16", "Student (with KD, Temp = 5, 0.5 KL + 0.5 CE)",
         "Student (with KD, Temp = 20)", f"{KD}, views 8",

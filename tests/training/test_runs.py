@@ -17,6 +17,7 @@ from data_sets import DATA_SETS
 from runtime.device import Runtime
 from runtime.errors import UserError
 from training.files import RunFiles
+from training.plan import name_of, names_of, plan
 from training.recipes import CIFAR, OPTIMIZERS, RECIPE_FIELDS, recipe_of, scale_recipe
 from training.run import Run
 from training.runs import (
@@ -27,9 +28,6 @@ from training.runs import (
     is_baseline_of,
     is_plain_kd_beside,
     labels,
-    name_of,
-    names_of,
-    plan,
     row_order,
     run_from,
     same_row,

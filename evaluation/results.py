@@ -1,0 +1,192 @@
+"""The table of models: its rows, paired gains and notes, as words, numbers and figures."""
+
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+from evaluation.comparison import rows_of
+from evaluation.figures import plot_comparison
+from evaluation.measures import holm, paired_gain
+from evaluation.paper_figures import plot_images, plot_omitted, plot_temperatures
+from evaluation.report import FORMATS, MEASURED, table, write_json
+from runtime.files import writing
+from training.runs import (
+    KD_FIELDS,
+    RunConfig,
+    describe_differences,
+    differences,
+    is_baseline_of,
+    is_plain_kd_beside,
+    run_from,
+)
+
+OTHER_MACHINES = "†"
+# Accuracies: columns with a deviation over seeds.
+ACCURACIES = {
+    "top1": "Top 1 Accuracy",
+    "top5": "Top 5 Accuracy",
+    "top1_omitted": "Omitted",
+    "top1_others": "Others",
+    "corrected_top1": "Corrected",
+    "corrected_top1_omitted": "Corrected, omitted",
+    "corrected_top1_others": "Corrected, others",
+}
+
+
+def collect(contents: list[dict]) -> dict:
+    """Rows, gains and notes from measured checkpoints; accuracies in percent.
+
+    Several seeds give means, of top-1 and top-5 a sample standard deviation too, and the gain of KD over the same-seed
+    baseline without it, which has the same initial weights, order and views. The gain of another loss over plain KD is
+    paired like that, too, and judged with Holm's correction over all those comparisons.
+    """
+    results = {"rows": [], "gains": [], "gains_over_kd": [], "notes": []}
+    rows = rows_of(contents)
+    for label, row in rows.items():
+        runs = [run_from(content["run"]) for content in row]
+        numbers = {"model": label, "epochs": runs[0].num_epochs, "parameters": row[0]["measured"]["parameters"]}
+        numbers["seeds"] = [run.seed for run in runs]
+        if runs[0].student_images:
+            numbers["student_images"] = runs[0].student_images
+        if len({tuple(content["machine"].values()) for content in row}) > 1:
+            numbers["machines"] = sorted({", torch ".join(c["machine"][k] for k in ("device", "torch")) for c in row})
+        measured = [content["measured"] for content in row]
+        for key in [key for key in ACCURACIES if key in measured[0]]:
+            values = [100 * m[key] for m in measured]
+            numbers[key] = statistics.mean(values)
+            if len(values) > 1:
+                numbers |= {f"{key}_sd": statistics.stdev(values), f"{key}_of_seeds": values}
+        numbers |= {
+            key: statistics.mean(m[key] for m in measured) for key in MEASURED if all(key in m for m in measured)
+        }
+        if "bias" in measured[0]:
+            numbers["bias"] = [statistics.mean(values) for values in zip(*(m["bias"] for m in measured), strict=True)]
+        results["rows"].append(numbers)
+        if runs[0].kd:
+            numbers |= {"temp": runs[0].temp, **teacher_softness(row)}
+            differences_of_pairs = paired_differences(row, contents, is_baseline_of)
+            if differences_of_pairs:
+                results["gains"].append({"model": label, **paired_gain(differences_of_pairs)})
+            else:
+                results["notes"].append(f"{label}: no baseline, {why_no_pair(runs[0], contents)}")
+        for other_label, others in rows.items():
+            differences_of_pairs = paired_differences(row, others, is_plain_kd_beside)
+            if differences_of_pairs:
+                gain = {"model": label, "over": other_label, **paired_gain(differences_of_pairs)}
+                results["gains_over_kd"].append(gain)
+    tested = [gain for gain in results["gains_over_kd"] if "p" in gain]
+    for gain, significant in zip(tested, holm([gain["p"] for gain in tested]), strict=True):
+        gain["significant"] = significant
+    return results
+
+
+def teacher_softness(row: list[dict]) -> dict[str, float]:
+    """The mean softness of the teacher's outputs at the temperature of a row, in the first epochs of its logs."""
+    found = [json.loads(content["log"].splitlines()[1]).get("teacher") for content in row]
+    if None in found:  # a log of an earlier version
+        return {}
+    return {f"teacher_{key}": statistics.mean(numbers[key] for numbers in found) for key in found[0]}
+
+
+def paired_differences(
+    row: list[dict], others: list[dict], are_paired: Callable[[RunConfig, RunConfig], bool]
+) -> list[float]:
+    """The differences in top-1 (points) between the runs of a row and their partners among `others`."""
+    found = []
+    for content in row:
+        run = run_from(content["run"])
+        partner = next((other for other in others if are_paired(run_from(other["run"]), run)), None)
+        if partner:
+            found.append(100 * (content["measured"]["top1"] - partner["measured"]["top1"]))
+    return found
+
+
+def why_no_pair(run: RunConfig, contents: list[dict]) -> str:
+    """Why a student with KD has no baseline."""
+    others = [run_from(other["run"]) for other in contents]
+    others = [other for other in others if other.role == "student" and not other.kd]
+    if not others:
+        return "there is no student without KD"
+    nearest = min(others, key=lambda other: len(differences(other, run, KD_FIELDS)))
+    return f"the nearest student without KD has {describe_differences(nearest, run, KD_FIELDS)}"
+
+
+def points(gain: dict) -> str:
+    """A gain in points with its 95 % interval, which a single pair lacks."""
+    return "{:+.2f}".format(round(gain["mean"], 2) + 0.0) + (
+        " ({:+.2f} to {:+.2f})".format(*gain["ci"]) if "ci" in gain else " (one pair)"
+    )
+
+
+def gain_text(gain: dict) -> str:
+    """A gain of KD in a sentence."""
+    text = f"{gain['model']} gains {gain['mean']:+.2f} points of top-1 over the same-seed baseline without KD"
+    if "ci" not in gain:
+        return f"{text} (one pair, no interval: --seeds 3 gives one)"
+    low, high = gain["ci"]
+    text += f" (n = {gain['pairs']}, sd {gain['sd']:.2f}, 95% interval {low:+.2f} to {high:+.2f})"
+    return text + (", within seed noise" if low <= 0 <= high else "")
+
+
+def verdict(gain: dict) -> str:
+    """Whether a loss beats plain KD."""
+    if "p" not in gain:
+        return "one pair: not tested"
+    return ("better" if gain["mean"] > 0 else "worse") if gain["significant"] else "within seed noise"
+
+
+def results_text(results: dict) -> str:
+    """What `collect` returns as a Markdown table, with sentences on gains and notes."""
+
+    def cell(row: dict, key: str) -> str:
+        if key not in row:
+            return ""
+        return f"{row[key]:.2f}%" + (f" ± {row[f'{key}_sd']:.2f}" if f"{key}_sd" in row else "")
+
+    more = {key: title for key, title in MEASURED.items() if any(key in row for row in results["rows"])}
+    gains = {gain["model"]: points(gain) for gain in results["gains"]}
+    tops = [key for key in ACCURACIES if any(key in row for row in results["rows"])]
+    rows = [
+        [row["model"] + (f" {OTHER_MACHINES}" if "machines" in row else ""), *(cell(row, key) for key in tops)]
+        + [f"{row['parameters']:,}", f"{row['epochs']}"]
+        + [gains.get(row["model"], "")] * bool(gains)
+        + [FORMATS[key](row[key]) if key in row else "" for key in more]
+        for row in results["rows"]
+    ]
+    titles = [*(ACCURACIES[key] for key in tops), "Parameters", "Epochs"]
+    titles += ["Gain of KD"] * bool(gains) + list(more.values())
+    texts = [table(["Model", *titles], rows), *map(gain_text, results["gains"])]
+    if results["gains_over_kd"]:
+        tested = sum("p" in gain for gain in results["gains_over_kd"])
+        rows = [[gain["model"], gain["over"], points(gain), verdict(gain)] for gain in results["gains_over_kd"]]
+        texts.append(table(["Loss", "Over plain KD, same seeds", "Top 1, points", "Verdict"], rows))
+        texts.append(
+            f"Verdicts at the 5% level, with Holm's correction for {tested} comparison{'' if tested == 1 else 's'}."
+        )
+    for row in results["rows"]:
+        if "machines" in row:
+            texts.append(f"{OTHER_MACHINES} {row['model']}: runs of different machines, {'; '.join(row['machines'])}")
+    return "\n\n".join(texts + results["notes"]) + "\n"
+
+
+def publish(contents: list[dict], folder: Path) -> None:
+    """Write what the table of measured checkpoints shows into a folder, and print it.
+
+    results.md and results.json are the table, comparison.png its runs' curves, runs.jsonl their logs. Omitted classes,
+    several numbers of images and three or more temperatures have figures of their own.
+    """
+    results = collect(contents)
+    text = results_text(results)
+    for name, content in (("results.md", text), ("runs.jsonl", "".join(content["log"] for content in contents))):
+        with writing(folder / name) as temporary:
+            temporary.write_text(content, encoding="utf-8", errors="replace")  # a file's name may be no text
+    write_json(folder / "results.json", results)
+    plot_comparison(contents, folder / "comparison.png")
+    drawn = [
+        plot_omitted(contents, folder / "omitted.png"),
+        plot_images(results, folder / "images.png"),
+        plot_temperatures(results, folder / "temperatures.png"),
+    ]
+    names = ["results.md", "results.json", "comparison.png", *(path.name for path in drawn if path)]
+    print(f"{text}\nsaved {folder}: {', '.join(names)} and runs.jsonl")

@@ -1,0 +1,74 @@
+"""From what was typed to the runs to do. Standard library and tables only."""
+
+from dataclasses import asdict, replace
+
+from data_sets import DataSet
+from training.recipes import RECIPE_FIELDS, ce_weight_of, recipe_of, temps_of
+from training.runs import DEFAULT_SEED, RunConfig, RunName, loss_function, usual_weights
+
+
+def name_of(options) -> RunName:
+    """The run that the options of either script name; with several temperatures or losses, the first."""
+    loss = (options.loss or ("kd",))[0]
+    kd = {"loss": loss, "temp": (options.temp or temps_of(options.dataset, loss))[0]} if options.kd else {}
+    role = "teacher" if options.tto else "student"
+    seed = DEFAULT_SEED if options.seed is None else options.seed
+    images = (options.student_images or (None,))[0]
+    trial = {"subset": options.subset, "holdout": options.holdout, "omit": options.omit or (), "student_images": images}
+    own = None if options.tto else options.student
+    return RunName(options.dataset, role, **kd, seed=seed, **trial, student=own, size=options.size)
+
+
+def names_of(options) -> list[RunName]:
+    """The runs to do, in order: one, or with --all the teacher, then the students of each seed."""
+    first = name_of(options)
+    if not options.all:
+        return [first]
+    losses = options.loss or ("kd",)
+    if options.matched:
+        losses = tuple(dict.fromkeys((*losses, *(f"kd_as_{loss}" for loss in losses if loss_function(loss) != "kd"))))
+    names = [] if options.teacher else [first.teacher_name]
+    for seed in range(first.seed, first.seed + options.seeds):
+        for images in options.student_images or (None,):
+            student = replace(first, seed=seed, student_images=images)
+            names.append(student)
+            for loss in losses:
+                for temp in options.temp or temps_of(options.dataset, loss):
+                    names.append(replace(student, loss=loss, temp=temp))
+    return names
+
+
+def plan(options, data: DataSet, precision: str, processes: int) -> list[RunConfig]:
+    """The runs that the options of train.py ask for, with every value filled in."""
+    return [resolve(name, options, data, precision, processes) for name in names_of(options)]
+
+
+def resolve(name: RunName, options, data: DataSet, precision: str, processes: int) -> RunConfig:
+    """One run of the plan: the recipe's values where nothing was typed."""
+    recipe = asdict(recipe_of(name.dataset, name.role, options.optimizer, data.train_images, name.student_images))
+    if not (options.all and name.role == "teacher"):  # with --all these options are the students'
+        recipe |= {f: getattr(options, f) for f in RECIPE_FIELDS if getattr(options, f) is not None}
+    if recipe["views"] is None:
+        recipe["views"] = data.views
+    kd_weights, ce_weight = usual_weights(name.loss) if name.kd else ((), 1.0)
+    if name.kd and options.alpha is not None:
+        kd_weights, ce_weight = (options.alpha,), ce_weight_of(options.alpha)
+    if name.kd and options.kd_weight is not None:
+        kd_weights = options.kd_weight
+    if name.kd and options.ce_weight is not None:
+        ce_weight = options.ce_weight
+    return RunConfig(
+        **asdict(name),
+        **recipe,
+        num_classes=len(data.classes),
+        images=data.fingerprint,
+        flip=data.flip,
+        optimizer=options.optimizer,
+        kd_weights=kd_weights,
+        ce_weight=ce_weight,
+        sync_bn=options.sync_bn and processes > 1,
+        compile=options.compile,
+        deterministic=options.deterministic,
+        precision=precision,
+        processes=processes,
+    )
