@@ -362,6 +362,7 @@ def new_figure(height: float):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    matplotlib.rcParams["text.parse_math"] = False  # names may hold a $; the style's context restores it
     figure = Figure(figsize=(7, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
@@ -371,7 +372,7 @@ def new_panels(title: str, ylabels: list[str]) -> list:
     """The labelled axes of a figure, side by side."""
     figure = new_figure(4.2)
     panels = figure.subplots(1, len(ylabels), squeeze=False)[0].tolist()
-    figure.suptitle(title, parse_math=False)
+    figure.suptitle(title)
     for axes, ylabel in zip(panels, ylabels, strict=True):
         axes.set(xlabel="epoch", ylabel=ylabel)
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
@@ -387,13 +388,10 @@ def new_axes(title: str, ylabel: str):
 def save_figure(axes, path: Path) -> Path:
     """Write the figure of `axes`, whose labels are its legend, to `path` as PNG, atomically."""
     handles, labels = axes.get_legend_handles_labels()
-    legend = None
     if len(axes.figure.axes) > 1 and labels:
-        legend = axes.figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9)
+        axes.figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9)
     elif labels:
-        legend = axes.legend(fontsize=9)
-    for text in legend.get_texts() if legend else ():
-        text.set_parse_math(False)  # it may name classes
+        axes.legend(fontsize=9)
     with writing(path) as temporary:
         axes.figure.savefig(temporary, dpi=120, format="png")
     return path

@@ -36,7 +36,7 @@ def plot_confusion(numbers: dict, classes: tuple[str, ...], title: str, path: Pa
             colour = "white" if value > 50 else "black"
             axes.text(j, i, f"{value:.0f}" if value else "", ha="center", va="center", fontsize=8, color=colour)
     axes.set(xlabel="predicted", xticks=ticks, yticks=ticks)
-    style = {"fontsize": None if few else 6, "parse_math": False}
+    style = {"fontsize": None if few else 6}
     turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if few else {"rotation": 90}
     axes.set_xticklabels(names, **turned, **style)
     axes.set_yticklabels(names, **style)
@@ -52,15 +52,8 @@ def plot_reliability(logits: torch.Tensor, labels: torch.Tensor, title: str, pat
     count, confidence, accuracy = (values.numpy() for values in reliability(logits, labels))
     edges = [i / BINS for i in range(BINS + 1)]
     axes = new_axes(title, "accuracy, or fraction of images")
-    axes.bar(
-        edges[:-1],
-        np.nan_to_num(accuracy),
-        1 / BINS,
-        align="edge",
-        color=COLOURS[5],
-        edgecolor="white",
-        label="accuracy",
-    )
+    style = {"align": "edge", "color": COLOURS[5], "edgecolor": "white", "label": "accuracy"}
+    axes.bar(edges[:-1], np.nan_to_num(accuracy), 1 / BINS, **style)
     axes.plot(confidence, accuracy, ".", color=COLOURS[0], label="at a bin's mean confidence")
     axes.plot([0, 1], [0, 1], "--", color=COLOURS[6], label="perfect calibration")
     axes.stairs(count / count.sum(), edges, color=COLOURS[1], label="fraction of images")
@@ -107,7 +100,7 @@ def plot_pictures(pixels: list, names: list[str], answers: dict, classes: tuple[
     height = 0.8 / len(answers)
     for i, (left, right) in enumerate(grid):
         left.imshow(pixels[i])
-        left.set_title(titles[i], fontsize=9, parse_math=False)
+        left.set_title(titles[i], fontsize=9)
         left.axis("off")
         likeliest = next(iter(answers.values()))[i].topk(min(CLASSES_SHOWN, len(classes))).indices
         shown = likeliest.sort().values
@@ -116,13 +109,11 @@ def plot_pictures(pixels: list, names: list[str], answers: dict, classes: tuple[
             places = [j + (k - (len(answers) - 1) / 2) * height for j in range(len(shown))]
             right.barh(places, (100 * probabilities[i, shown]).numpy(), height, color=colour, label=model)
         right.set(xlim=(0, 100), yticks=range(len(shown)))
-        right.set_yticklabels([labels[j] for j in shown.tolist()], parse_math=False)
+        right.set_yticklabels([labels[j] for j in shown.tolist()])
         right.tick_params(labelsize=8)
         right.invert_yaxis()
         right.grid(axis="x", alpha=0.3)
-    legend = figure.legend(*grid[0, 1].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=9)
-    for text in legend.get_texts():
-        text.set_parse_math(False)
+    figure.legend(*grid[0, 1].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=9)
     grid[-1, 1].set_xlabel("probability (%)")
     return save_figure(grid[0, 0], path)  # whose legend is the figure's
 

@@ -38,10 +38,10 @@ def plot_omitted(contents: list[dict], path: Path) -> Path | None:
             shares = np.array([content["measured"][key] for content in row], dtype=float).mean(axis=0)
             colours = [(never if name in omit else seen)[i] for name in classes]
             axes.bar(np.arange(len(classes)) + 0.4 * i - 0.2, 100 * shares, 0.4, color=colours)
-        axes.set_title(title[:100], fontsize=10, parse_math=False)
+        axes.set_title(title[:100], fontsize=10)
         axes.set(ylabel="accuracy (%)", ylim=(0, 100), xlim=(-1, len(classes)), xticks=ticks)
         style = {"fontsize": 8} if len(classes) <= CELLS_WITH_NUMBERS else {"fontsize": 5, "rotation": 90}
-        axes.set_xticklabels(names, parse_math=False, **style)
+        axes.set_xticklabels(names, **style)
         axes.grid(axis="y", alpha=0.3)
     said = [f"{which}, {when}" for which in ("seen", "never seen") for when in ("uncorrected", "corrected")]
     patches = [Patch(color=colour, label=label) for colour, label in zip((*seen, *never), said, strict=True)]

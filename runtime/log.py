@@ -18,11 +18,6 @@ class RunLog:
         self.path, self.writes, self.text = path, writes, ""
 
     @property
-    def header(self) -> dict:
-        """The first line."""
-        return json.loads(self.text.splitlines()[0])
-
-    @property
     def lines(self) -> list[dict]:
         """The lines of the epochs."""
         return [json.loads(line) for line in self.text.splitlines()[1:]]

@@ -17,13 +17,11 @@ def duration(seconds: float) -> str:
 class Progress:
     """A tqdm bar on a terminal, plain lines elsewhere; silent where not `visible`."""
 
-    def __init__(
-        self, title: str, total: int, visible: bool, initial: int = 0, seconds: float = 30.0, unit: str = "step"
-    ) -> None:
+    def __init__(self, title: str, total: int, visible: bool, initial: int = 0, unit: str = "step") -> None:
         self.visible = visible
         self.terminal = visible and sys.stderr is not None and sys.stderr.isatty()
         self.title, self.total, self.count = title, total, initial
-        self.every = 0.5 if self.terminal else seconds
+        self.every = 0.5 if self.terminal else 30.0  # seconds
         self.shown_at = time.monotonic()
         self.bar = tqdm(total=total, initial=initial, desc=title, disable=not self.terminal, leave=False, unit=unit)
 

@@ -57,18 +57,7 @@ def resolve(name: RunName, options, data: DataSet, precision: str, processes: in
         kd_weights = options.kd_weight
     if name.kd and options.ce_weight is not None:
         ce_weight = options.ce_weight
-    return RunConfig(
-        **asdict(name),
-        **recipe,
-        num_classes=len(data.classes),
-        images=data.fingerprint,
-        flip=data.flip,
-        optimizer=options.optimizer,
-        kd_weights=kd_weights,
-        ce_weight=ce_weight,
-        sync_bn=options.sync_bn and processes > 1,
-        compile=options.compile,
-        deterministic=options.deterministic,
-        precision=precision,
-        processes=processes,
-    )
+    values = {f: getattr(options, f) for f in ("optimizer", "compile", "deterministic")}
+    values |= {"num_classes": len(data.classes), "images": data.fingerprint, "flip": data.flip, "precision": precision}
+    values |= {"kd_weights": kd_weights, "ce_weight": ce_weight, "processes": processes}
+    return RunConfig(**asdict(name), **recipe, **values, sync_bn=options.sync_bn and processes > 1)
