@@ -54,9 +54,7 @@ from training.teacher_logits import TeacherLogits, load_teacher
 from utils import Data, Images, Views, epoch_order, epoch_view, evaluate, load_images, plot_curves, topk_correct
 
 
-def train_epoch(
-    run: Run, views: Views, rows: torch.Tensor, k: int, teacher_logits: torch.Tensor | None, stop: StopSignal
-) -> None:
+def train_epoch(run: Run, views: Views, rows: torch.Tensor, k: int, teacher_logits: torch.Tensor | None) -> None:
     """The rest of the current epoch: image rows (N,) in their k-th views, and the teacher's logits by row."""
     config, runtime = run.config, run.runtime
     order = epoch_order(rows, config.seed, run.epoch).to(runtime.device)
@@ -80,14 +78,14 @@ def train_epoch(
             if progress.step():
                 run.check_finite()
                 progress.show(progress_text(run))
-            save_or_stop(run, stop)
+            save_or_stop(run)
     run.check_finite()
 
 
-def save_or_stop(run: Run, stop: StopSignal) -> None:
+def save_or_stop(run: Run) -> None:
     """Save the resume state if that is due; Stopped if a signal came to any process."""
     if run.is_time_to_agree():
-        stopped, save = run.agree(stop.number, run.save_is_due())
+        stopped, save = run.agree(run.runtime.stop.number, run.save_is_due())
         if stopped or save:
             run.check_finite()
         if stopped:
@@ -106,14 +104,14 @@ def progress_text(run: Run) -> str:
     return f"loss {loss:.3f} top1 {100 * top1:.2f}% {speed:,.0f} img/s lr {run.lr:.4f} left {duration(left)}"
 
 
-def end_epoch(run: Run, held_out: Images, softened: dict, stop: StopSignal) -> None:
+def end_epoch(run: Run, held_out: Images, softened: dict) -> None:
     """Evaluate, append the epoch's line to the log, with `softened` in it, and go to the next epoch."""
     config, runtime = run.config, run.runtime
     images = run.steps * run.batch_size
     means = dict(zip(METRICS, (runtime.total(run.totals) / images).tolist(), strict=True))
     run.count_time()  # the device was waited for
     seconds = run.seconds
-    test = percent(evaluate(run.model, held_out, run.spec, runtime, stop))
+    test = percent(evaluate(run.model, held_out, run.spec, runtime))
     whole = seconds + time.monotonic() - run.clock  # with the evaluation
     left_out = {"kl": not config.kd, "top5": "top5" not in test}
     train = percent({name: value for name, value in means.items() if not left_out.get(name)})
@@ -146,7 +144,6 @@ def train(
     files: RunFiles,
     resume: bool,
     runtime: Runtime,
-    stop: StopSignal,
     seconds_left: Callable[[int, float], float] | None = None,
 ) -> dict:
     """One run, new or resumed, until its checkpoint, log and figures are written; what its checkpoint holds.
@@ -161,14 +158,14 @@ def train(
         while run.epoch < config.num_epochs:
             k = epoch_view(config.views, config.flip, config.seed, run.epoch)
             try:
-                teacher_logits = teacher.of_view(k, views, rows, stop) if config.kd else None
+                teacher_logits = teacher.of_view(k, views, rows) if config.kd else None
                 softened = {"teacher": softness(teacher_logits[rows], config.temp)} if config.kd else {}
                 if config.kd and not run.epoch:
                     told = softness_text(softened["teacher"], config.temp, config.num_classes)
                     runtime.print(f"the teacher at {told}")
-                train_epoch(run, views, rows, k, teacher_logits, stop)
-                end_epoch(run, held_out, softened, stop)
-                save_or_stop(run, stop)
+                train_epoch(run, views, rows, k, teacher_logits)
+                end_epoch(run, held_out, softened)
+                save_or_stop(run)
             except Stopped:
                 run.save()
                 runtime.print(f"saved {files.resume} at epoch {run.epoch + 1}, step {run.step}/{run.steps}")
@@ -211,8 +208,9 @@ def begin(run: Run, images: int, resume: bool) -> None:
 
 def train_all(options: config.TrainOptions) -> None:
     """The run that the options name, or with --all every run that is not finished yet, and then the table."""
-    with StopSignal() as stop, start(options.device, options.precision, options.deterministic) as runtime:
-        data, runs = prepare(options, runtime, stop)
+    settings = options.device, options.precision, options.deterministic
+    with StopSignal() as stop, start(*settings, stop) as runtime:
+        data, runs = prepare(options, runtime)
         views = Views(data.train, data.spec, runtime.device)
         to_do = [run for run in runs if not has_finished(run, options)]
         if options.all:
@@ -235,21 +233,21 @@ def train_all(options: config.TrainOptions) -> None:
                 ended = f"{content['metrics']['top1']:.2f}% top-1"
                 runtime.print(f"{run.stem}: already finished ({ended}), skipping; --resume False trains it again")
             else:
-                content = train(run, data, views, teacher, files_of(run, options), options.resume, runtime, stop, left)
+                content = train(run, data, views, teacher, files_of(run, options), options.resume, runtime, left)
             contents.append(content)
         if options.all:
-            shown = measure_all(contents, data, runtime, teacher, stop, student=options.student)
+            shown = measure_all(contents, data, runtime, teacher, student=options.student)
             if runtime.is_main:
                 publish(shown, options.table_folder)
         else:
             runtime.print(f"evaluate it with `{run.command('test.py', **options.folders())}`")
 
 
-def prepare(options: config.TrainOptions, runtime: Runtime, stop: StopSignal) -> tuple[Data, list[RunConfig]]:
+def prepare(options: config.TrainOptions, runtime: Runtime) -> tuple[Data, list[RunConfig]]:
     """The images and the plan of runs; UserError about what can't work, before anything is trained."""
     if options.sync_bn and runtime.device.type != "cuda":
         raise UserError("--sync_bn True needs CUDA devices: leave it out")
-    images_here = options.flip, options.skip_broken, stop, options.size
+    images_here = options.flip, options.skip_broken, options.size
     data = load_images(options.dataset, options.data_path, runtime, *images_here)
     for note in data.notes:
         runtime.print(note)

@@ -21,7 +21,6 @@ from runtime.files import writing
 from runtime.log import read_log
 from runtime.processes import main_first
 from runtime.progress import Progress
-from runtime.signals import StopSignal
 
 EVALUATION_BATCH = 500  # images of 32 x 32; as many pixels of larger ones
 FEW_CLASSES = 5  # with so few classes every image is right in the top 5
@@ -103,13 +102,7 @@ def turns(labels: torch.Tensor) -> torch.Tensor:
 
 
 def load_images(
-    name: str,
-    folder: Path,
-    runtime: Runtime,
-    flip: bool | None = None,
-    skip_broken: bool = False,
-    stop: StopSignal | None = None,
-    size: int = SIDE,
+    name: str, folder: Path, runtime: Runtime, flip: bool | None = None, skip_broken: bool = False, size: int = SIDE
 ) -> Data:
     """The data set `name` in `folder`, downloaded or drawn if it is missing; UserError if that fails.
 
@@ -118,7 +111,7 @@ def load_images(
     spec, notes = replace(DATA_SETS[name], size=size), []
     with main_first(runtime):
         if spec.source == "folder":
-            classes, arrays, notes = read_folder(folder, skip_broken, size, runtime.is_main, stop)
+            classes, arrays, notes = read_folder(folder, skip_broken, size, runtime.is_main, runtime.stop)
             spec = replace(spec, classes=classes)
         elif spec.source == "digits":
             check_memory(sum(DIGITS_IMAGES.values()), size)
@@ -297,7 +290,6 @@ def compute_logits(
     count: int,
     num_classes: int,
     runtime: Runtime,
-    stop: StopSignal | None = None,
     title: str = "",
 ) -> torch.Tensor:
     """Logits (count, num_classes), float64 on every process's CPU, of images (B, 3, S, S) = images_of(rows (B,)).
@@ -317,8 +309,8 @@ def compute_logits(
             with runtime.autocast():
                 batch = model(images)
             logits[start : start + step] = batch[: count - start].cpu().double()
-            if stop is not None and stop.number and runtime.world_size == 1:
-                raise Stopped(stop.number)
+            if runtime.stop.number and runtime.world_size == 1:
+                raise Stopped(runtime.stop.number)
             if progress.step():
                 progress.show("")
     logits = runtime.total(logits)  # rows of other processes are zeros here
@@ -327,27 +319,23 @@ def compute_logits(
     return logits
 
 
-def held_out_logits(
-    model: torch.nn.Module, images: Images, spec: DataSet, runtime: Runtime, stop: StopSignal | None = None
-) -> torch.Tensor:
+def held_out_logits(model: torch.nn.Module, images: Images, spec: DataSet, runtime: Runtime) -> torch.Tensor:
     """The logits (N, C) of images as they are, not augmented; see `compute_logits`."""
     normalise = Normaliser(spec, runtime.device)
     count, classes = len(images), len(spec.classes)
     return compute_logits(
-        model, lambda rows: normalise(images.pixels[rows].to(runtime.device)), count, classes, runtime, stop
+        model, lambda rows: normalise(images.pixels[rows].to(runtime.device)), count, classes, runtime
     )
 
 
-def evaluate(
-    model: torch.nn.Module, images: Images, spec: DataSet, runtime: Runtime, stop: StopSignal | None = None
-) -> dict[str, float]:
+def evaluate(model: torch.nn.Module, images: Images, spec: DataSet, runtime: Runtime) -> dict[str, float]:
     """Mean cross-entropy (nats), top-1 and, of more than five classes, top-5 (0 to 1) over all images.
 
     Raises what `compute_logits` raises.
     """
     model.eval()
     runtime.share_buffers(model)  # so that what is evaluated is what the first process saves
-    logits = held_out_logits(model, images, spec, runtime, stop)
+    logits = held_out_logits(model, images, spec, runtime)
     return {"loss": F.cross_entropy(logits, images.labels).item(), **accuracies(logits, images.labels)}
 
 

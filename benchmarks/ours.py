@@ -8,7 +8,6 @@ from config import TrainOptions
 from runtime.device import Runtime
 from runtime.errors import exit_code
 from runtime.processes import start
-from runtime.signals import StopSignal
 from train import train_epoch
 from training.run import Run
 from utils import Views, epoch_view
@@ -16,10 +15,10 @@ from utils import Views, epoch_view
 
 def train_whole(run: Run, views: Views, rows: torch.Tensor) -> float:
     """Train a teacher, or a student without KD, to the end, without evaluation; the seconds of its epochs."""
-    config, stop, seconds = run.config, StopSignal(), 0.0
+    config, seconds = run.config, 0.0
     while run.epoch < config.num_epochs:
         k = epoch_view(config.views, config.flip, config.seed, run.epoch)
-        train_epoch(run, views, rows, k, None, stop)
+        train_epoch(run, views, rows, k, None)
         run.count_time()
         seconds += run.seconds
         run.begin_epoch(run.epoch + 1)

@@ -33,7 +33,6 @@ from evaluation.report import table, write_json
 from models import build_model, use_products
 from runtime.cli import Parser, file_name
 from runtime.device import Runtime, device_title, processor
-from runtime.signals import StopSignal
 from train import train_epoch
 from training.files import RunFiles
 from training.losses import LOSSES
@@ -74,12 +73,12 @@ class Bench:
         views = Views(self.images[: len(rows)], self.spec, device)
         folder = self.options[role].weights_path
         run = Run(run_config, self.runtime, self.spec, len(rows), RunFiles(folder, folder, run_config.stem))
-        logits, stop = torch.randn(len(rows), 10).half().to(device), StopSignal()
+        logits = torch.randn(len(rows), 10).half().to(device)
 
         def job() -> float:
             run.begin_epoch(run.epoch + 1)
             start = time.perf_counter()
-            train_epoch(run, views, rows, 0, logits, stop)
+            train_epoch(run, views, rows, 0, logits)
             self.runtime.synchronize()
             return len(rows) / (time.perf_counter() - start)
 

@@ -10,7 +10,6 @@ from evaluation.measures import bias_correction, fidelity, measure, measure_omit
 from runtime import checkpoint
 from runtime.device import PRECISIONS, Runtime
 from runtime.errors import UserError
-from runtime.signals import StopSignal
 from training.run import load_model, mismatch, spec_of
 from training.runs import RunConfig, labels, run_from, same_row
 from training.teacher_logits import TeacherLogits
@@ -27,21 +26,13 @@ def as_trained(runtime: Runtime, run: RunConfig, precision: str = "auto") -> Run
     return replace(runtime, autocast_dtype=PRECISIONS[run.precision])
 
 
-def logits_of(
-    model: torch.nn.Module, content: dict, images: Images, runtime: Runtime, stop: StopSignal | None = None
-) -> torch.Tensor:
+def logits_of(model: torch.nn.Module, content: dict, images: Images, runtime: Runtime) -> torch.Tensor:
     """The logits (N, C) of a checkpoint's model, normalised as in its training; see `compute_logits`."""
-    return held_out_logits(model, images, spec_of(content), runtime, stop)
+    return held_out_logits(model, images, spec_of(content), runtime)
 
 
 def measure_bias(
-    model: torch.nn.Module,
-    content: dict,
-    data: Data,
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    runtime: Runtime,
-    stop: StopSignal | None = None,
+    model: torch.nn.Module, content: dict, data: Data, logits: torch.Tensor, labels: torch.Tensor, runtime: Runtime
 ) -> dict:
     """Top-1 on omitted and on other classes of a student's logits (N, C), as they are and after the bias correction.
 
@@ -54,7 +45,7 @@ def measure_bias(
     numbers = measure_omitted(logits, labels, omitted)
     if run.images == data.spec.fingerprint:
         train = data.train[: len(data.rows(run.subset, run.holdout))]  # all classes; a view, for a copy may not fit
-        offsets = bias_correction(logits_of(model, content, train, runtime, stop), train.labels, omitted)
+        offsets = bias_correction(logits_of(model, content, train, runtime), train.labels, omitted)
         corrected = measure(logits + offsets, labels) | measure_omitted(logits + offsets, labels, omitted)
         numbers |= {f"corrected_{name}": corrected[name] for name in CORRECTED if name in corrected}
         numbers["bias"] = offsets[omitted].tolist()
@@ -66,7 +57,6 @@ def measure_all(
     data: Data,
     runtime: Runtime,
     teacher: TeacherLogits | None = None,
-    stop: StopSignal | None = None,
     cost: bool = False,
     student: str | None = None,
     precision: str = "auto",
@@ -80,7 +70,7 @@ def measure_all(
     if teacher and teacher.model is None and contents:  # a teacher with a model is among the checkpoints
         first = run_from(contents[0]["run"])
         with contextlib.suppress(UserError):  # a folder of logits may have none of the test images
-            logits = teacher.of_test_images(data.held_out(first.subset, first.holdout), first.holdout, stop)
+            logits = teacher.of_test_images(data.held_out(first.subset, first.holdout), first.holdout)
             teachers[teacher.fingerprint] = logits
     for content in contents:
         run = run_from(content["run"])
@@ -93,9 +83,9 @@ def measure_all(
         except UserError as error:
             runtime.print(f"left out: {error}")
             continue
-        logits = logits_of(model, content, images, in_training, stop)
+        logits = logits_of(model, content, images, in_training)
         numbers = measure(logits, images.labels) | {"parameters": count_parameters(model)}
-        numbers |= measure_bias(model, content, data, logits, images.labels, in_training, stop)
+        numbers |= measure_bias(model, content, data, logits, images.labels, in_training)
         if run.role == "teacher":
             teachers[checkpoint.fingerprint(content["model"])] = logits
         elif (its_teacher := run.teacher if run.kd else next(iter(teachers), None)) in teachers:

@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,18 +14,20 @@ import torch.distributed as dist
 from torch import nn
 
 from runtime.errors import UserError
+from runtime.signals import StopSignal
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """The device, the autocast type (None: float32) and this process's place among all."""
+    """The device, the autocast type (None: float32), this process's place among all, and the stop signal."""
 
     device: torch.device
     autocast_dtype: torch.dtype | None
     rank: int = 0
     world_size: int = 1
+    stop: StopSignal = field(default_factory=StopSignal, compare=False)
 
     @property
     def is_main(self) -> bool:

@@ -2,12 +2,14 @@
 
 import contextlib
 import os
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 
 from runtime.device import PRECISIONS, Runtime, has_fast_bf16, keep_freed_memory, pick_device, training_error
 from runtime.errors import ReportedElsewhere, Stopped, UserError
+from runtime.signals import StopSignal
 
 
 def process_count() -> int:
@@ -72,11 +74,11 @@ def pick_precision(word: str, device: torch.device) -> str:
 
 
 @contextlib.contextmanager
-def start(device_name: str, precision: str, deterministic: bool = False):
+def start(device_name: str, precision: str, deterministic: bool = False, stop: StopSignal | None = None):
     """Yield the Runtime of this process; under torchrun it joins and leaves the process group."""
     world_size = process_count()
     device = working_device(device_name)
-    runtime = Runtime(device, PRECISIONS[pick_precision(precision, device)])
+    runtime = Runtime(device, PRECISIONS[pick_precision(precision, device)], stop=stop or StopSignal())
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch_settings(device, deterministic))
         stack.enter_context(torch.random.fork_rng(devices=[]))
@@ -102,7 +104,7 @@ def process_group(runtime: Runtime, world_size: int):
     backend = "cpu:gloo,cuda:nccl" if runtime.device.type == "cuda" else "gloo"
     try:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
-        yield Runtime(runtime.device, runtime.autocast_dtype, rank, world_size)
+        yield replace(runtime, rank=rank, world_size=world_size)
     except (UserError, Stopped) as error:
         # All processes end with the same error: the first one reports it.
         if store.add("failed", 1) > 1:

@@ -125,8 +125,8 @@ def test_dropout_resumes_bit_exactly(mine, monkeypatch):
     words = ["--student=my_models:net", "--num_epochs=2"]
     assert mine(*words, "--name=whole") == 0
 
-    def stop(run, signal, real=train.save_or_stop):
-        real(run, signal)
+    def stop(run, real=train.save_or_stop):
+        real(run)
         if (run.epoch, run.step) == (1, 2):
             raise Stopped(15)
 

@@ -240,7 +240,7 @@ def test_each_model_is_evaluated_in_the_precision_of_its_training(evaluate, monk
     monkeypatch.setattr(test_script, "start", lambda *_: contextlib.nullcontext(bf16))
     found = []
 
-    def held_out_logits(model, images, spec, runtime, stop=None):
+    def held_out_logits(model, images, spec, runtime):
         found.append((type(model), runtime.precision))
         return torch.eye(10)[images.labels] + 0.0
 

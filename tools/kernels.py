@@ -20,7 +20,6 @@ from data_sets import DATA_SETS, SIDE
 from evaluation.inference import count_macs
 from evaluation.report import table
 from runtime.processes import start
-from runtime.signals import StopSignal
 from train import train_epoch
 from training.files import RunFiles
 from training.plan import plan
@@ -44,7 +43,7 @@ def measure(words: list[str], folder: Path) -> tuple[float, float, float]:
             run.begin_epoch(run.epoch + 1)
             run.saved_at = time.monotonic() + 3600  # no saves
             begun = time.perf_counter()
-            train_epoch(run, views, torch.arange(count), 0, None, StopSignal())
+            train_epoch(run, views, torch.arange(count), 0, None)
             runtime.synchronize()
             return count / (time.perf_counter() - begun)
 

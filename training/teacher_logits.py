@@ -20,7 +20,6 @@ from runtime import checkpoint
 from runtime.device import Runtime
 from runtime.errors import UserError, reason
 from runtime.files import writing
-from runtime.signals import StopSignal
 from training.run import describe_data, load_model, mismatch
 from training.runs import UNKNOWN, RunConfig, RunName
 from utils import Images, Views, compute_logits, held_out_logits
@@ -78,21 +77,21 @@ class TeacherLogits:
                 f"{missing[0]:02}.npz: write them"
             )
 
-    def of_view(self, k: int, views: Views, rows: torch.Tensor, stop: StopSignal | None = None) -> torch.Tensor:
+    def of_view(self, k: int, views: Views, rows: torch.Tensor) -> torch.Tensor:
         """Logits (N, C) float16 on the device: row i is training image i in its k-th view, for all i in `rows`."""
         count = int(rows.max()) + 1
         logits = self.read(f"{k:02}.npz", count)
         if logits is None:
             start = time.monotonic()
             logits = compute_logits(
-                self.model, lambda some: views.images(some, k), count, len(self.spec.classes), self.runtime, stop,
+                self.model, lambda some: views.images(some, k), count, len(self.spec.classes), self.runtime,
                 title=f"teacher's logits of view {k}",
             )  # fmt: skip
             self.view_seconds = time.monotonic() - start
             logits = self.write(f"{k:02}.npz", logits)
         return torch.from_numpy(logits[:count]).to(self.runtime.device)
 
-    def of_test_images(self, images: Images, holdout: int = 0, stop: StopSignal | None = None) -> torch.Tensor:
+    def of_test_images(self, images: Images, holdout: int = 0) -> torch.Tensor:
         """Logits (N, C) float64 on the CPU of the first N test images, or with `holdout` of these held-out images.
 
         UserError if they have to be computed, and only a folder of logits was given.
@@ -100,10 +99,10 @@ class TeacherLogits:
         if holdout:  # images that depend on --subset, too: not kept
             if self.model is None:
                 raise UserError(f"{self.folder} has no logits of held-out images: give a checkpoint as --teacher")
-            return held_out_logits(self.model, images, self.spec, self.runtime, stop).half().double()
+            return held_out_logits(self.model, images, self.spec, self.runtime).half().double()
         logits = self.read("test.npz", len(images))
         if logits is None:
-            logits = self.write("test.npz", held_out_logits(self.model, images, self.spec, self.runtime, stop))
+            logits = self.write("test.npz", held_out_logits(self.model, images, self.spec, self.runtime))
         return torch.from_numpy(logits[: len(images)]).double()
 
     def read(self, name: str, count: int) -> np.ndarray | None:
