@@ -168,6 +168,8 @@ def check_conflicts(parser: Parser, given: dict, needs: dict, excludes: dict) ->
 def answer_early(parse) -> None:
     """Parse the command line before the slow imports, so that --help and a wrong option answer at once."""
     parse()
+    before = os.environ.get("MPLBACKEND")
+    os.environ["MPLBACKEND"] = "agg"  # figures are files; a notebook's own backend may not be installed here
     try:
         import matplotlib  # noqa: F401
         import torchvision  # noqa: F401
@@ -179,3 +181,7 @@ def answer_early(parse) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
+    finally:
+        os.environ.pop("MPLBACKEND")
+        if before is not None:
+            os.environ["MPLBACKEND"] = before
