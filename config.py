@@ -71,8 +71,8 @@ class Options:
         number(float, at_least=0.01, at_most=1000), nargs="+",
     )  # fmt: skip
     loss: tuple[str, ...] | None = option(
-        KD, "kd (Hinton), ls, dkd, ttm, wttm, or kd_as_ls (kd at the weights of ls) and so on; several with --all "
-        "(default: kd)", nargs="+", choices=tuple(LOSS_DEFAULTS), metavar="LOSS",
+        KD, "kd, ls, dkd, ttm, wttm, or kd_as_ls ... (docs/losses.md); several with --all (default: kd)", nargs="+",
+        choices=tuple(LOSS_DEFAULTS), metavar="LOSS",
     )  # fmt: skip
     teacher: Path | None = option(
         KD, "the teacher's checkpoint, state dict or folder of logits (default: what --tto True wrote)", folder_name
@@ -161,8 +161,8 @@ class TestOptions(Options):
     compare: bool = option(WHAT, "one table of all checkpoints in --weights_path, and a figure", boolean, False)
     image: tuple[Path, ...] | None = option(WHAT, "classify these pictures instead", file_name, nargs="+")
     soften: tuple[float, ...] | None = option(
-        WHAT, "draw the probabilities of --image or of four test images at these temperatures, and say how soft "
-        "they are", number(float, at_least=0.01, at_most=1000), nargs="+",
+        WHAT, "draw the probabilities of --image or of four test images at these temperatures",
+        number(float, at_least=0.01, at_most=1000), nargs="+",
     )  # fmt: skip
     json: Path | None = option(FILES, "also write the numbers of the report to this .json file", file_name)
     export: Path | None = option(FILES, "also export the model as a torch.export program, .pt2", file_name)
