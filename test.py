@@ -34,8 +34,8 @@ import torch
 
 from data_sets.pictures import read_picture, reject_decompression_bombs
 from evaluation import figures, inference, paper_figures, report, results
-from evaluation.comparison import TOPS, as_trained, logits_of, measure_all, measure_bias
-from evaluation.measures import fidelity, measure, softness
+from evaluation.comparison import TOPS, as_trained, logits_of, measure_all, measure_checkpoint
+from evaluation.measures import fidelity, softness
 from runtime import checkpoint
 from runtime.device import Runtime, device_title
 from runtime.errors import UserError, exit_code
@@ -117,10 +117,7 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
     notes = [*data.notes]
     if why := mismatch(content, run, data.spec):
         notes.append(f"{path} {why}")
-    images = data.held_out(run.subset, run.holdout)
-    logits = logits_of(model, content, images, runtime)
-    numbers = measure(logits, images.labels)
-    numbers |= measure_bias(model, content, data, logits, images.labels, runtime)
+    images, logits, numbers = measure_checkpoint(model, content, data, runtime)
     teacher_cost, imitation = None, {}
     if run.role == "student":
         with left_out_unless_named(options, notes.append):
@@ -233,9 +230,9 @@ def classify(options: config.TestOptions, runtime: Runtime) -> None:
     answers = {}
     for content in contents:
         model, title = load_model(content, runtime, options.student), run_from(content["run"]).title
+        in_training = as_trained(runtime, run_from(content["run"]), options.precision)
         for temp in options.soften or (1.0,):
             label = f"{title}, T = {format_number(temp)}" if options.soften else title
-            in_training = as_trained(runtime, run_from(content["run"]), options.precision)
             answers[label] = inference.classify(model, pixels, spec_of(content), in_training, temp)
     if options.soften:
         logits = logits_of(model, contents[0], images, in_training)

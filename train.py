@@ -44,11 +44,11 @@ from runtime.files import locked, make_folder
 from runtime.processes import start
 from runtime.progress import Progress, duration
 from runtime.signals import StopSignal
-from training.files import RunFiles, files_of, find_finished, has_finished
+from training.files import files_of, find_finished, has_finished
 from training.losses import training_loss
 from training.plan import plan
 from training.recipes import RECIPE_FIELDS
-from training.run import METRICS, Run
+from training.run import METRICS, Run, RunFiles
 from training.runs import RunConfig, RunName, loss_function
 from training.teacher_logits import TeacherLogits, load_teacher
 from utils import Data, Images, Views, epoch_order, epoch_view, evaluate, load_images, plot_curves, topk_correct
@@ -104,7 +104,7 @@ def progress_text(run: Run) -> str:
     return f"loss {loss:.3f} top1 {100 * top1:.2f}% {speed:,.0f} img/s lr {run.lr:.4f} left {duration(left)}"
 
 
-def end_epoch(run: Run, held_out: Images, softened: dict) -> None:
+def end_epoch(run: Run, held_out: Images, softened: dict, seconds_left: Callable[[int, float], float] | None) -> None:
     """Evaluate, append the epoch's line to the log, with `softened` in it, and go to the next epoch."""
     config, runtime = run.config, run.runtime
     images = run.steps * run.batch_size
@@ -121,8 +121,8 @@ def end_epoch(run: Run, held_out: Images, softened: dict) -> None:
     run.begin_epoch(run.epoch + 1)
     top5 = f" top5 {test['top5']:.2f}%" if "top5" in test else ""
     all_left = ""
-    if run.seconds_left:
-        left = duration(run.seconds_left(config.num_epochs - run.epoch, whole))
+    if seconds_left:
+        left = duration(seconds_left(config.num_epochs - run.epoch, whole))
         all_left = f", about {left} left for all runs"
     runtime.print(
         f"epoch {line['epoch']}/{config.num_epochs}: train loss {train['loss']:.4f} top1 {train['top1']:.2f}%, "
@@ -153,7 +153,6 @@ def train(
     rows, held_out = training_rows(config, data), data.held_out(config.subset, config.holdout)
     with locked(files.checkpoint) if runtime.is_main else contextlib.nullcontext():
         run = Run(config, runtime, data.spec, len(rows), files)
-        run.seconds_left = seconds_left
         begin(run, len(rows), resume)
         while run.epoch < config.num_epochs:
             k = epoch_view(config.views, config.flip, config.seed, run.epoch)
@@ -164,7 +163,7 @@ def train(
                     told = softness_text(softened["teacher"], config.temp, config.num_classes)
                     runtime.print(f"the teacher at {told}")
                 train_epoch(run, views, rows, k, teacher_logits)
-                end_epoch(run, held_out, softened)
+                end_epoch(run, held_out, softened, seconds_left)
                 save_or_stop(run)
             except Stopped:
                 run.save()

@@ -52,6 +52,17 @@ def measure_bias(
     return numbers
 
 
+def measure_checkpoint(
+    model: torch.nn.Module, content: dict, data: Data, runtime: Runtime
+) -> tuple[Images, torch.Tensor, dict]:
+    """The images that a checkpoint is evaluated on, its logits (N, C) of them, and all that these say."""
+    run = run_from(content["run"])
+    images = data.held_out(run.subset, run.holdout)
+    logits = logits_of(model, content, images, runtime)
+    numbers = measure(logits, images.labels)
+    return images, logits, numbers | measure_bias(model, content, data, logits, images.labels, runtime)
+
+
 def measure_all(
     contents: list[dict],
     data: Data,
@@ -74,7 +85,6 @@ def measure_all(
             teachers[teacher.fingerprint] = logits
     for content in contents:
         run = run_from(content["run"])
-        images = data.held_out(run.subset, run.holdout)
         try:
             if why := mismatch(content, run, data.spec):
                 raise UserError(f"{content['path']} {why}")
@@ -83,9 +93,8 @@ def measure_all(
         except UserError as error:
             runtime.print(f"left out: {error}")
             continue
-        logits = logits_of(model, content, images, in_training)
-        numbers = measure(logits, images.labels) | {"parameters": count_parameters(model)}
-        numbers |= measure_bias(model, content, data, logits, images.labels, in_training)
+        images, logits, numbers = measure_checkpoint(model, content, data, in_training)
+        numbers["parameters"] = count_parameters(model)
         if run.role == "teacher":
             teachers[checkpoint.fingerprint(content["model"])] = logits
         elif (its_teacher := run.teacher if run.kd else next(iter(teachers), None)) in teachers:

@@ -1,35 +1,11 @@
 """Where a run's files are, and whether it has finished already."""
 
-from dataclasses import dataclass
-from pathlib import Path
-
 from data_sets import DataSet
 from runtime import checkpoint
 from runtime.errors import UserError
+from training.run import RunFiles
 from training.runs import RunConfig, RunName, describe_differences, differences, run_from
 from training.teacher_logits import teacher_mismatch
-
-
-@dataclass(frozen=True)
-class RunFiles:
-    """The files of a run."""
-
-    weights: Path  # folder
-    plots: Path  # folder
-    stem: str
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.weights / f"{self.stem}.pt"
-
-    @property
-    def resume(self) -> Path:
-        """The resume state of an unfinished run."""
-        return self.weights / f"{self.stem}.last.pt"
-
-    @property
-    def log(self) -> Path:
-        return self.plots / f"{self.stem}.jsonl"
 
 
 def files_of(run: RunName, options) -> RunFiles:

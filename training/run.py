@@ -1,8 +1,8 @@
 """The state of a training run: its model, optimizer, log and position; how it is saved and resumed."""
 
 import time
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -19,6 +19,28 @@ from utils import seed_of
 
 METRICS = ("loss", "ce", "kl", "top1", "top5")
 SAVING_SHARE = 0.01  # of the time that saving the resume state may take
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """The files of a run."""
+
+    weights: Path  # folder
+    plots: Path  # folder
+    stem: str
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.weights / f"{self.stem}.pt"
+
+    @property
+    def resume(self) -> Path:
+        """The resume state of an unfinished run."""
+        return self.weights / f"{self.stem}.last.pt"
+
+    @property
+    def log(self) -> Path:
+        return self.plots / f"{self.stem}.jsonl"
 
 
 def describe_data(spec: DataSet) -> dict:
@@ -64,7 +86,7 @@ def mismatch(content: dict, name: RunName, spec: DataSet, same_images: bool = Tr
 class Run:
     """Model, optimizer, log and position of one training on `images` images."""
 
-    def __init__(self, config: RunConfig, runtime: Runtime, spec: DataSet, images: int, files) -> None:
+    def __init__(self, config: RunConfig, runtime: Runtime, spec: DataSet, images: int, files: RunFiles) -> None:
         """UserError if the processes can't share a batch."""
         self.config, self.runtime, self.spec, self.files = config, runtime, spec, files
         world = runtime.world_size
@@ -90,7 +112,6 @@ class Run:
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
         self.log = RunLog(files.log, runtime.is_main)
         self.saved_at, self.save_seconds = time.monotonic(), 0.0
-        self.seconds_left: Callable[[int, float], float] | None = None  # of this run and those after it
         self.begin_epoch(0)
 
     @property
