@@ -84,12 +84,13 @@ def train_epoch(run: Run, views: Views, rows: torch.Tensor, k: int, teacher_logi
 
 def save_or_stop(run: Run) -> None:
     """Save the resume state if that is due; Stopped if a signal came to any process."""
+    run.count_time()
     if run.is_time_to_agree():
-        stopped, save = run.agree(run.runtime.stop.number, run.save_is_due())
+        stopped, save = run.runtime.agree(run.runtime.stop.number, run.save_is_due())
         if stopped or save:
             run.check_finite()
         if stopped:
-            raise Stopped(stopped)
+            raise Stopped(int(stopped))
         if save:
             run.save()
 

@@ -39,7 +39,7 @@ def load(path: Path) -> dict:
 def accept(content, path: Path) -> dict:
     """What torch loaded from a file, with its `path`; UserError if it is no checkpoint of this project."""
     if not isinstance(content, dict) or "format" not in content:
-        raise UserError(f"{path} holds {describe(content)}, not a checkpoint of this project: {RETRAIN}")
+        raise UserError(f"{path} is not a checkpoint of this project: {RETRAIN}")
     if content["format"] != FORMAT:
         raise UserError(f"{path} has format {content['format']}, this version reads format {FORMAT}: {RETRAIN}")
     return content | {"path": path}
@@ -64,15 +64,6 @@ def load_any(path: Path):
         raise UserError(f"{path} holds Python objects, not plain tensors and numbers: {RETRAIN}") from error
     except DAMAGED as error:
         raise UserError(f"{path} is damaged, or no file that torch.save wrote: {RETRAIN}") from error
-
-
-def describe(content) -> str:
-    """What somebody else's file holds, in words."""
-    if not isinstance(content, dict):
-        return f"a {type(content).__name__}"
-    names = [str(name) for name in content]
-    kind = "a state dict" if all(isinstance(value, torch.Tensor) for value in content.values()) else "a dict"
-    return f"{kind} of {len(names)} entries ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
 
 
 def load_weights(model: torch.nn.Module, content: dict) -> torch.nn.Module:

@@ -45,6 +45,11 @@ class Runtime:
         return torch.channels_last if half_on_cuda or self.device.type == "cpu" else torch.contiguous_format
 
     @property
+    def product_dtype(self) -> torch.dtype:
+        """The type of Muon's matrix products, which rounding does not harm: bfloat16 where it is fast."""
+        return self.autocast_dtype or (torch.bfloat16 if has_fast_bf16(self.device) else torch.float32)
+
+    @property
     def product_map(self) -> int:
         """Up to which map side a model computes convolutions as matrix products, or 0."""
         return largest_product_map(self.device, self.precision)

@@ -103,7 +103,7 @@ class Run:
         if config.sync_bn:
             self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.model.to(runtime.device, memory_format=runtime.memory_format)
-        self.optimizer = make_optimizer(self.model, config, runtime.autocast_dtype or torch.float32)
+        self.optimizer = make_optimizer(self.model, config, runtime.product_dtype)
         self.forward = torch.compile(self.model) if config.compile else self.model
         if world > 1:
             self.forward = DistributedDataParallel(self.forward)
@@ -123,7 +123,6 @@ class Run:
     def begin_epoch(self, epoch: int) -> None:
         """Go before the first step of an epoch, counted from 0."""
         self.epoch, self.step, self.seconds = epoch, 0, 0.0
-        self.next_agreement = 1
         dtype = torch.float32 if self.runtime.device.type == "mps" else torch.float64
         self.totals = torch.zeros(len(METRICS), dtype=dtype, device=self.runtime.device)
         self.losses = torch.zeros(self.steps, device=self.runtime.device)
@@ -190,17 +189,9 @@ class Run:
         return time.monotonic() - self.saved_at > max(1.0, self.save_seconds / SAVING_SHARE)
 
     def is_time_to_agree(self) -> bool:
-        """Whether the processes, if there are several, talk after this step: about once a second or every 16th."""
-        return self.runtime.world_size == 1 or self.step in (0, self.steps) or self.step >= self.next_agreement
-
-    def agree(self, stop: int, save: bool) -> tuple[int, bool]:
-        """The stop signal that any process got, or 0, and whether any of them wants to save."""
-        self.count_time()
-        step_seconds = self.seconds / max(self.step, 1)
-        stop, save, step_seconds = self.runtime.agree(stop, save, step_seconds)
-        pause = min(max(int(1 / max(step_seconds, 1e-9)), 1), 16) if self.step else 1
-        self.next_agreement = self.step + pause
-        return int(stop), bool(save)
+        """Whether the processes talk after this step: on GPUs, which work ahead of them, after every 16th."""
+        several_gpus = self.runtime.world_size > 1 and self.runtime.device.type == "cuda"
+        return not several_gpus or self.step % 16 == 0 or self.step == self.steps
 
     def save(self) -> None:
         """Write the resume state. No generator and no schedule is in it: they follow from seed, epoch and step."""

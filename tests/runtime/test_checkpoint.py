@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from conftest import disk
+from damages import Hostile, hostile
 from made_up import tiny_student
 
 from models import build_model
@@ -12,13 +12,6 @@ from runtime import checkpoint
 from runtime.errors import UserError
 
 CONTENT = {"run": {"role": "student", "seed": 42, "kd_weights": (0.9,)}, "model": {"weight": torch.arange(6.0)}}
-
-
-class Hostile:
-    """A pickle that makes a folder when a careless reader loads it."""
-
-    def __reduce__(self):
-        return os.mkdir, ("hacked",)
 
 
 def same(content: dict) -> bool:
@@ -55,44 +48,28 @@ def test_no_flipped_bit_of_a_checkpoint_goes_unseen(tmp_path):
     assert refused > len(flips) // 2
 
 
-def test_a_full_disk_leaves_the_old_file(tmp_path):
-    path = tmp_path / "small.pt"
-    path.write_bytes(b"old")
-    with disk(5000), pytest.raises(UserError, match="can't write .*small.pt: File too large; the old file is unchang"):
-        checkpoint.save(path, {"model": {"weight": torch.zeros(2000)}})
-    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"old"]
-
-
 def torch_save(content, **keywords):
     return lambda path: torch.save(content, path, **keywords)
 
 
-def truncated_by(count: int):
-    def write(path) -> None:
-        checkpoint.save(path, CONTENT)
-        os.truncate(path, path.stat().st_size - count)
-
-    return write
+def truncated(path) -> None:
+    checkpoint.save(path, CONTENT)
+    os.truncate(path, path.stat().st_size - 1)
 
 
 STATE = tiny_student().state_dict()
 DAMAGED = "is damaged, or no file that torch.save wrote: train it again, or give another file"
+FOREIGN = "file.pt is not a checkpoint of this project: train it again, or give another file"
 WRONG = {
     "missing": (lambda path: None, "no checkpoint .*file.pt"),
     "a folder": (lambda path: path.mkdir(), "can't read .*file.pt: Is a directory"),
     "empty": (lambda path: path.touch(), DAMAGED),
     "text": (lambda path: path.write_text("these are my notes\n"), DAMAGED),
-    "truncated": (truncated_by(500), DAMAGED),
-    "short by one byte": (truncated_by(1), DAMAGED),
-    "a state dict": (torch_save(STATE), r"holds a state dict of 8 entries \(features.0.weight, features.1.weight, fea"),
-    "of DataParallel": (
-        torch_save({f"module.{name}": tensor for name, tensor in STATE.items()}),
-        r"holds a state dict of 8 entries \(module.features.0.weight, .*, \.\.\.\), not a checkpoint of this project",
-    ),
-    "a dict": (torch_save({"net": STATE, "acc": 93.0}), r"holds a dict of 2 entries \(net, acc\), not a checkpoint"),
-    "a list": (torch_save([1, 2, 3]), "holds a list, not a checkpoint of this project"),
+    "truncated": (truncated, DAMAGED),
+    "a state dict": (torch_save(STATE), FOREIGN),
+    "a list": (torch_save([1, 2, 3]), FOREIGN),
     "format before": (torch_save(CONTENT | {"format": 2}), "has format 2, this version reads format 3"),
-    "code": (torch_save({"format": 3, "model": Hostile()}), "file.pt"),
+    "code": (hostile, "file.pt"),
     "code, old style": (torch_save({"model": Hostile()}, _use_new_zipfile_serialization=False), "file.pt"),
     "a whole model": (torch_save(tiny_student()), "file.pt"),
 }  # fmt: skip
@@ -118,10 +95,8 @@ def test_a_fingerprint_is_of_names_numbers_and_context():
     weights = {"a": torch.arange(6.0).view(2, 3), "b": torch.zeros(2)}
     found = checkpoint.fingerprint(weights)
     assert len(found) == 16 and int(found, 16) and found == checkpoint.fingerprint(dict(weights))
-    in_other_order = {"a": weights["a"].T.contiguous().T, "b": weights["b"]}
+    in_other_order = weights | {"a": weights["a"].T.contiguous().T}
     assert checkpoint.fingerprint(in_other_order) == found, "the order in memory is no part of it"
-    others = [
-        {"a": weights["a"] + 1e-6, "b": weights["b"]}, {"a": weights["a"]}, {"c": weights["a"], "b": weights["b"]},
-    ]  # fmt: skip
+    others = [weights | {"a": weights["a"] + 1e-6}, {"a": weights["a"]}, {"c": weights["a"], "b": weights["b"]}]
     prints = [found, *(checkpoint.fingerprint(other) for other in others), checkpoint.fingerprint(weights, "bf16")]
     assert len(set(prints)) == len(prints)

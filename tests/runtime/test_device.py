@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from conftest import FORKS
 
+import runtime.device
 from runtime import processes
 from runtime.device import Runtime, device_title, machine, pick_device, training_error
 from runtime.errors import UserError
@@ -194,9 +195,11 @@ def test_a_run_leaves_the_hosts_random_numbers_alone():
     [("auto", True, "bf16"), ("auto", False, "fp32"), ("bf16", False, "bf16"), ("fp32", True, "fp32")],
 )
 def test_auto_is_bf16_where_it_is_faster(precision, fast, word, monkeypatch):
-    monkeypatch.setattr(processes, "has_fast_bf16", lambda device: fast)
-    with start("cpu", precision) as runtime, runtime.autocast():
-        assert runtime.precision == word
+    for module in (processes, runtime.device):
+        monkeypatch.setattr(module, "has_fast_bf16", lambda device: fast)
+    with start("cpu", precision) as here, here.autocast():
+        assert here.precision == word
+        assert here.product_dtype == (torch.bfloat16 if fast or word == "bf16" else torch.float32)
         dtype = torch.nn.functional.linear(torch.zeros(2, 2), torch.zeros(2, 2)).dtype
     assert dtype == (torch.bfloat16 if word == "bf16" else torch.float32)
 
