@@ -17,6 +17,7 @@ import made_up
 import numpy as np
 import pytest
 import torch
+import torchvision
 
 import models
 from evaluation import inference
@@ -53,19 +54,6 @@ def real_data(request, name: str, file: str) -> Path:
     pytest.skip(f"NO REAL {name.upper()}: neither {unpack} nor {REPOSITORY / 'data' / file} is there")
 
 
-@pytest.fixture
-def folders(tmp_path) -> list[str]:
-    """The options that keep a run's files in the test's own folder."""
-    return [f"--weights_path={tmp_path / 'weights'}", f"--plots_path={tmp_path / 'plots'}"]
-
-
-@pytest.fixture
-def tiny(cifar10, folders) -> list[str]:
-    """The options of a run of seconds: 2 epochs of 5 steps over 40 real images, on the CPU in float32."""
-    size = ["--subset=40", "--num_epochs=2", "--batch_size=8", "--device=cpu", "--precision=fp32"]
-    return [*size, f"--data_path={cifar10}", *folders]
-
-
 TINY_MODELS = {"teacher": made_up.TinyTeacher, "student": made_up.tiny_student}
 
 
@@ -89,19 +77,14 @@ def learn(request, digits, tiny_models, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "plot_curves", lambda *_: [])
     monkeypatch.setattr(results, "plot_comparison", lambda contents, path: path)
     monkeypatch.chdir(tmp_path)
-    size = [
-        "--dataset=digits",
-        "--subset=40",
-        "--batch_size=8",
-        "--num_epochs=1",
-        *getattr(request.module, "LEARN", []),
-    ]
-    return lambda *words: train.main([*size, f"--data_path={digits}", "--device=cpu", "--precision=fp32", *words])
+    options = ["--dataset=digits", f"--data_path={digits}", "--device=cpu", "--precision=fp32"]
+    options += ["--subset=40", "--batch_size=8", "--num_epochs=1", *getattr(request.module, "LEARN", [])]
+    return lambda *words: train.main([*options, *words])
 
 
 def run_script(name: str, *arguments: str, timeout: float = 300, **keywords) -> subprocess.CompletedProcess:
     """`python NAME ARGUMENTS`, as typed, with one thread and no network; `keywords` go to subprocess.run."""
-    environment = {**os.environ, **NOTEBOOK, **NO_NETWORK, **ONE_THREAD, **keywords.pop("env", {})}
+    environment = {**os.environ, **NOTEBOOK, **NO_NETWORK, **ONE_THREAD}
     command = [sys.executable, REPOSITORY / name, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, **keywords)
 
@@ -146,10 +129,17 @@ def assert_one_line(done: subprocess.CompletedProcess, tells: str) -> None:
     assert re.search(tells, lines[0], re.IGNORECASE), lines[0]
 
 
+def one_line(capfd) -> str:
+    """What was written to stderr, which is one line."""
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
 # ------------------------------------------------------------------------------ forked from a warm process
 
-# Importing torch takes seconds, a run here less: `start_script` forks from a process that did it once, and
-# runs the script in the fork as `__main__`, with an argv, outputs, signals and an exit code of its own.
+# Importing torch takes seconds, a run here less: a process that did it once forks, and the fork runs the script as
+# `__main__`, with an argv, outputs, signals and an exit code of its own.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["conftest", "train", "test", "matplotlib.backends.backend_agg", "matplotlib.figure"])
 
@@ -161,42 +151,27 @@ class Script:
     process: multiprocessing.Process
     outputs: Path
 
-    @property
-    def pid(self) -> int:
-        return self.process.pid
-
-    def alive(self) -> bool:
-        return self.process.is_alive()
-
-    def read(self, name: str) -> str:
-        """What it wrote so far to its stdout or stderr."""
-        path = self.outputs / name
-        return path.read_text() if path.exists() else ""
-
     def end(self, timeout: float = 1200) -> subprocess.CompletedProcess:
         """Wait for its end; the exit code is negative where a signal ended it."""
         self.process.join(timeout)
-        assert self.process.exitcode is not None, f"still running after {timeout} s: {self.read('stdout')}"
-        return subprocess.CompletedProcess([], self.process.exitcode, self.read("stdout"), self.read("stderr"))
+        code, (out, err) = self.process.exitcode, [(self.outputs / name).read_text() for name in ("stdout", "stderr")]
+        self.process.kill()
+        assert code is not None, f"still running after {timeout} s: {out}"
+        return subprocess.CompletedProcess([], code, out, err)
 
 
 @pytest.fixture(scope="module")
-def start_script(tmp_path_factory):
-    """A function that starts `python NAME ARGUMENTS` in a folder, in the background; see `run_as_main`."""
-    started = []
+def forked(tmp_path_factory):
+    """Like `run_script`, in a fork; `folder` is where it runs, and `changes` are those of `run_as_main`."""
 
-    def start(name: str, *arguments: str, folder: Path, **changes) -> Script:
+    def run(name: str, *arguments: str, folder: Path, **changes) -> subprocess.CompletedProcess:
         outputs = tmp_path_factory.mktemp("outputs")
         words = [str(argument) for argument in arguments]
         process = FORKS.Process(target=run_as_main, args=(name, words, folder, outputs), kwargs=changes)
         process.start()
-        started.append(process)
-        return Script(process, outputs)
+        return Script(process, outputs).end()
 
-    yield start
-    for process in started:
-        process.kill()
-        process.join()
+    return run
 
 
 def without_override() -> None:
@@ -221,11 +196,8 @@ def run_as_main(
     environment: dict[str, str] | None = None,
 ) -> None:
     """In the fork: run the script in `folder`, perhaps with a limit on its files, another address of the data,
-    models of a few thousand weights under the names of the real ones, or a standard output that is "full" or
-    "closed", whose reader has "gone", or that knows "ascii" alone."""
-    import torch
-    import torchvision
-
+    models of a few thousand weights under the names of the real ones, or a standard output that is "full", whose
+    reader has "gone", or that knows "ascii" alone."""
     for descriptor, file_name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(outputs / file_name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     os.environ |= NO_NETWORK | ONE_THREAD | (environment or {})
@@ -240,9 +212,6 @@ def run_as_main(
         os.dup2(writer, 1)
     encoding = "ascii" if stdout == "ascii" else "utf-8"
     sys.stdout = open(1, "w", encoding=encoding, closefd=False)  # noqa: SIM115 - the one before knew another file
-    if stdout == "closed":
-        os.close(1)
-        sys.stdout = None  # as the interpreter has it then
     if tiny:
         models.BUILDERS |= TINY_MODELS
     if url is not None:
@@ -251,9 +220,3 @@ def run_as_main(
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     sys.argv = [name, *arguments]
     runpy.run_path(str(REPOSITORY / name), run_name="__main__")
-
-
-@pytest.fixture(scope="module")
-def forked(start_script):
-    """Like `run_script`, from the warm process; `folder` is where it runs."""
-    return lambda name, *arguments, **keywords: start_script(name, *arguments, **keywords).end()

@@ -59,16 +59,3 @@ def link_data(folder: Path, cifar10: Path) -> Path:
     for file in (cifar10 / batches.name).iterdir():
         (batches / file.name).symlink_to(file.resolve())
     return batches
-
-
-def replace_batch(name: str, damage: Prepare) -> Callable[[Path, Path], None]:
-    """Puts a damaged copy, or nothing, in the place of one file of the data."""
-
-    def prepare(folder: Path, cifar10: Path) -> None:
-        file = link_data(folder, cifar10) / name
-        content = file.read_bytes()
-        file.unlink()
-        file.write_bytes(content)
-        damage(file)
-
-    return prepare

@@ -14,7 +14,6 @@ from torch import nn
 from config import parse_train
 from data_sets import DATA_SETS, SIDE, DataSet
 from models import build_model
-from runtime import checkpoint
 from runtime.device import Runtime
 from training.plan import plan
 from training.run import describe_data
@@ -56,13 +55,6 @@ def content_of(
     return header | described | {"model": model.state_dict()}
 
 
-def save_run(folder: Path, run: RunConfig, name: str = "", **keywords) -> Path:
-    """A checkpoint as train.py would leave it, of an untrained model; keywords as of `content_of`."""
-    path = folder / (name or f"{run.stem}.pt")
-    checkpoint.save(path, content_of(run, **keywords))
-    return path
-
-
 def write_log(path: Path, run: RunConfig, tops: tuple[float, ...] = (50.0,)) -> None:
     """The log of a run, with one test top-1 (%) per epoch."""
     path.write_text(content_of(run, tops, tiny_student())["log"])
@@ -77,16 +69,15 @@ def random_images(count: int, seed: int = 0, size: int = SIDE) -> Images:
 FOLDER_CLASSES = ("$\\frac$ & x", "naïve chat", "日本")  # in the order of their names
 
 
-def draw(path: Path, seed: int, size: tuple[int, int] = (40, 50)) -> None:
+def draw(path: Path, seed: int) -> None:
     """A picture of noise."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(path)
 
 
-def lay_out(root: Path, train: int = 20, test: int = 4) -> Path:
-    """A folder of three classes with so many pictures each, all different, for --dataset folder."""
-    for half, count in (("train", train), ("test", test)):
+def lay_out(root: Path) -> Path:
+    """A folder of three classes, 20 and 4 different pictures of each, for --dataset folder."""
+    for half, count in (("train", 20), ("test", 4)):
         for label, name in enumerate(FOLDER_CLASSES):
             for i in range(count):
                 draw(root / half / name / f"{i}.png", seed=1000 * label + i + 500 * (half == "test"))
@@ -109,8 +100,6 @@ class TinyTeacher(nn.Module):
 
 
 def tiny_student(num_classes: int = CLASSES) -> nn.Module:
-    features = nn.Sequential(
-        nn.Conv2d(3, 8, 3, stride=2, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1)
-    )
-    parts = {"features": features, "flatten": nn.Flatten(), "classifier": nn.Linear(8, num_classes)}
+    layers = nn.Conv2d(3, 8, 3, stride=2, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1)
+    parts = {"features": nn.Sequential(*layers), "flatten": nn.Flatten(), "classifier": nn.Linear(8, num_classes)}
     return nn.Sequential(OrderedDict(parts))

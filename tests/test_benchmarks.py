@@ -30,13 +30,10 @@ def result(side: str, epochs: int, lr: float, seconds: float, top1: float) -> di
     return {"settings": {"side": side, "num_epochs": epochs, "lr": lr}, "seconds": seconds, "top1": top1}
 
 
-# The geometric mean of 10 and 40, the last point, and the first of two times.
-@pytest.mark.parametrize("curve, target, expected", [(CURVE, 40, 20), (CURVE, 60, 40), (UP_AND_DOWN, 45, 10**0.875)])
-def test_time_to_a_target_is_interpolated_in_log_seconds(curve, target, expected):
-    assert bench.time_to(curve, target) == pytest.approx((expected, expected))
-
-
-def test_no_time_is_extrapolated():
+def test_time_to_a_target_is_interpolated_in_log_seconds_and_not_extrapolated():
+    # The geometric mean of 10 and 40, the last point, and the first of two times.
+    for curve, target, expected in ((CURVE, 40, 20), (CURVE, 60, 40), (UP_AND_DOWN, 45, 10**0.875)):
+        assert bench.time_to(curve, target) == pytest.approx((expected, expected))
     assert bench.time_to(CURVE, 19.9) == (0, 10)
     assert bench.time_to(CURVE, 60.1) == (40, math.inf)
     assert bench.bounds_text(0, math.inf, "{}") == "unknown"
@@ -45,20 +42,12 @@ def test_no_time_is_extrapolated():
 def test_tables_have_the_best_rate_of_each_length_and_bounds_on_the_ratio():
     results = [result("ours", 1, 0.1, 10, 0.2), result("ours", 2, 0.1, 40, 0.6), result("baseline", 2, 0.1, 200, 0.4)]
     results += [result("baseline", 1, lr, 50, top1) for lr, top1 in ((0.05, 0.25), (0.1, 0.3), (0.2, 0.28))]
-    rows = cells(bench.tables(bench.best_curves(results)))
-    assert rows[2:6] == [
-        ["ours", "1", "0.1", "10.0", "20.00%"],
-        ["ours", "2", "0.1", "40.0", "60.00%"],
-        ["baseline loop", "1", "0.1", "50.0", "30.00%"],
-        ["baseline loop", "2", "0.1", "200.0", "40.00%"],
-    ]
-    assert [row[0] for row in rows[8:]] == [f"{target}%" for target in range(20, 61, 5)]
-    assert rows[8:11] == [
-        ["20%", "10.0", "< 50.0", "< 5.00"],
-        ["25%", "11.9", "< 50.0", "< 4.20"],
-        ["30%", "14.1", "50.0", "3.54"],
-    ]
-    assert rows[-1] == ["60%", "40.0", "> 200.0", "> 5.00"]
+    rows = [", ".join(row) for row in cells(bench.tables(bench.best_curves(results)))]
+    assert rows[2:4] == ["ours, 1, 0.1, 10.0, 20.00%", "ours, 2, 0.1, 40.0, 60.00%"]
+    assert rows[4:6] == ["baseline loop, 1, 0.1, 50.0, 30.00%", "baseline loop, 2, 0.1, 200.0, 40.00%"]
+    assert [row.partition(",")[0] for row in rows[8:]] == [f"{target}%" for target in range(20, 61, 5)]
+    assert rows[8:10] == ["20%, 10.0, < 50.0, < 5.00", "25%, 11.9, < 50.0, < 4.20"]
+    assert rows[10] == "30%, 14.1, 50.0, 3.54" and rows[-1] == "60%, 40.0, > 200.0, > 5.00"
 
 
 def test_the_baseline_rate_rises_then_falls_along_a_cosine():
@@ -68,7 +57,7 @@ def test_the_baseline_rate_rises_then_falls_along_a_cosine():
     assert rising[4:] == sorted(rising[4:], reverse=True) and 0 < rising[-1] < 0.01
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"trainings": [{}]}', '{"rows": []}'])
+@pytest.mark.parametrize("content", ["", '{"trainings": [{}]}', '{"rows": []}'])
 def test_a_file_without_results_of_the_benchmark_is_rejected(content, tmp_path):
     path = tmp_path / "other.json"
     path.write_text(content)
@@ -103,9 +92,10 @@ def test_a_small_run_of_time_to_accuracy_is_kept_and_not_repeated(digits, tiny_m
     assert all(s["holdout"] == 500 for s in settings)
 
 
-def test_throughput_has_a_rate_in_every_row(tiny_models, monkeypatch, folders):
+def test_throughput_has_a_rate_in_every_row(tiny_models, monkeypatch, tmp_path):
     monkeypatch.setattr(throughput, "IMAGES", 600)
-    words = ["--batch_size=8", *folders]
+    monkeypatch.chdir(tmp_path)
+    words = ["--batch_size=8"]
     options = {role: parse_train([*words, f"--tto={role == 'teacher'}"]) for role in ("student", "teacher")}
     small = throughput.Bench(options, CPU, quick=True)
     small.repeats = 1

@@ -2,12 +2,11 @@
 
 import shlex
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import assert_one_line, run_script, snapshot
-from damages import QUICK, checkpoint_of, flip_bit, hostile, in_weights, replace_batch
+from damages import QUICK, checkpoint_of, flip_bit, hostile, in_weights, link_data
 
 import config
 
@@ -27,7 +26,10 @@ WRONG_OPTIONS = [
     # What can't be combined, or lacks what it needs.
     ("train.py --tto True --kd True", "--tto and --kd can't be combined"),
     ("test.py --tto True --kd True", "--tto and --kd can't be combined"),
+    ("test.py --tto --student a:b", "--tto and --student can't be combined"),
     ("train.py --all True --kd True", "--kd and --all can't be combined"),
+    ("train.py --all True --tto True", "--tto and --all can't be combined"),
+    *[(f"test.py --{option}", f"unrecognized arguments: --{option}") for option in ("flip True", "resume True", "all")],
     *each("train.py", "temp 5", "alpha 0.5", "loss ls", "kd_weight 9", "ce_weight 1", "teacher t.pt", tells=NEED_KD),
     *each("train.py --tto True", "temp 20", tells=NEED_KD),
     *each("train.py --kd False", "temp 5", tells=NEED_KD),
@@ -35,7 +37,7 @@ WRONG_OPTIONS = [
     *each("train.py --kd True --alpha 0.5", "kd_weight 2", "ce_weight 2", tells=CLASH),
     *each("test.py --tto True", "temp 20", "loss ls", tells="requires --kd True"),
     *each("test.py --checkpoint my.pt", "tto True", "kd True", "seed 7", "dataset digits", "subset 40", "holdout 8",
-          "compare True", "name a05", tells=CLASH),
+          "compare True", "name a05", "size 64", tells=CLASH),
     *each("test.py --compare True", "tto True", "kd True", "seed 7", "image cat.png", "soften 5", "json r.json",
           "export s.pt2", tells=CLASH),
     *each("test.py --image cat.png", "subset 40", "holdout 8", "json r.json", "export s.pt2", "data_path d",
@@ -56,12 +58,15 @@ WRONG_OPTIONS = [
     ("train.py --kd True --temp 5 20", "--temp takes one value without --all True, not 2"),
     ("train.py --kd True --loss kd ls", "--loss takes one value without --all True, not 2"),
     ("train.py --all True --loss ls dkd ls", "--loss contains a value twice"),
-    ("train.py --all True --loss ls dkd --kd_weight 9", "--kd_weight and --ce_weight need a single --loss"),
+    ("train.py --all True --temp 5 5.0", "--temp contains a value twice"),
+    *[(f"train.py --all True --loss ls dkd --{weight}", "--kd_weight and --ce_weight need a single --loss") for weight
+      in ("kd_weight 9", "ce_weight 1")],
     ("train.py --all True --loss kd ls --alpha 0.5", "--alpha is for --loss kd"),
     ("train.py --kd True --loss dkd --kd_weight 9", "--kd_weight: --loss dkd has 2, not 1"),
     ("train.py --kd True --kd_weight 9 1", "--kd_weight: --loss kd has 1, not 2"),
-    ("train.py --kd True --kd_weight 0 --ce_weight 0", "--kd_weight and --ce_weight are all 0"),
-    ("train.py --all True --matched True", "--matched requires another --loss than kd"),
+    ("train.py --kd True --loss dkd --kd_weight 0 0 --ce_weight 0", "--kd_weight and --ce_weight are all 0"),
+    *[(f"train.py --all True --matched True{loss}", "--matched requires another --loss than kd") for loss in (
+        "", " --loss kd kd_as_ls")],
     ("train.py --all True --loss ls --matched True --kd_weight 9", "--matched True takes the default weights"),
     # Values.
     *values("train.py --kd True --temp", "0", "nan", "inf", "abc", "1001", "''"),
@@ -79,7 +84,12 @@ WRONG_OPTIONS = [
     *[(f"train.py --{name} ''", name) for name in ("weights_path", "name")],
     ("train.py --all True --seed 2147483647 --seeds 2", "--seed 2147483647 is too large for 2 --seeds"),
     ("train.py --dataset digits --views 82", "--views: an image of digits has 81 views, not 82"),
-    *values("train.py --name", "..", "a/b"),
+    ("train.py --flip False --views 82", "an image of cifar10 has 81 views, not 82"),
+    ("train.py --size 64 --dataset digits --views 290", "an image of digits has 289 views, not 290"),
+    ("train.py --size 48 --dataset digits", "--size: invalid choice: 48"),
+    ("train.py --size 64", "--size: the images of cifar10 have 32 x 32 pixels: leave it out"),
+    ("train.py --student resnet8", "--student: expected MODULE:FUNCTION, as in my_models:resnet8, not 'resnet8'"),
+    *values("train.py --name", "..", "a/b", "'a b'"),
     *values("test.py --image", "''"),
     *values("test.py --checkpoint", "."),
     *values("test.py --json", "..", "weights/student.pt"),
@@ -93,83 +103,77 @@ def test_a_wrong_option_is_one_line(command, tells, capsys):
     name, *arguments = shlex.split(command)
     with pytest.raises(SystemExit) as ended:
         (config.parse_train if name == "train.py" else config.parse_test)(arguments)
-    assert_one_line(subprocess.CompletedProcess([], ended.value.code, *capsys.readouterr()), tells)
+    out, err = capsys.readouterr()
+    assert_one_line(subprocess.CompletedProcess([], ended.value.code, out, err), tells)
+    assert not out
 
 
-def case(name: str, command: str, tells: str, prepare: Callable | None = None):
-    """A command, a pattern its error line must match, and what is done to its folder before."""
-    return pytest.param(command, tells, prepare, id=name)
-
-
-TRAIN, DIGITS = f"train.py {QUICK}", "--dataset digits --subset 40"
-LEARN = f"{TRAIN} --kd True --teacher weights/my.pt"
+TRAIN, KD = f"train.py {QUICK}", f"train.py {QUICK} --kd True"
 NO_CIFAR10 = "no complete CIFAR10 in data, and the download from https://www.cs.toronto.edu/.* failed: "
-WRONG_FILES = [
-    case("device", "train.py --device cuda:99", "--device cuda:99: this machine has"),
-    case("device of a test", "test.py --device cuda:99", "--device cuda:99: this machine has"),
-    case("no folder of pictures", "train.py --dataset folder", "no folder data/train: --data_path must name"),
-    case("held-out images of all", f"{TRAIN} --holdout 40", "--holdout 40 leaves none of the 40 training images"),
-    case("too few images", f"{TRAIN.replace('train.py', 'train.py --all True')} --omit 3 --student_images 8",
-         "--student_images 8: give at least 9, one per class, and at most the 36 that are left"),
-    case("weights is a file", TRAIN, "can't use weights as a folder: ", lambda at: (at / "weights").touch()),
-    case("plots is a file", TRAIN, "can't use plots as a folder: ", lambda at: (at / "plots").touch()),
-    case("plots of a test is a file", "test.py", "can't use plots as a folder: ", lambda at: (at / "plots").touch()),
-    case("weights is read-only", TRAIN, "can't write into weights: perm", lambda at: (at / "weights").mkdir(0o555)),
-    case("plots is read-only", TRAIN, "can't write into plots: perm", lambda at: (at / "plots").mkdir(0o555)),
-    case("weights is closed", f"{TRAIN} --kd True", "can't use weights/.*: permission",
-         lambda at: (at / "weights").mkdir(0o600)),
-    # The teacher.
-    case("no teacher", f"{TRAIN} --kd True --holdout 8 --weights_path w --seed 7",
-         "no teacher w/digits_teacher_subset40_holdout8.pt: train one with `python train.py --tto True "
-         "--dataset digits --subset 40 --holdout 8 --data_path .* --weights_path w`"),
-    case("no teacher of that name", LEARN, "no teacher weights/my.pt: .*--teacher"),
-    case("teacher: hostile", LEARN, "weights/my.pt holds Python objects, not plain", in_weights("my.pt", hostile)),
-    case("teacher: damaged", LEARN, "weights/my.pt is damaged", in_weights("my.pt", checkpoint_of("--tto", flip_bit))),
-    case("teacher: a folder", LEARN, "weights/my.pt is no folder of logits", in_weights("my.pt", Path.mkdir)),
-    case("teacher: a student", LEARN, "the teacher weights/my.pt is a student: choose another",
-         in_weights("my.pt", checkpoint_of(DIGITS))),
-    case("teacher: of other images", LEARN,
-         "was trained on other images", in_weights("my.pt", checkpoint_of("--tto --dataset=digits"))),
-    # Runs that are there.
-    case("a damaged finished run", TRAIN, "digits_student_subset40.pt is damaged",
-         in_weights("digits_student_subset40.pt", checkpoint_of("", flip_bit))),
-    case("a damaged resume state", TRAIN, "digits_student_subset40.last.pt is damaged",
-         in_weights("digits_student_subset40.last.pt", checkpoint_of("", flip_bit))),
-    # What test.py evaluates.
-    case("never trained", "test.py --weights_path w",
-         r"no checkpoint w/student.pt: train it with `python train.py --weights_path w`, or give"),
-    case("no teacher to test", "test.py --tto True --teacher my.pt",
-         "error: (?!.*`python train.py --tto True --teacher).*my.pt"),
-    case("nothing to compare", "test.py --compare True --dataset digits --data_path {digits}",
-         "no finished checkpoint of digits in weights"),
-    case("tested: a folder", "test.py --tto True", "can't read weights/teacher.pt: Is a directory",
-         in_weights("teacher.pt", Path.mkdir)),
-    case("tested: other weights", "test.py --tto True", "teacher.pt does not fit the model VGG",
-         in_weights("teacher.pt", checkpoint_of("--tto"))),
-    # The data.
-    case("data is a file", "train.py", NO_CIFAR10, lambda at: (at / "data").touch()),
-    case("no data, no network", "train.py", NO_CIFAR10),
-    case("a damaged batch", "train.py", NO_CIFAR10, replace_batch("data_batch_2", flip_bit)),
-    case("a missing batch", "train.py", NO_CIFAR10, replace_batch("test_batch", Path.unlink)),
-]  # fmt: skip
+# A command, a pattern that its error line must match, and what is done to its folder before.
+WRONG_INPUTS = {
+    "device": ("train.py --device cuda:99", "--device cuda:99: this machine has"),
+    "device for --sync_bn": (f"{TRAIN} --sync_bn True", "--sync_bn True needs CUDA devices: leave it out"),
+    "too few images": (f"{TRAIN} --omit 3 --student_images 8",
+                       "--student_images 8: give at least 9, one per class, and at most the 36 that are left"),
+    "weights is a file": (TRAIN, "can't use weights as a folder: ", lambda at: (at / "weights").touch()),
+    "plots is a file": (TRAIN, "can't use plots as a folder: ", lambda at: (at / "plots").touch()),
+    "plots of a test": ("test.py", "can't use plots as a folder: ", lambda at: (at / "plots").touch()),
+    "weights is read-only": (TRAIN, "can't write into weights: perm", lambda at: (at / "weights").mkdir(0o555)),
+    "plots is read-only": (TRAIN, "can't write into plots: perm", lambda at: (at / "plots").mkdir(0o555)),
+    "weights is closed": (KD, "can't use weights/.*: permission", lambda at: (at / "weights").mkdir(0o600)),
+    "no teacher": (f"{KD} --holdout 8 --weights_path w --seed 7",
+                   "no teacher w/digits_teacher_subset40_holdout8.pt: train one with `python train.py --tto True "
+                   "--dataset digits --subset 40 --holdout 8 --data_path .* --weights_path w`"),
+    "a damaged teacher": (f"{KD} --teacher weights/my.pt", "weights/my.pt is damaged",
+                          in_weights("my.pt", checkpoint_of("--tto", flip_bit))),
+    "a damaged finished run": (TRAIN, "digits_student_subset40.pt is damaged",
+                               in_weights("digits_student_subset40.pt", checkpoint_of("", flip_bit))),
+    "a damaged resume state": (TRAIN, "digits_student_subset40.last.pt is damaged",
+                               in_weights("digits_student_subset40.last.pt", checkpoint_of("", flip_bit))),
+    "never trained": ("test.py --weights_path w",
+                      "no checkpoint w/student.pt: train it with `python train.py --weights_path w`, or give"),
+    "no teacher to test": ("test.py --tto True --teacher my.pt", "error: no teacher my.pt: check the name"),
+    "nothing to compare": ("test.py --compare True --dataset digits --data_path {digits}",
+                           "no finished checkpoint of digits in weights"),
+    "data is a file": ("train.py", NO_CIFAR10, lambda at: (at / "data").touch()),
+    "no data, no network": ("train.py", NO_CIFAR10),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(("command", "tells", "prepare"), WRONG_FILES)
-def test_a_wrong_input_is_one_line_and_harms_nothing(command, tells, prepare, tmp_path, request, forked):
-    name, *arguments = shlex.split(command)
-    if "{digits}" in arguments:
-        arguments[arguments.index("{digits}")] = str(request.getfixturevalue("digits"))
-    if prepare is not None:
-        needs_data = prepare.__code__.co_argcount == 2
-        prepare(tmp_path, *([request.getfixturevalue("cifar10")] if needs_data else []))
-    (tmp_path / "student.pt").write_bytes(b"a bystander")
-    before = snapshot(tmp_path)
-    assert_one_line(forked(name, *arguments, folder=tmp_path), tells)
-    assert snapshot(tmp_path) == before, "a file was changed, removed or left behind"
-    assert not (tmp_path / "hacked").exists(), "code in a checkpoint was run"
+@pytest.fixture
+def refuse(tmp_path, digits, forked):
+    """A function that asserts that a command, in the folder of the test, ends in one line and harms nothing."""
+
+    def run(command: str, tells: str) -> None:
+        name, *arguments = shlex.split(command.replace("{digits}", str(digits)))
+        (tmp_path / "student.pt").write_bytes(b"a bystander")
+        before = snapshot(tmp_path)
+        assert_one_line(forked(name, *arguments, folder=tmp_path), tells)
+        assert snapshot(tmp_path) == before, "a file was changed, removed or left behind"
+
+    return run
 
 
-def test_a_hostile_checkpoint_harms_nothing_in_a_process_that_a_user_starts(tmp_path):
+@pytest.mark.parametrize("name", WRONG_INPUTS)
+def test_a_wrong_input_is_one_line_and_harms_nothing(name, refuse, tmp_path):
+    command, tells, *prepare = WRONG_INPUTS[name]
+    for change in prepare:
+        change(tmp_path)
+    refuse(command, tells)
+
+
+@pytest.mark.parametrize("name, damage", [("data_batch_2", flip_bit), ("test_batch", Path.unlink)])
+def test_a_damaged_or_missing_file_of_the_data_is_one_line(name, damage, refuse, tmp_path, cifar10):
+    file = link_data(tmp_path, cifar10) / name
+    content = file.read_bytes()
+    file.unlink()
+    file.write_bytes(content)
+    damage(file)
+    refuse("train.py", NO_CIFAR10)
+
+
+def test_code_in_a_checkpoint_never_runs_in_a_process_that_a_user_starts(tmp_path):
     in_weights("teacher.pt", hostile)(tmp_path)
     assert_one_line(run_script("test.py", "--tto", cwd=tmp_path), "weights/teacher.pt holds Python objects")
     assert not (tmp_path / "hacked").exists()

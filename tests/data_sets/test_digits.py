@@ -23,11 +23,7 @@ def test_every_ten_images_contain_each_class_once_and_fewer_are_a_prefix_of_more
 def test_splits_and_seeds_share_no_image_and_splits_no_font(monkeypatch):
     assert not set(digits.FONTS["train"].split()) & set(digits.FONTS["test"].split())
     monkeypatch.setitem(digits.FONTS, "test", digits.FONTS["train"])  # the fonts must not be the only difference
-    drawn = [
-        digits.make_digits("train", 100),
-        digits.make_digits("test", 100),
-        digits.make_digits("train", 100, seed=1),
-    ]
+    drawn = [digits.make_digits(split, 100, seed) for split, seed in (("train", 0), ("test", 0), ("train", 1))]
     assert len({image.tobytes() for pixels, _ in drawn for image in pixels}) == 300
     assert len({labels.tobytes() for _, labels in drawn}) == 3
 

@@ -160,10 +160,3 @@ def test_other_files_are_one_line(tmp_path):
     refused(tmp_path / "missing.png", "not an existing file")
     refused(tmp_path / "flat.png", "100 x 7 pixels: the picture must have at least 8 x 8")
     assert read(tmp_path / "flat.png", smallest=1).shape == (32, 32, 3)
-
-
-def test_a_bug_of_our_own_keeps_its_traceback(tmp_path, monkeypatch):
-    COLOURS.save(tmp_path / "a.png")
-    monkeypatch.setattr(pictures, "square", lambda *_: undefined)  # noqa: F821
-    with pytest.raises(NameError):
-        read(tmp_path / "a.png")

@@ -6,38 +6,34 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from fontTools.fontBuilder import FontBuilder
-from fontTools.pens.ttGlyphPen import TTGlyphPen
 from made_up import content_of, run_of, tiny_student, write_log
 from matplotlib.font_manager import fontManager
-from PIL import Image
 
 from evaluation import figures, paper_figures
 from utils import plot_curves, save_figure
 
 CLASSES = tuple("abc")
+PIXELS = np.zeros((2, 32, 32, 3), np.uint8)
 
 
 @pytest.fixture
 def drawn(monkeypatch) -> list:
-    """The axes that are drawn, in order; nothing is written."""
+    """The axes that are drawn and saved, in order."""
     axes = []
     for module in (figures, paper_figures):
-        monkeypatch.setattr(module, "save_figure", lambda of, path: axes.append(of) or path)
+        monkeypatch.setattr(module, "save_figure", lambda of, path: axes.append(of) or save_figure(of, path))
     return axes
 
 
-def plot_comparison(path: Path, *runs: tuple) -> Path:
-    """The comparison of runs, each a command of train.py and a test top-1 (%) per epoch."""
-    contents = [content_of(run_of(command), tops, tiny_student()) for command, *tops in runs]
+def plot_comparison(path: Path, runs: dict[str, tuple]) -> Path:
+    """The comparison of runs, given by their commands and a test top-1 (%) per epoch."""
+    contents = [content_of(run_of(command), tops, tiny_student()) for command, tops in runs.items()]
     return figures.plot_comparison(contents, path / "comparison.png")
 
 
 def test_the_comparison_shows_runs_that_differ_in_the_seed_alone_as_one_mean(tmp_path, drawn):
-    plot_comparison(
-        tmp_path, ("", 44.0, 50.0), ("--kd", 40.0, 60.0), ("--seed=43", 48.0, 52.0),
-        ("--kd --seed=43 --alpha=0.5", 60.0, 70.0),
-    )  # fmt: skip
+    runs = {"": (44.0, 50.0), "--kd": (40.0, 60.0), "--seed=43": (48.0, 52.0), "--kd --seed=43 --alpha=0.5": (60, 70)}
+    plot_comparison(tmp_path, runs)
     lines, labels = drawn[0].get_legend_handles_labels()
     assert labels == [
         "Student (w/o KD): 51.00 (mean of 2)",
@@ -52,7 +48,7 @@ def test_the_comparison_shows_runs_that_differ_in_the_seed_alone_as_one_mean(tmp
 
 
 def test_a_run_of_one_epoch_is_a_point_and_of_held_out_images_says_so(tmp_path, drawn):
-    plot_comparison(tmp_path, ("--holdout=8", 50.0))
+    plot_comparison(tmp_path, {"--holdout=8": (50.0,)})
     assert [line.get_marker() for line in drawn[0].lines] == ["."]
     assert drawn[0].figure.get_suptitle() == "Accuracy and loss on the held-out images of cifar10"
 
@@ -77,41 +73,34 @@ def test_a_table_is_drawn_over_the_number_of_images_and_over_the_temperature(dra
     ]  # fmt: skip
     gains = [{"model": row["model"], "mean": row["temp"], "ci": [row["temp"] - 2, row["temp"] + 2]} for row in rows]
     results = {"rows": [{"model": "Student (w/o KD)", "top1": 9.0}, *rows], "gains": gains}
-    assert paper_figures.plot_images(results, tmp_path) == tmp_path
-    assert paper_figures.plot_temperatures(results, tmp_path) == tmp_path
+    path = tmp_path / "figure.png"
+    assert paper_figures.plot_images(results, path) == paper_figures.plot_temperatures(results, path) == path
     assert drawn[0].get_legend_handles_labels()[1] == [f"Student (with KD, Temp = {temp})" for temp in (20, 5, 1)]
     assert [line.get_xydata().tolist() for line in drawn[0].lines] == [
         [[150, temp + 0.5], [5000, temp + 0.5]] for temp in (20, 5, 1)
     ]  # fmt: skip
     assert drawn[0].collections[0].get_datalim(drawn[0].transData).intervaly.tolist() == [20, 21]
-    assert drawn[1].get_legend_handles_labels()[1] == [
-        "Student (with KD), 5,000 images",
-        "Student (with KD), 150 images",
-    ]
+    assert drawn[1].get_legend_handles_labels()[1] == [f"Student (with KD), {count} images" for count in ("5,000", 150)]
     assert drawn[1].containers[0].lines[0].get_xydata().tolist() == [[1, 1], [5, 5], [20, 20]]
     assert drawn[1].containers[0].lines[1][0].get_ydata().tolist() == [-1, 3, 18], "the lower ends of the intervals"
     assert drawn[1].figure.axes[1].lines[0].get_ydata().tolist() == [0.1, 0.5, 2.0]
     few = {"rows": rows[1:3], "gains": gains}
-    assert paper_figures.plot_images(few, tmp_path) is None is paper_figures.plot_temperatures(few, tmp_path)
+    assert paper_figures.plot_images(few, path) is None is paper_figures.plot_temperatures(few, path)
 
 
 def test_the_users_matplotlib_style_changes_no_figure(tmp_path):
     bytes_of = []
     for style in ({}, {"axes.facecolor": "red", "font.family": "no such font", "savefig.bbox": "tight"}):
         with matplotlib.rc_context(style):
-            bytes_of.append(plot_comparison(tmp_path, ("", 50.0)).read_bytes())
+            bytes_of.append(plot_comparison(tmp_path, {"": (50.0,)}).read_bytes())
     assert bytes_of[0] == bytes_of[1]
 
 
 @pytest.mark.parametrize("count, named, numbers", [(20, 20, 400), (21, 21, 0), (1000, 100, 0)])
-def test_a_confusion_of_many_classes_stays_readable(count, named, numbers, tmp_path, monkeypatch):
-    kept = []
-    monkeypatch.setattr(
-        figures, "save_figure", lambda axes, path, real=figures.save_figure: kept.append(axes) or real(axes, path)
-    )
+def test_a_confusion_of_many_classes_stays_readable(count, named, numbers, tmp_path, drawn):
     classes = tuple(f"class $number {i}" for i in range(count))
     figures.plot_confusion({"confusion": torch.eye(count).tolist()}, classes, "title", tmp_path / "confusion.png")
-    (axes,) = kept
+    (axes,) = drawn
     for side, names in ((1, axes.get_yticklabels()), (0, axes.get_xticklabels())):
         assert [name.get_text() for name in names] == list(classes[:: count // named])
         if side == 0 and count == 20:
@@ -124,9 +113,8 @@ def test_a_confusion_of_many_classes_stays_readable(count, named, numbers, tmp_p
 def test_of_many_classes_the_likeliest_are_shown_beside_a_picture(drawn, tmp_path):
     classes, generator = tuple(f"${i}" for i in range(100)), torch.Generator().manual_seed(0)
     answers = torch.rand(8, 1, 100, generator=generator)  # more than there are colours
-    pixels = [np.zeros((32, 32, 3), np.uint8)]
     by_title = {f"T = {i}": answer for i, answer in enumerate(answers)}
-    figures.plot_pictures(pixels, ["a.png"], by_title, classes, tmp_path / "p.png")
+    figures.plot_pictures(PIXELS, ["a.png"], by_title, classes, tmp_path / "p.png")
     beside = drawn[0].figure.axes[1]
     likeliest = sorted(answers[0, 0].argsort(descending=True)[:10].tolist())
     assert [name.get_text() for name in beside.get_yticklabels()] == [f"${i}" for i in likeliest]
@@ -134,59 +122,32 @@ def test_of_many_classes_the_likeliest_are_shown_beside_a_picture(drawn, tmp_pat
         assert [bar.get_width() for bar in bars] == pytest.approx((100 * answer[0, likeliest]).tolist())
 
 
-@pytest.fixture
-def font(tmp_path, monkeypatch) -> None:
-    """An installed font that has the letters 日 and 本 alone."""
-    builder, empty = FontBuilder(1000), TTGlyphPen(None).glyph()
-    builder.setupGlyphOrder([".notdef", "sun", "root"])
-    builder.setupCharacterMap({ord("日"): "sun", ord("本"): "root"})
-    builder.setupGlyf(dict.fromkeys((".notdef", "sun", "root"), empty))
-    builder.setupHorizontalMetrics(dict.fromkeys((".notdef", "sun", "root"), (1000, 0)))
-    builder.setupHorizontalHeader(ascent=800, descent=-200)
-    builder.setupNameTable({"familyName": "Made Up", "styleName": "Regular"})
-    builder.setupOS2()
-    builder.setupPost()
-    builder.save(tmp_path / "font.ttf")
-    monkeypatch.setattr(fontManager, "ttflist", list(fontManager.ttflist))
-    fontManager.addfont(tmp_path / "font.ttf")
-
-
 @pytest.mark.filterwarnings("error")  # as of a missing glyph
-def test_letters_are_of_an_installed_font_or_else_the_name_is_a_number(font, tmp_path, monkeypatch):
-    kept, before = [], matplotlib.rcParams["font.family"]
-    monkeypatch.setattr(
-        figures, "save_figure", lambda axes, path, real=figures.save_figure: kept.append(axes) or real(axes, path)
-    )
-    names = ("chat", "日本 2", "\U000f0000", "a\nb", 30 * "é")
-    shown = ["chat", "日本 2", "class 2", "class 3", 23 * "é" + "…"]
+def test_letters_are_of_an_installed_font_or_else_the_name_is_a_number(tmp_path, drawn, monkeypatch):
+    installed = ("DejaVu Sans", "STIXGeneral", "Last Resort High-Efficiency")
+    monkeypatch.setattr(fontManager, "ttflist", [font for font in fontManager.ttflist if font.name in installed])
+    before = matplotlib.rcParams["font.family"]
+    names = ("chat", "Ⓐ 2", "\U000f0000", "a\nb", 30 * "é")  # Ⓐ is in STIXGeneral alone
+    shown = ["chat", "Ⓐ 2", "class 2", "class 3", 23 * "é" + "…"]
     figures.plot_confusion({"confusion": torch.eye(5).tolist()}, names, "title", tmp_path / "c.png")
-    assert [label.get_text() for label in kept[0].get_yticklabels()] == shown
-    assert kept[0].get_yticklabels()[0].get_fontfamily() == ["sans-serif", "Made Up"]
-    answers, pixels = {"Student": torch.full((2, 5), 0.2)}, 2 * [np.zeros((32, 32, 3), np.uint8)]
-    figures.plot_pictures(pixels, ["a/日.png", "\U000f0000.png"], answers, names, tmp_path / "p.png")
-    pictures = kept[1].figure.axes
-    assert [pictures[0].get_title(), pictures[2].get_title()] == ["日.png", "picture 2"]
+    assert [label.get_text() for label in drawn[0].get_yticklabels()] == shown
+    assert drawn[0].get_yticklabels()[0].get_fontfamily() == ["sans-serif", "STIXGeneral"]
+    answers = {"Student": torch.full((2, 5), 0.2)}
+    figures.plot_pictures(PIXELS, ["a/Ⓑ.png", "\U000f0000.png"], answers, names, tmp_path / "p.png")
+    pictures = drawn[1].figure.axes
+    assert [pictures[0].get_title(), pictures[2].get_title()] == ["Ⓑ.png", "picture 2"]
     assert [label.get_text() for label in pictures[1].get_yticklabels()] == shown
     assert matplotlib.rcParams["font.family"] == before
 
 
-def test_a_class_of_any_name_may_be_omitted(tmp_path):
+def test_a_class_and_a_picture_may_have_any_name(tmp_path, drawn):
     run = run_of("", omit=("$\\frac$",))
     content = content_of(run, (50.0,), tiny_student())
     write_log(tmp_path / "run.jsonl", run)
     plot_curves(tmp_path / "run.jsonl", tmp_path)
-    assert figures.plot_comparison([content], tmp_path / "comparison.png").exists()
-    pixels, answers = [np.zeros((32, 32, 3), np.uint8)], {run.title: torch.full((1, 3), 1 / 3)}
-    assert figures.plot_pictures(pixels, ["a.png"], answers, CLASSES, tmp_path / "pictures.png").exists()
+    figures.plot_comparison([content], tmp_path / "comparison.png")
+    answers, names = {run.title: torch.full((2, 3), 1 / 3)}, ["$\\frac$.png", "_a_{b}^c ä 1%.png"]
+    figures.plot_pictures(PIXELS, names, answers, CLASSES, tmp_path / "pictures.png")
+    assert [axes.get_title() for axes in drawn[1].figure.axes[::2]] == names
     content["measured"] = {"per_class": [0.5] * 10, "corrected_per_class": [0.6] * 10, "bias": [1.0]}
     assert paper_figures.plot_omitted([content], tmp_path / "omitted.png").exists()
-
-
-@pytest.mark.parametrize("name", ["$\\frac$.png", "_a_{b}^c ä 1%.png"])
-def test_pictures_may_have_any_name(name, tmp_path, drawn):
-    answers = {"Student": torch.full((1, 3), 1 / 3), "_Teacher $x$": torch.tensor([[0.5, 0.5, 0.0]])}
-    figures.plot_pictures([np.zeros((32, 32, 3), np.uint8)], [name], answers, CLASSES, tmp_path / "p.png")
-    assert drawn[0].get_title() == name
-    path = save_figure(drawn[0], tmp_path / "p.png")
-    with Image.open(path) as picture:
-        assert picture.width == 840

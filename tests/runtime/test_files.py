@@ -3,36 +3,32 @@
 import errno
 import fcntl
 import os
-from pathlib import Path
 
 import pytest
-from conftest import FORKS
-from made_up import CPU
 
-from config import parse_test
 from runtime import checkpoint
 from runtime.errors import UserError
-from runtime.files import locked, make_folder, writing
+from runtime.files import locked, writing
 from runtime.log import RunLog
-from test import find_checkpoints
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "file"
+    path = tmp_path / "student.pt"
     path.write_bytes(b"old")
     with writing(path) as temporary:
         assert tmp_path in temporary.parents, "a rename is atomic within one file system only"
         temporary.write_bytes(b"half")
         assert path.read_bytes() == b"old"
+        assert list(tmp_path.rglob("*.pt")) == [path], "test.py --compare must not find the other"
         temporary.write_bytes(b"whole")
     assert path.read_bytes() == b"whole"
-    for error, raised in ((ZeroDivisionError, ZeroDivisionError), (KeyboardInterrupt, KeyboardInterrupt),
-                          (OSError(errno.ENOSPC, "No space left on device"), UserError)):  # fmt: skip
+    full = OSError(errno.ENOSPC, "No space left on device")
+    for error, raised in ((KeyboardInterrupt, KeyboardInterrupt), (full, UserError)):
         with pytest.raises(raised), writing(path) as temporary:
             temporary.write_bytes(b"half")
             raise error
         assert path.read_bytes() == b"whole"
-    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_save_is_on_the_disk_before_it_replaces_the_old_file(tmp_path, monkeypatch):
@@ -68,36 +64,14 @@ def test_the_permissions_are_those_that_the_umask_leaves(umask, mode, tmp_path):
     assert (tmp_path / "new" / "file").stat().st_mode & 0o777 == mode
 
 
-SIZE, TIMES = 200_000, 25
-
-
-def write_often(path: Path, byte: bytes, barrier) -> None:
-    """Write a file of one byte, again and again, once all have started."""
-    barrier.wait(60)
-    for _ in range(TIMES):
-        with writing(path) as temporary:
-            temporary.write_bytes(SIZE * byte)
-
-
-def test_two_processes_that_write_one_file_do_not_break_each_other(tmp_path):
-    path, barrier = tmp_path / "file", FORKS.Barrier(3)
-    path.write_bytes(SIZE * b"a")
-    processes = [FORKS.Process(target=write_often, args=(path, byte, barrier)) for byte in (b"a", b"b")]
-    for process in processes:
-        process.start()
-    barrier.wait(60)
-    while any(process.is_alive() for process in processes):
-        assert path.read_bytes() in (SIZE * b"a", SIZE * b"b")
-    assert [process.exitcode for process in processes] == [0, 0]
-    assert [file.name for file in tmp_path.iterdir()] == ["file"]
-
-
-def test_a_file_half_written_is_never_taken_for_a_checkpoint(tmp_path, capsys):
-    path = tmp_path / "student.pt"
-    with writing(path) as temporary:
-        temporary.write_bytes(b"half")
-        assert find_checkpoints(parse_test(["--compare", "--weights_path", tmp_path]), CPU) == []
-    assert not capsys.readouterr().out
+def test_two_runs_that_write_one_file_do_not_break_each_other(tmp_path):
+    path = tmp_path / "file"
+    with writing(path) as later:
+        later.write_bytes(b"later")
+        with writing(path) as earlier:
+            earlier.write_bytes(b"earlier")
+        assert path.read_bytes() == b"earlier"
+    assert path.read_bytes() == b"later" and list(tmp_path.iterdir()) == [path]
 
 
 def test_what_cannot_be_written_is_one_line(tmp_path):
@@ -107,8 +81,6 @@ def test_what_cannot_be_written_is_one_line(tmp_path):
                         ("a folder", "can't write .*a folder: Is a directory")):  # fmt: skip
         with pytest.raises(UserError, match=tells), writing(tmp_path / name) as temporary:
             temporary.write_text("whole")
-    with pytest.raises(UserError, match="can't use /proc/w as a folder"):
-        make_folder(Path("/proc/w"))
 
 
 def test_a_link_stays_and_the_file_it_leads_to_is_replaced(tmp_path):
@@ -144,5 +116,4 @@ def test_a_file_system_without_locks_stops_no_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", flock)
     with locked(tmp_path / "student.pt"):
-        held = True
-    assert held
+        pass

@@ -28,9 +28,7 @@ def test_a_new_run_replaces_the_old_log_and_only_the_first_process_writes(tmp_pa
     assert read_log(path) == ({"run": "new"}, [])
 
 
-@pytest.mark.parametrize(
-    "content, why", [(None, "No such file"), ("", "damaged"), ("{}\n{", "damaged"), ("x", "damaged")]
-)
+@pytest.mark.parametrize("content, why", [(None, "No such file"), ("", "damaged"), ("{}\n{", "damaged")])
 def test_a_missing_or_damaged_log_is_one_line(content, why, tmp_path):
     path = tmp_path / "log.jsonl"
     if content is not None:

@@ -16,9 +16,7 @@ import utils
 from runtime import checkpoint
 from runtime.errors import Stopped
 
-RUNS = ["teacher", "student", "student_kd_t5", "student_seed43", "student_kd_t5_seed43"]
-
-
+RUNS = ["teacher", "student_seed7", "student_kd_t5_seed7", "student_seed8", "student_kd_t5_seed8"]
 LEARN = ["--views=2"]
 ALL = ["--all", "--temp", "5"]
 
@@ -36,13 +34,14 @@ def table_of(folder: Path) -> dict:
 
 
 def test_stopped_after_each_run_it_gives_the_same_table(learn, tmp_path, monkeypatch, capfd):
-    words = [*ALL, "--seeds=2"]
+    words = [*ALL, "--seed=7", "--seeds=2"]
     assert learn(*words) == 0
-    assert "Student (with KD, Temp = 5)" in (output := capfd.readouterr().out) and "Gain of KD" in output
-    assert output.startswith("5 runs, 0 of them finished\n")
+    output = capfd.readouterr().out
+    assert output.startswith("5 runs, 0 of them finished\n") and "Gain of KD" in output
+    assert "the teacher is weights/digits_teacher_subset40.pt (seed 42)\n" in output
     assert len(re.findall(r"img/s, about \d:\d\d:\d\d left for all runs\n", output)) == 4, "of each student's epoch"
     expected, models = table_of(tmp_path), [load(name)["model"] for name in RUNS]
-    assert [row["seeds"] for row in expected["rows"]] == [[42], [42, 43], [42, 43]] and len(expected["gains"]) == 1
+    assert [row["seeds"] for row in expected["rows"]] == [[42], [7, 8], [7, 8]] and len(expected["gains"]) == 1
     stopped = tmp_path / "stopped"
     stopped.mkdir()
     monkeypatch.chdir(stopped)
@@ -74,11 +73,6 @@ def test_the_time_left_is_of_all_epochs_and_the_logits_that_are_missing(later, e
     assert train.seconds_left([fewer], run, teacher, 1, 5.0) == 2 * 5 + 2 * 20, "a quarter of the images each epoch"
 
 
-def test_a_teacher_that_is_not_there_is_told_before_anything_is_trained(learn, tmp_path, capfd):
-    assert learn(*ALL, "--teacher=none.pt") == 2
-    assert "no teacher none.pt" in capfd.readouterr().err and not (tmp_path / "weights").exists()
-
-
 def test_the_papers_experiments(learn, tmp_path, capfd):
     words = ["--omit", "5", "--student_images", "20", "27", "--temp", "1", "2", "20"]
     assert learn("--all", *words, "--seeds=2") == 0
@@ -102,40 +96,34 @@ def test_the_papers_experiments(learn, tmp_path, capfd):
 
 
 def test_students_of_a_seed_differ_in_the_loss_alone(learn, monkeypatch):
-    begun, seen, losses = [], [], []
+    seen, runs = [], {}
 
     def train_epoch(run, *arguments, real=train.train_epoch):
-        begun.append((run.config.stem, {key: value.clone() for key, value in run.model.state_dict().items()}))
-        seen.append([])
+        weights = {key: value.clone() for key, value in run.model.state_dict().items()}
+        seen.clear()
         real(run, *arguments)
-        losses.append(run.losses.tolist())
-        seen.append([])  # what the teacher of the next one sees
+        runs[run.config.stem] = weights, [*seen], run.losses.tolist()
 
     def images(views, rows, k, real=utils.Views.images):
-        if seen:
-            seen[-1].append((rows.tolist(), k))
+        seen.append((rows.tolist(), k))
         return real(views, rows, k)
+
+    def same(weights: dict, others: dict) -> bool:
+        return all(torch.equal(weights[key], value) for key, value in others.items())
 
     monkeypatch.setattr(train, "train_epoch", train_epoch)
     monkeypatch.setattr(utils.Views, "images", images)
     assert learn(*ALL, "--seeds=2", "--loss", "kd", "dkd") == 0
-    names = [name.removeprefix("digits_").removesuffix("_subset40") for name, _ in begun]
-    first = ["student", "student_kd_t5", "student_dkd_t5"]
-    assert names == ["teacher"] * 3 + first + [f"{name}_seed43" for name in first], "the teacher's are 3 epochs"
-    begun, seen, losses = begun[3:], seen[6::2], losses[3:]
-    for baseline, student in ((0, 1), (0, 2), (3, 4), (3, 5)):
-        assert all(torch.equal(begun[student][1][key], value) for key, value in begun[baseline][1].items())
-        assert len(seen[baseline]) == 5 and seen[student] == seen[baseline], "the same batches in the same views"
-        assert losses[student] != losses[baseline]
-    assert losses[1] != losses[2] and seen[0] != seen[3], "another seed, another order"
-    assert any(not torch.equal(begun[3][1][key], value) for key, value in begun[0][1].items())
-
-
-def test_the_teacher_of_another_seeds_students_is_named(learn, capfd):
-    assert learn(*ALL, "--seed=7") == 0
-    assert "the teacher is weights/digits_teacher_subset40.pt (seed 42)\n" in capfd.readouterr().out
-    assert load("teacher")["run"]["seed"] == 42 and load("student_kd_t5_seed7")["run"]["seed"] == 7
-    assert load("student_kd_t5_seed7")["run"]["teacher"] == checkpoint.fingerprint(load("teacher")["model"])
+    names = [f"student{kd}{seed}" for seed in ("", "_seed43") for kd in ("", "_kd_t5", "_dkd_t5")]
+    assert [*runs] == [f"digits_{name}_subset40" for name in ("teacher", *names)]
+    _, *students = runs.values()
+    for (start, batches, losses), *with_kd in (students[:3], students[3:]):
+        for kd_start, kd_batches, kd_losses in with_kd:
+            assert same(kd_start, start) and kd_losses != losses
+            assert len(batches) == 5 and kd_batches == batches, "the same batches in the same views"
+        assert with_kd[0][2] != with_kd[1][2]
+    assert not same(students[3][0], students[0][0])
+    assert students[3][1] != students[0][1], "another seed, another order"
 
 
 def test_it_distils_the_teacher_that_is_there_and_replaces_no_students_of_another(learn, tmp_path, capfd):
@@ -152,34 +140,28 @@ def test_it_distils_the_teacher_that_is_there_and_replaces_no_students_of_anothe
     assert error.count("\n") == 1 and load("student_kd_t5")["run"]["teacher"] == teacher
 
 
-def test_a_name_is_of_the_students_and_the_table(learn, tmp_path):
+def test_a_name_is_of_the_students_and_a_holdout_of_the_teacher_too(learn, tmp_path):
     assert learn(*ALL) == 0
     before = snapshot(tmp_path)
     assert learn(*ALL, "--name=a05", "--alpha=0.5") == 0
-    after = snapshot(tmp_path)
-    assert before.items() <= after.items()
-    new = [Path(path).relative_to(tmp_path).parts for path in set(after) - set(before)]
-    assert not any("teacher" in parts[-1] for parts in new)
-    assert {parts[:2] for parts in new} == {("weights", "a05"), ("plots", "a05")}, (
-        "the teacher and its logits are shared"
-    )
-    assert (tmp_path / "plots" / "a05" / "results_digits_subset40" / "results.md").exists()
-    teacher = load("teacher")["model"]
-    assert load("student_kd_t5", folder="weights/a05")["run"]["teacher"] == checkpoint.fingerprint(teacher)
-
-
-def test_with_a_holdout_the_students_learn_from_a_teacher_that_has_not_seen_it_either(learn, tmp_path):
-    assert learn(*ALL) == 0
-    before = snapshot(tmp_path)
+    named = snapshot(tmp_path)
+    new = [Path(path).relative_to(tmp_path) for path in named.keys() - before.keys()]
+    assert {path.parts[:2] for path in new} == {("weights", "a05"), ("plots", "a05")}
+    assert not any("teacher" in path.name for path in new), "the teacher and its logits are shared"
+    assert Path("plots/a05/results_digits_subset40/results.md") in new
+    teacher = checkpoint.fingerprint(load("teacher")["model"])
+    assert load("student_kd_t5", folder="weights/a05")["run"]["teacher"] == teacher
     assert learn(*ALL, "--holdout=8") == 0
-    assert before.items() <= snapshot(tmp_path).items(), "what was made with all images stays"
+    assert before.items() <= named.items() <= snapshot(tmp_path).items(), "what was there stays"
     teacher, student = (load(name, "_subset40_holdout8") for name in ("teacher", "student_kd_t5"))
     assert teacher["run"]["holdout"] == 8 and student["run"]["teacher"] == checkpoint.fingerprint(teacher["model"])
-    text = (tmp_path / "plots" / "results_digits_subset40_holdout8" / "results.md").read_text()
+    text = Path("plots/results_digits_subset40_holdout8/results.md").read_text()
     assert text.count(", subset 40, holdout 8 ") >= 3
 
 
-def test_all_with_a_teacher_trains_no_other_and_shows_it_in_the_table(learn, tmp_path):
+def test_all_with_a_teacher_trains_no_other_and_shows_it_in_the_table(learn, tmp_path, capfd):
+    assert learn(*ALL, "--teacher=none.pt") == 2
+    assert "no teacher none.pt" in capfd.readouterr().err and not Path("weights").exists()
     assert learn("--tto") == 0
     path = Path("weights/digits_teacher_subset40.pt").rename("mine.pt")
     assert learn(*ALL, f"--teacher={path}") == 0

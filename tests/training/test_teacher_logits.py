@@ -1,10 +1,11 @@
 """The teacher's logits: computed once, exact, never confused with others, and kept in memory where none can be written.
 
-That a student is bit-equal whether they were computed or read, after a kill too: tests/runtime/test_processes.py.
+That a student is bit-equal whether they were computed or read, after a kill too: tests/training/test_resume.py.
 """
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,14 +40,6 @@ def make(tiny_models, tmp_path):
     return make
 
 
-def forward_passes(teacher: TeacherLogits) -> list[int]:
-    """How many images each forward pass of the teacher had."""
-    return [len(images) for images in teacher.model.seen]
-
-
-# ---------------------------------------------------------------------------------------------- exact
-
-
 def test_logits_are_the_models_in_evaluation_mode_in_half_precision(make, monkeypatch):
     monkeypatch.setattr(utils, "EVALUATION_BATCH", 10)
     teacher = make()
@@ -59,7 +52,7 @@ def test_logits_are_the_models_in_evaluation_mode_in_half_precision(make, monkey
     tested = teacher.of_test_images(IMAGES[:5])
     expected = teacher.model(Normaliser(SPEC, CPU.device)(IMAGES.pixels[:5]))
     torch.testing.assert_close(tested.float(), expected, rtol=2**-11, atol=1e-6)
-    assert set(forward_passes(teacher)) == {10, COUNT, 5}, "full batches, and those of this test"
+    assert {len(images) for images in teacher.model.seen} == {10, COUNT, 5}, "full batches, and those of this test"
     assert all(torch.equal(before[name], value) for name, value in teacher.model.state_dict().items())
 
 
@@ -88,31 +81,24 @@ def test_the_key_changes_with_all_that_logits_depend_on(make):
     assert make().folder == made[0].folder
 
 
-# ---------------------------------------------------------------------------------------------- never confused
-
-
 def flip_bit(path: Path, place: int) -> None:
     content = bytearray(path.read_bytes())
     content[place] ^= 1
     path.write_bytes(content)
 
 
-def save_npy(path: Path) -> None:
-    with open(path, "wb") as file:
-        np.save(file, np.zeros((COUNT, 10), np.float16))
-
-
+ONES = np.ones((COUNT, 10), np.float16)
 FOREIGN = {
     "empty": lambda path, key: path.write_bytes(b""),
     "half": lambda path, key: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
     "a bit flipped in the logits": lambda path, key: flip_bit(path, 300),
     "a bit flipped in the directory": lambda path, key: flip_bit(path, path.read_bytes().index(b"PK\1\2") + 11),
-    "an array": lambda path, key: save_npy(path),
-    "another key": lambda path, key: write_logits(path.parent, path.name, np.ones((COUNT, 10), np.float16), "other"),
-    "other classes": lambda path, key: write_logits(path.parent, path.name, np.ones((COUNT, 9), np.float16), key),
-    "another type": lambda path, key: write_logits(path.parent, path.name, np.ones((COUNT, 10), np.float32), key),
-    "too few": lambda path, key: write_logits(path.parent, path.name, np.ones((COUNT - 1, 10), np.float16), key),
-    "not finite": lambda path, key: write_logits(path.parent, path.name, np.full((COUNT, 10), np.inf, np.float16), key),
+    "an array": lambda path, key: np.lib.format.open_memmap(path, "w+", np.float16, (COUNT, 10)),
+    "another key": lambda path, key: write_logits(path.parent, path.name, ONES, "other"),
+    "other classes": lambda path, key: write_logits(path.parent, path.name, ONES[:, :9], key),
+    "another type": lambda path, key: write_logits(path.parent, path.name, ONES.astype(np.float32), key),
+    "too few": lambda path, key: write_logits(path.parent, path.name, ONES[:-1], key),
+    "not finite": lambda path, key: write_logits(path.parent, path.name, ONES * np.inf, key),
 }
 
 
@@ -131,18 +117,15 @@ def test_a_damaged_or_foreign_file_is_computed_again(damage, make):
 
 # ---------------------------------------------------------------------------------------------- through train.py
 
-
 LEARN = ["--num_epochs=2"]
-STUDENT = "digits_student_kd_t5_subset40.pt"
 
 
-def weights_of(path: str) -> dict[str, torch.Tensor]:
-    return checkpoint.load(Path(path))["model"]
+def student_in(folder: str) -> dict:
+    return checkpoint.load(Path(folder, "digits_student_kd_t5_subset40.pt"))
 
 
-def assert_bit_equal(path: str, expected: dict[str, torch.Tensor]) -> None:
-    found = weights_of(path)
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+def assert_bit_equal(found: dict, expected: dict) -> None:
+    assert all(torch.equal(found["model"][name], tensor) for name, tensor in expected["model"].items())
 
 
 def logits_of(folder: Path) -> dict[str, str]:
@@ -163,48 +146,21 @@ def test_students_of_any_seed_temperature_loss_or_subset_share_the_logits(learn,
     assert len({Path(path).parent for path in logits_of(tmp_path)}) == 2, "mirrored views are others"
 
 
-def test_all_162_views_are_computed_once(learn, tmp_path, monkeypatch):
-    monkeypatch.setattr(utils, "EVALUATION_BATCH", 40)
-    monkeypatch.setattr("os.fsync", lambda file: None)  # 700 of them
-    assert learn("--tto") == 0
-    computed = []
-
-    def compute_logits(*arguments, real=utils.compute_logits, **keywords):
-        computed.append(keywords["title"])
-        return real(*arguments, **keywords)
-
-    monkeypatch.setattr("training.teacher_logits.compute_logits", compute_logits)
-    assert learn("--kd", "--flip", "--views=162", "--num_epochs=170", "--batch_size=40") == 0
-    assert sorted(computed) == sorted(f"teacher's logits of view {k}" for k in range(162))
-    assert {Path(p).name for p in logits_of(tmp_path)} == {"teacher.json", *(f"{k:02}.npz" for k in range(162))}
-
-
-def test_a_read_only_folder_or_a_full_disk_costs_the_files_alone(learn, digits, forked, tmp_path, capfd):
-    assert learn("--tto") == learn("--kd") == 0
-    expected = weights_of(f"weights/{STUDENT}")
+def test_a_full_disk_costs_the_files_alone(learn, tmp_path, monkeypatch, capfd):
+    assert learn("--tto") == learn("--kd", "--name=whole") == 0
     (folder,) = {Path(path).parent for path in logits_of(tmp_path)}
-    for path in folder.iterdir():
-        path.unlink()
-    folder.chmod(0o555)
-    words = ["--kd", "--dataset=digits", "--subset=40", "--batch_size=8", "--num_epochs=2", f"--data_path={digits}"]
-    words += ["--device=cpu", "--precision=fp32", "--resume=False"]
-    done = forked("train.py", *words, folder=tmp_path, tiny=True)  # without root's power over permissions
-    assert done.returncode == 0, done.stderr
-    assert len(re.findall("can't write .*the teacher's logits stay in memory", done.stdout)) == 1
-    assert_bit_equal(f"weights/{STUDENT}", expected)
-    folder.chmod(0o755)
+    shutil.rmtree(folder)
 
     def write_to_a_full_disk(*arguments, real=write_logits):
         with disk(100):
             real(*arguments)
 
+    monkeypatch.setattr("training.teacher_logits.write_logits", write_to_a_full_disk)
     capfd.readouterr()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("training.teacher_logits.write_logits", write_to_a_full_disk)
-        assert learn("--kd", "--resume=False") == 0
+    assert learn("--kd") == 0
     output = capfd.readouterr().out
     assert len(re.findall("can't write .*00.npz: .*the teacher's logits stay in memory|01.npz", output)) == 1
-    assert_bit_equal(f"weights/{STUDENT}", expected)
+    assert_bit_equal(student_in("weights"), student_in("weights/whole"))
     assert not list(folder.iterdir())
 
 
@@ -218,46 +174,28 @@ def mine(learn, digits, tmp_path, monkeypatch):
     model = TinyTeacher()
     checkpoint.load_weights(model, checkpoint.load(tmp_path / "weights" / "digits_teacher_subset40.pt"))
     monkeypatch.setattr("torchvision.models.resnet18", lambda num_classes: model)
-    run_the_page(digits, {"torch.nn.Upsample(size=64)": "torch.nn.Identity()"})
-    return tmp_path / "weights" / "my_teacher"
-
-
-def run_the_page(digits: Path, changes: dict[str, str]) -> None:
-    """Run the Python of docs/own.md over digits, with further changes."""
     (code,) = re.findall("```python\n(.*?)```", (REPOSITORY / "docs" / "own.md").read_text(), re.DOTALL)
     assert code.count("\n") <= 15
-    changes = changes | {
+    for of_the_page, here in {
         '"cifar10", Path("data")': f'"digits", Path({str(digits)!r})',
         '"auto", "auto"': '"cpu", "fp32"',
+        "torch.nn.Upsample(size=64)": "torch.nn.Identity()",
         "range(16)": "range(2)",
-    }
-    for of_the_page, here in changes.items():
+    }.items():
         assert of_the_page in code
         code = code.replace(of_the_page, here)
     exec(code, {})
+    return tmp_path / "weights" / "my_teacher"
 
 
-def test_the_page_runs_as_it_stands(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(utils, "DIGITS_IMAGES", {"train": 6, "test": 3})
-    monkeypatch.setattr(utils, "EVALUATION_BATCH", 4)
-    run_the_page(tmp_path, {})
-    spec = utils.load_images("digits", tmp_path, CPU).spec
-    teacher = TeacherLogits(tmp_path / "weights" / "my_teacher", spec, CPU, tmp_path)
-    assert len(teacher.read("01.npz", 6)) == 6 and len(teacher.read("test.npz", 3)) == 3
-
-
-def test_a_folder_of_logits_teaches_like_the_checkpoint(mine, learn, tmp_path, monkeypatch):
+def test_a_folder_of_logits_teaches_like_the_checkpoint(mine, learn, monkeypatch):
     assert learn("--kd") == 0
-    expected = checkpoint.load(tmp_path / "weights" / STUDENT)
     monkeypatch.setattr(TinyTeacher, "forward", None)
     before = snapshot(mine)
     assert learn("--kd", f"--teacher={mine}", "--name=mine") == 0
-    assert_bit_equal(f"weights/mine/{STUDENT}", expected["model"])
-    assert (
-        checkpoint.load(Path("weights/mine", STUDENT))["run"]["teacher"] == "resnet18-1" != expected["run"]["teacher"]
-    )
-    assert snapshot(mine) == before
+    expected, found = student_in("weights"), student_in("weights/mine")
+    assert_bit_equal(found, expected)
+    assert found["run"]["teacher"] == "resnet18-1" != expected["run"]["teacher"] and snapshot(mine) == before
 
 
 def describe(folder: Path, **changes) -> None:
@@ -266,29 +204,23 @@ def describe(folder: Path, **changes) -> None:
 
 
 WRONG = {
-    "missing view": (
-        lambda folder: (folder / "01.npz").unlink(),
-        "lacks the logits of 1 of 2 views, the first is 01.npz",
-    ),
-    "damaged view": (lambda folder: flip_bit(folder / "00.npz", 300), "00.npz is damaged: write it again"),
-    "fewer images": (
-        lambda folder: write_logits(folder, "00.npz", np.ones((39, 10), np.float16), "resnet18-1"),
-        "00.npz has the logits of 39 images, not 40",
-    ),
-    "another key": (lambda folder: describe(folder, key="resnet18-2"), "belongs to other logits"),
-    "other classes": (lambda folder: describe(folder, classes=["cat", "dog"]), "has logits of 2 other classes"),
-    "other images": (lambda folder: describe(folder, images="b" * 16), "has logits of other images than digits here"),
-    "unmirrored views": (lambda folder: describe(folder, flip=True), "--flip"),
-    "no description": (lambda folder: (folder / "teacher.json").unlink(), "is no folder of logits: can't read"),
-    "no JSON": (lambda folder: (folder / "teacher.json").write_text("[1"), "does not describe"),
+    "lacks the logits of 1 of 2 views, the first is 01.npz": lambda folder: (folder / "01.npz").unlink(),
+    "00.npz is damaged: write it again": lambda folder: flip_bit(folder / "00.npz", 300),
+    "00.npz has the logits of 24 images, not 40": lambda folder: write_logits(folder, "00.npz", ONES, "resnet18-1"),
+    "belongs to other logits": lambda folder: describe(folder, key="resnet18-2"),
+    "has logits of 2 other classes": lambda folder: describe(folder, classes=["cat", "dog"]),
+    "has logits of other images than digits here": lambda folder: describe(folder, images="b" * 16),
+    "for --flip True": lambda folder: describe(folder, flip=True),
+    "is no folder of logits: can't read": lambda folder: (folder / "teacher.json").unlink(),
+    "does not describe": lambda folder: (folder / "teacher.json").write_text("[1"),
 }
 
 
-@pytest.mark.parametrize("wrong", WRONG)
-def test_a_folder_of_logits_that_does_not_fit_is_one_line(wrong, mine, learn, capfd):
-    spoil, tells = WRONG[wrong]
-    spoil(mine)
-    capfd.readouterr()
-    assert learn("--kd", f"--teacher={mine}") == 2
-    error = capfd.readouterr().err
-    assert re.search(tells, error) and error.count("\n") == 1
+def test_a_folder_of_logits_that_does_not_fit_is_one_line(mine, learn, capfd):
+    for tells, spoil in WRONG.items():
+        folder = shutil.copytree(mine, "spoilt", dirs_exist_ok=True)
+        spoil(Path(folder))
+        capfd.readouterr()
+        assert learn("--kd", f"--teacher={folder}") == 2
+        error = capfd.readouterr().err
+        assert tells in error and error.count("\n") == 1
