@@ -5,7 +5,6 @@ and colour, with neighbours at the edges, blur and noise. The label is the digit
 The test fonts do not occur in training. The bytes depend on the versions of Pillow and NumPy.
 """
 
-import zipfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from data_sets import SIDE
 from runtime.errors import UserError
-from runtime.files import writing
+from runtime.files import load_arrays, save_arrays
 
 VERSION = 3  # part of the cache's file names: raise it with every change to the images
 FONTS = {
@@ -57,12 +56,12 @@ def cached_digits(folder: Path, split: str, count: int, size: int = SIDE) -> tup
     """`make_digits` with seed 0, kept in a file in `folder` if that can be written."""
     larger = "" if size == SIDE else f"_size{size}"
     path = folder / f"digits_v{VERSION}_pillow{PIL.__version__}_{split}_{count}{larger}.npz"
-    # Missing, or damaged: then the images are drawn again.
-    with suppress(OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError), np.load(path) as stored:
+    with suppress(ValueError):  # missing or damaged: then the images are drawn again
+        stored = load_arrays(path, path.stem)
         return stored["pixels"], stored["labels"]
     pixels, labels = make_digits(split, count, size=size)
-    with suppress(UserError), writing(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, pixels=pixels, labels=labels)
+    with suppress(UserError):
+        save_arrays(path, path.stem, pixels=pixels, labels=labels)
     return pixels, labels
 
 

@@ -9,7 +9,6 @@ import importlib.util
 import json
 import os
 import unicodedata
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -21,7 +20,7 @@ from data_sets import SIDE
 from data_sets.memory import check_memory
 from data_sets.pictures import read_picture, reject_decompression_bombs
 from runtime.errors import Stopped, UserError, reason
-from runtime.files import writing
+from runtime.files import load_arrays, save_arrays
 from runtime.progress import Progress
 from runtime.signals import StopSignal
 
@@ -49,12 +48,12 @@ def read_folder(
     except OSError as error:
         raise UserError(f"can't read {error.filename or root}: {reason(error)}") from error
     check_memory(len(files), size)
-    packed = load_packed(root / "packed.npz", key)
-    if packed is None:
+    try:
+        packed = load_arrays(root / "packed.npz", key)
+    except ValueError:  # missing, damaged or out of date
         packed = pack(files, size, show_progress, stop)
         try:
-            with writing(root / "packed.npz") as temporary, open(temporary, "wb") as file:
-                np.savez(file, key=np.array(key), **packed)
+            save_arrays(root / "packed.npz", key, **packed)
         except UserError as error:
             notes.append(f"{error}; the pictures will be decoded again next time")
 
@@ -147,14 +146,6 @@ def files_key(root: Path, files: list[File], size: int) -> str:
             rows[-1] += [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_mode]
     has_heif = importlib.util.find_spec("pillow_heif") is not None
     return hashlib.sha256(json.dumps([VERSION, PIL.__version__, has_heif, size, rows]).encode()).hexdigest()
-
-
-def load_packed(path: Path, key: str) -> dict[str, np.ndarray] | None:
-    """What `pack` returned when it was saved; None if the file is missing, damaged or has another key."""
-    with suppress(OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError), np.load(path) as stored:
-        if str(stored["key"]) == key:
-            return dict(stored)
-    return None
 
 
 def pack(files: list[File], size: int, show_progress: bool, stop: StopSignal | None) -> dict[str, np.ndarray]:

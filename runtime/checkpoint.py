@@ -6,17 +6,14 @@ import pickle
 import textwrap
 import warnings
 import zipfile
-import zlib
 from pathlib import Path
 
 import torch
 
 from runtime.errors import UserError, reason
-from runtime.files import writing
+from runtime.files import UNREADABLE, writing
 
 FORMAT = 3
-# What reading a damaged or foreign file raises, in zipfile, pickle and torch.
-DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError, KeyError, AttributeError)
 RETRAIN = "train it again, or give another file"
 
 
@@ -62,7 +59,7 @@ def load_any(path: Path):
         raise UserError(f"can't read {path}: {reason(error)}") from error
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} holds Python objects, not plain tensors and numbers: {RETRAIN}") from error
-    except DAMAGED as error:
+    except UNREADABLE as error:
         raise UserError(f"{path} is damaged, or no file that torch.save wrote: {RETRAIN}") from error
 
 

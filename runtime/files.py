@@ -1,12 +1,20 @@
-"""Files that are never half written, and locks on them."""
+"""Files that are never half written, caches of arrays, and locks."""
 
 import contextlib
 import os
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from runtime.errors import UserError, reason
+
+# What reading a damaged or foreign .npz or .pt file raises, in zipfile, numpy and torch.
+UNREADABLE = (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, RuntimeError)
+UNREADABLE += (zipfile.BadZipFile, zlib.error)
 
 
 @contextlib.contextmanager
@@ -48,6 +56,25 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"can't use {folder} as a folder: {reason(error)}") from error
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"can't write into {folder}: permission denied; give another folder")
+
+
+def save_arrays(path: Path, key: str, **arrays: np.ndarray) -> None:
+    """Write arrays and the key of all that they depend on, atomically and with check sums; UserError if that fails."""
+    with writing(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays, key=np.array(key))
+
+
+def load_arrays(path: Path, key: str) -> dict[str, np.ndarray]:
+    """What `save_arrays` wrote with this key; ValueError that says why not if it is missing, damaged or another's."""
+    try:
+        with np.load(path) as stored:  # which verifies the check sums
+            arrays = dict(stored)
+        found = str(arrays.pop("key"))
+    except UNREADABLE as error:
+        raise ValueError(getattr(error, "strerror", None) or str(error)) from error
+    if found != key:
+        raise ValueError("it belongs to something else")
+    return arrays
 
 
 @contextlib.contextmanager

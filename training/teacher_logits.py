@@ -7,8 +7,6 @@ removes them all; they are computed again when needed.
 
 import json
 import time
-import zipfile
-import zlib
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -19,14 +17,12 @@ from data_sets import DataSet
 from runtime import checkpoint
 from runtime.device import Runtime
 from runtime.errors import UserError, reason
-from runtime.files import writing
+from runtime.files import load_arrays, save_arrays, writing
 from training.run import describe_data, load_model, mismatch
 from training.runs import UNKNOWN, RunConfig, RunName
 from utils import Images, Views, compute_logits, held_out_logits
 
 VERSION = 1  # of the forward pass and the views: a change that alters logits gets a new number
-# What reading a damaged or foreign .npz raises, in zipfile and numpy.
-UNREADABLE = (OSError, ValueError, KeyError, EOFError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 class TeacherLogits:
@@ -110,25 +106,14 @@ class TeacherLogits:
 
         UserError if that takes a model, and only the folder of logits was given.
         """
-        logits, why = self.in_memory.get(name), "is missing"
-        if logits is None:
+        path, logits = self.folder / name, self.in_memory.get(name)
+        if logits is None or len(logits) < count:
             try:
-                with np.load(self.folder / name) as stored:  # which checks the file's check sums
-                    if str(stored["key"]) == self.key:
-                        logits = stored["logits"]
-                    why = "belongs to other logits"
-            except FileNotFoundError:
-                pass
-            except UNREADABLE:
-                why = "is damaged"
-        if logits is not None and (logits.dtype != np.float16 or logits.shape[1:] != (len(self.spec.classes),)):
-            logits, why = None, "has another shape or type than (images, classes) float16"
-        if logits is not None and len(logits) < count:
-            logits, why = None, f"has the logits of {len(logits)} images, not {count}"
-        if logits is not None and not np.isfinite(logits).all():
-            logits, why = None, "has logits that are not finite"
-        if self.model is None and logits is None:
-            raise UserError(f"{self.folder / name} {why}: write it again, or give another --teacher")
+                logits = read_logits(path, self.key, count, len(self.spec.classes))
+            except ValueError as error:
+                if self.model is None:
+                    raise UserError(f"can't use {path}: {error}; write it again, or give another --teacher") from error
+                logits = None
         missing = self.runtime.agree(logits is None)[0]  # of one process: then all compute
         return None if missing else logits
 
@@ -148,11 +133,22 @@ class TeacherLogits:
         return halves
 
 
+def read_logits(path: Path, key: str, count: int, classes: int) -> np.ndarray:
+    """Logits (N, classes) float16, N >= count, of a file; ValueError that says why not if it has none."""
+    logits = load_arrays(path, key).get("logits", np.empty(0))
+    if logits.dtype != np.float16 or logits.shape[1:] != (classes,):
+        raise ValueError("its logits are not (images, classes) in float16")
+    if len(logits) < count:
+        raise ValueError(f"it has the logits of {len(logits)} images, not {count}")
+    if not np.isfinite(logits).all():
+        raise ValueError("it has logits that are not finite")
+    return logits
+
+
 def write_logits(folder: Path, name: str, logits: torch.Tensor | np.ndarray, key: str) -> None:
     """Write logits (N, C), a tensor as float16, to `folder`, atomically and with check sums; UserError if it fails."""
     logits = logits.half().numpy() if isinstance(logits, torch.Tensor) else logits
-    with writing(folder / name) as temporary, open(temporary, "wb") as file:
-        np.savez(file, logits=logits, key=np.array(key))
+    save_arrays(folder / name, key, logits=logits)
 
 
 def describe_logits(folder: Path, spec: DataSet, key: str) -> None:
