@@ -65,7 +65,8 @@ def train_epoch(run: Run, views: Views, rows: torch.Tensor, k: int, teacher_logi
         while run.step < run.steps:
             batch = order[run.step * run.batch_size : (run.step + 1) * run.batch_size]
             batch = batch[runtime.rank :: runtime.world_size]
-            images, labels = views.images(batch, k), views.labels[batch]
+            images = views.images(batch, k).contiguous(memory_format=runtime.memory_format)
+            labels = views.labels[batch]
             soft_targets = teacher_logits[batch] if config.kd else None
             run.seed_step()
             with runtime.autocast():

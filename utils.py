@@ -297,7 +297,7 @@ def compute_logits(
     All batches have one size and processes share them, so that an image's logits depend on neither. With a `title`,
     progress is shown. Stopped if a signal came to a single process, UserError if a logit is not finite.
     """
-    logits = torch.zeros(count, num_classes, dtype=torch.float64)
+    logits = torch.zeros(count, num_classes, device=runtime.device)
     size = images_of(torch.zeros(1, dtype=torch.int64)).shape[-1]
     step = max(EVALUATION_BATCH * SIDE**2 // size**2, 1)
     starts = range(0, count, step)
@@ -308,7 +308,7 @@ def compute_logits(
             images = images_of(rows).contiguous(memory_format=runtime.memory_format)
             with runtime.autocast():
                 batch = model(images)
-            logits[start : start + step] = batch[: count - start].cpu().double()
+            logits[start : start + step] = batch[: count - start]  # the device is not waited for
             if runtime.stop.number and runtime.world_size == 1:
                 raise Stopped(runtime.stop.number)
             if progress.step():

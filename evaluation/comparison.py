@@ -20,10 +20,11 @@ CORRECTED = ("top1", "top1_omitted", "top1_others", "per_class")
 
 
 def as_trained(runtime: Runtime, run: RunConfig, precision: str = "auto") -> Runtime:
-    """The runtime in which a checkpoint repeats its log, with --precision auto; bf16 only where it is fast."""
+    """The runtime in which a checkpoint repeats its log, with --precision auto; in 16 bits only where that is fast."""
     if precision != "auto" or run.precision == "bf16":
         return runtime
-    return replace(runtime, autocast_dtype=PRECISIONS[run.precision])
+    has_fp16 = runtime.device.type == "cuda"
+    return replace(runtime, autocast_dtype=PRECISIONS[run.precision] if has_fp16 else None)
 
 
 def logits_of(model: torch.nn.Module, content: dict, images: Images, runtime: Runtime) -> torch.Tensor:

@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
-MEMORY = "not enough memory: give train.py a smaller --batch_size, or --device cpu if another device is full"
+MEMORY = "not enough memory: give train.py a smaller --batch_size or --size, or --device cpu if another device is full"
 # What to say of a failure of the machine, by what torch says of it.
 FAILURES = {
     "DefaultCPUAllocator": MEMORY,
@@ -16,6 +16,9 @@ FAILURES = {
     "no kernel image is available": "this PyTorch does not support this GPU: install another, or use --device cpu",
     "busy or unavailable": "another program has reserved the GPU: wait for it, or give another --device",
     "NCCL built in": "this PyTorch lacks NCCL, which several GPUs need: train on one without torchrun",
+    "CUBLAS_WORKSPACE_CONFIG": "--deterministic True works in a new process: restart the notebook's kernel",
+    "does not have a deterministic implementation": "the --student can't be trained with --deterministic True",
+    "finished reduction in the prior iteration": "a weight of the --student gets no gradient: freeze or remove it",
     "torch.compile is not supported": "torch.compile does not work with this Python: leave --compile out",
 }
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import tempfile
+import time
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -27,15 +28,26 @@ def writing(path: Path) -> Iterator[Path]:
     target = Path(os.path.realpath(path))
     make_folder(target.parent)
     try:
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".", suffix=".tmp") as scratch:  # on the same disk
+        scratch_options = {"prefix": ".", "suffix": ".tmp", "ignore_cleanup_errors": True}
+        with tempfile.TemporaryDirectory(dir=target.parent, **scratch_options) as scratch:  # on the same disk
             temporary = Path(scratch, "new")  # no name that a search for checkpoints would find
             yield temporary
             with open(temporary, "r+b") as file:  # Windows flushes only what it may write to
                 os.fsync(file.fileno())
-            os.replace(temporary, target)
+            replace(temporary, target)
         sync_folder(target.parent)
     except OSError as error:
         raise UserError(f"can't write {path}: {reason(error)}; the old file is unchanged") from error
+
+
+def replace(source: Path, target: Path) -> None:
+    """os.replace, tried again for a second: on Windows a virus scanner may hold a new file for a moment."""
+    for pause in (0.01, 0.1, 0.3, 0.6):
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            time.sleep(pause)
+    os.replace(source, target)
 
 
 def sync_folder(folder: Path) -> None:

@@ -66,7 +66,7 @@ def working_device(name: str) -> torch.device:
 
 def pick_precision(word: str, device: torch.device) -> str:
     """The precision of a --precision word on a device; UserError if the device lacks it."""
-    if word == "fp16" and device.type == "mps":
+    if word == "fp16" and device.type != "cuda":
         raise UserError("--precision fp16 is for CUDA cards without bf16: leave it out")
     if word != "auto":
         return word

@@ -17,6 +17,7 @@ import train
 import training.run
 import utils
 from runtime import checkpoint
+from runtime.device import Runtime
 from runtime.errors import Stopped
 from runtime.log import read_log
 from training.run import load_model
@@ -72,6 +73,19 @@ def test_bf16_learns_what_float32_learns_within_a_hosts_autocast_too(learn, tmp_
         losses.append([line["train"]["loss"] for line in read_log(tmp_path / "plots" / f"{STEM}.jsonl")[1]])
     assert losses[0][-1] < 0.9 * losses[0][0] and losses[1] == losses[2]
     assert losses[1] == pytest.approx(losses[0], rel=0.03)
+
+
+def test_images_have_the_devices_memory_format(learn, monkeypatch):
+    """On MPS, batch norm computes wrong gradients of channels_last."""
+    found = set()
+
+    def forward(convolution, images, real=torch.nn.Conv2d.forward):
+        found.add(images.is_contiguous())
+        return real(convolution, images)
+
+    monkeypatch.setattr(Runtime, "memory_format", torch.contiguous_format)
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", forward)
+    assert learn() == 0 and found == {True}
 
 
 def test_with_compile_each_step_is_the_compiled_models_and_the_time_of_compiling_counts(learn, tmp_path, monkeypatch):

@@ -79,7 +79,8 @@ def test_a_trial_step_finds_what_a_device_computes_wrongly(monkeypatch):
 @pytest.mark.parametrize(
     "word, device, fast, expected",
     [("auto", "cuda", True, "bf16"), ("auto", "cuda", False, "fp32"), ("fp16", "cuda", False, "fp16"),
-     ("bf16", "cpu", False, "bf16"), ("auto", "mps", False, "fp32"), ("fp16", "mps", False, None)],
+     ("bf16", "cpu", False, "bf16"), ("auto", "mps", False, "fp32"), ("fp16", "mps", False, None),
+     ("fp16", "cpu", True, None)],
 )  # fmt: skip
 def test_the_precision_of_a_device(word, device, fast, expected, monkeypatch):
     monkeypatch.setattr(processes, "has_fast_bf16", lambda device: fast)

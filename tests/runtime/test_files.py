@@ -31,6 +31,20 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_file_that_a_virus_scanner_holds_for_a_moment_is_replaced(tmp_path, monkeypatch):
+    held = [PermissionError(errno.EACCES, "Access is denied")] * 2
+
+    def replace(source, target, real=os.replace):
+        if held:
+            raise held.pop()
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with writing(tmp_path / "file") as temporary:
+        temporary.write_bytes(b"new")
+    assert (tmp_path / "file").read_bytes() == b"new" and not held
+
+
 def test_a_save_is_on_the_disk_before_it_replaces_the_old_file(tmp_path, monkeypatch):
     # A kill can't show this: what a process wrote outlives it in memory. A loss of power would.
     done = []
