@@ -217,7 +217,6 @@ def classify(options: config.TestOptions, runtime: Runtime) -> None:
     contents = [find_checkpoint(options, runtime)]
     run, spec = run_from(contents[0]["run"]), spec_of(contents[0])
     images, rows, names = read_pictures(options, contents[0], runtime)
-    pixels = images.pixels[rows].numpy()
     if run.role == "student" and not options.soften:
         with left_out_unless_named(options, runtime.print):
             path = teacher_path(run, options)
@@ -230,16 +229,16 @@ def classify(options: config.TestOptions, runtime: Runtime) -> None:
     answers = {}
     for content in contents:
         model, title = load_model(content, runtime, options.student), run_from(content["run"]).title
-        in_training = as_trained(runtime, run_from(content["run"]), options.precision)
+        logits = logits_of(model, content, images, as_trained(runtime, run_from(content["run"]), options.precision))
         for temp in options.soften or (1.0,):
             label = f"{title}, T = {format_number(temp)}" if options.soften else title
-            answers[label] = inference.classify(model, pixels, spec_of(content), in_training, temp)
+            answers[label] = (logits[rows] / temp).softmax(1)
     if options.soften:
-        logits = logits_of(model, contents[0], images, in_training)
         told = [report.softness_text(softness(logits, temp), temp, len(spec.classes)) for temp in options.soften]
         runtime.print("\n".join([f"over {len(images):,} images, at", *told]))
     if runtime.is_main:
         path = options.plots_folder / f"{contents[0]['path'].stem}_{'softened' if options.soften else 'images'}.png"
+        pixels = images.pixels[rows].numpy()
         figures.plot_pictures(pixels, names[: figures.PICTURES_SHOWN], answers, spec.classes, path)
         print(f"{report.pictures_text(names, answers, spec.classes)}\nsaved {path}")
 

@@ -16,9 +16,7 @@ if sys.version_info < (3, 10):  # noqa: UP036 - what follows is no Python for it
     sys.exit(2)
 
 import contextlib
-import os
-import re
-import shlex
+import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -119,7 +117,7 @@ def end_epoch(run: Run, held_out: Images, softened: dict, seconds_left: Callable
     train = percent({name: value for name, value in means.items() if not left_out.get(name)})
     line = {"epoch": run.epoch + 1, "train": train, config.split: test, "lr": run.lr} | softened
     line |= {"seconds": round(seconds, 3), "images_per_second": round(images / max(seconds, 1e-9), 1)}
-    run.log.append(line)
+    run.write_log(f"{run.log}{json.dumps(line)}\n")
     run.begin_epoch(run.epoch + 1)
     top5 = f" top5 {test['top5']:.2f}%" if "top5" in test else ""
     all_left = ""
@@ -198,7 +196,7 @@ def begin(run: Run, images: int, resume: bool) -> None:
     recipe = ", ".join(f"{name} {getattr(config, name)}" for name in ("optimizer", *RECIPE_FIELDS, "seed"))
     device = machine(runtime)["device"]
     runtime.print(f"{run.files.stem}: {images:,} images, {run.steps} steps per epoch, {device}, {recipe}")
-    run.log.append(run.header() | {"split": config.split})
+    run.write_log(json.dumps(run.header() | {"split": config.split}) + "\n")
     run.save()  # what can't be written is told now
     if runtime.is_main:
         run.files.resume.unlink(missing_ok=True)  # if it fails at once, the advice may be to change an option
@@ -274,15 +272,7 @@ def seconds_left(
 def main(argv: list | None = None) -> int:
     """Run train.py with `argv` (None: the command line); the exit code."""
     options = config.parse_train(argv)
-    return exit_code(lambda: train_all(options), resume_command(sys.argv[1:] if argv is None else argv))
-
-
-def resume_command(words: list) -> str:
-    """The command that resumes the run started with these arguments."""
-    processes = os.environ.get("WORLD_SIZE", "1")
-    python = "python" if processes == "1" else f"torchrun --nproc_per_node={processes}"
-    typed = shlex.join(["train.py", *map(str, words)])
-    return f"{python} {re.sub(r' --resume[ =](false|no|0)', '', typed, flags=re.IGNORECASE)}"
+    return exit_code(lambda: train_all(options))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Images in memory, the distillation loss, the metrics and the curves: functions of tensors and paths."""
 
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,6 @@ from data_sets.memory import check_memory
 from runtime.device import Runtime
 from runtime.errors import Stopped, UserError
 from runtime.files import writing
-from runtime.log import read_log
 from runtime.processes import main_first
 from runtime.progress import Progress
 
@@ -389,10 +389,10 @@ def save_figure(axes, path: Path) -> Path:
 def plot_curves(log_path: Path, out_dir: Path) -> list[Path]:
     """Draw a run's accuracy (%) and loss (nats) over its epochs from its log; the paths of the two figures.
 
-    The loss is the cross-entropy, and with KD in a panel of its own the soft term. UserError if the log can't be read.
+    The loss is the cross-entropy, and with KD in a panel of its own the soft term.
     """
     log_path, out_dir = Path(log_path), Path(out_dir)
-    header, lines = read_log(log_path)
+    header, *lines = [json.loads(line) for line in log_path.read_text().splitlines()]
     split, epochs = header["split"], [line["epoch"] for line in lines]
     top5 = bool(lines) and "top5" in lines[0]["train"]
     kd = header["run"]["loss"] is not None

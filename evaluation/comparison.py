@@ -1,6 +1,7 @@
 """Finished checkpoints evaluated side by side on the images of one data set."""
 
 import contextlib
+from collections import Counter
 from dataclasses import replace
 
 import torch
@@ -11,7 +12,7 @@ from runtime import checkpoint
 from runtime.device import PRECISIONS, Runtime
 from runtime.errors import UserError
 from training.run import load_model, mismatch, spec_of
-from training.runs import RunConfig, labels, run_from, same_row
+from training.runs import RunConfig, labels, run_from
 from training.teacher_logits import TeacherLogits
 from utils import Data, Images, held_out_logits
 
@@ -109,18 +110,13 @@ def measure_all(
 
 def rows_of(contents: list[dict]) -> dict[str, list[dict]]:
     """Checkpoints by the label of their row: those that differ in the seed alone share one, copies of a run do not."""
-    rows: list[list[dict]] = []
+    rows: dict[tuple[RunConfig, int], list[dict]] = {}
+    copies: Counter[RunConfig] = Counter()
     for content in contents:
         run = run_from(content["run"])
-        others = ([run_from(other["run"]) for other in row] for row in rows)
-        fits = (same_row(row[0], run) and run.seed not in {other.seed for other in row} for row in others)
-        place = next((i for i, fit in enumerate(fits) if fit), None)
-        if place is None:
-            rows.append([content])
-        else:
-            rows[place].append(content)
-    names = labels([run_from(row[0]["run"]) for row in rows])
-    for i, row in enumerate(rows):
-        if names[i] in names[:i]:
-            names[i] += f", {row[0]['path']}"
-    return dict(zip(names, rows, strict=True))
+        rows.setdefault((replace(run, seed=0), copies[run]), []).append(content)
+        copies[run] += 1
+    found: dict[str, list[dict]] = {}
+    for name, row in zip(labels([run for run, _ in rows]), rows.values(), strict=True):
+        found[f"{name}, {row[0]['path']}" if name in found else name] = row
+    return found

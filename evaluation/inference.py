@@ -1,4 +1,4 @@
-"""A trained model at work: what it costs, the class of any picture, its exported form."""
+"""What a trained model costs, and its exported form."""
 
 import copy
 import io
@@ -10,12 +10,11 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from data_sets import SIDE, DataSet
+from data_sets import SIDE
 from models import use_products
 from models.vgg import Float32Linear
 from runtime.device import Runtime
 from runtime.files import writing
-from utils import Normaliser
 
 # ---------------------------------------------------------------------------------------------- cost
 
@@ -48,20 +47,15 @@ def pass_seconds(
     """Quartiles (3,) of the seconds of a forward pass over `batch` images, timed for about `budget` seconds."""
     images = torch.randn(batch, 3, size, size, device=runtime.device).contiguous(memory_format=runtime.memory_format)
 
-    def times(least: int, most: int, seconds: float) -> list[float]:
-        taken: list[float] = []
-        while len(taken) < least or (len(taken) < most and sum(taken) < seconds):
-            runtime.synchronize()
-            start = time.perf_counter()
-            with runtime.autocast():
-                model(images)
-            runtime.synchronize()
-            taken.append(time.perf_counter() - start)
-        return taken
-
-    warm_up = times(1, 10, budget / 4)  # kernels are chosen, memory is taken: milliseconds, lost in a long pass
-    taken = warm_up + times(2, 2, 0) if warm_up[0] > budget else times(3, 50, budget)
-    return np.quantile(taken, (0.25, 0.5, 0.75))
+    taken: list[float] = []
+    while len(taken) < 4 or (len(taken) < 60 and sum(taken) < budget):
+        runtime.synchronize()
+        start = time.perf_counter()
+        with runtime.autocast():
+            model(images)
+        runtime.synchronize()
+        taken.append(time.perf_counter() - start)
+    return np.quantile(taken[len(taken) // 4 :], (0.25, 0.5, 0.75))  # in the first ones, kernels are chosen
 
 
 def measure_cost(model: torch.nn.Module, path: Path, runtime: Runtime, size: int = SIDE) -> Cost:
@@ -74,20 +68,6 @@ def measure_cost(model: torch.nn.Module, path: Path, runtime: Runtime, size: int
         "latency_ms": tuple((1000 * pass_seconds(model, 1, runtime, size)).tolist()),
         "images_per_second": tuple((batch / pass_seconds(model, batch, runtime, size)[::-1]).tolist()),
     }
-
-
-# ---------------------------------------------------------------------------------------------- pictures
-
-
-@torch.inference_mode()
-def classify(
-    model: torch.nn.Module, pixels: np.ndarray, spec: DataSet, runtime: Runtime, temp: float = 1.0
-) -> torch.Tensor:
-    """The probabilities (B, C), float64 on the CPU, of pictures (B, S, S, 3) uint8, softened by a temperature."""
-    images = Normaliser(spec, runtime.device)(torch.from_numpy(pixels).to(runtime.device))
-    images = images.contiguous(memory_format=runtime.memory_format)
-    with runtime.repeatable_logits(), runtime.autocast():
-        return (model(images).cpu().double() / temp).softmax(1)
 
 
 # ---------------------------------------------------------------------------------------------- export

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from models.vgg import Float32Linear, conv_bn_relu, initialise
+from models.vgg import Float32Linear, initialise, make_layers
 
 WIDTHS = ((32, 32), (64, 64), (128, 128))
 
@@ -18,16 +18,9 @@ class StudentCNN(nn.Module):
 
     def __init__(self, num_classes: int = 10) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
-        channels = 3
-        for stage, widths in enumerate(WIDTHS):
-            if stage > 0:
-                layers.append(nn.MaxPool2d(2))
-            for width in widths:
-                layers += conv_bn_relu(channels, width, bias=False)
-                channels = width
-        self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1))
-        self.classifier = Float32Linear(channels, num_classes)
+        self.features = make_layers(WIDTHS, bias=False)
+        self.features[-1] = nn.AdaptiveAvgPool2d(1)  # in place of the last max pool
+        self.classifier = Float32Linear(WIDTHS[-1][-1], num_classes)
         initialise(self)
 
     def forward(self, images):

@@ -51,13 +51,13 @@ def start_as_identity(features: nn.Module) -> None:
             nn.init.dirac_(module.weight.data[: module.in_channels])
 
 
-def make_layers(rows: tuple[tuple[int, ...], ...]) -> nn.Sequential:
+def make_layers(rows: tuple[tuple[int, ...], ...], bias: bool) -> nn.Sequential:
     """The convolutional part; layer for layer torchvision's, so that state dicts are interchangeable."""
     layers: list[nn.Module] = []
     channels = 3
     for row in rows:
         for width in row:
-            layers += conv_bn_relu(channels, width, bias=True)
+            layers += conv_bn_relu(channels, width, bias)
             channels = width
         layers.append(nn.MaxPool2d(2))
     return nn.Sequential(*layers)
@@ -68,7 +68,7 @@ class VGG(nn.Module):
 
     def __init__(self, rows: tuple[tuple[int, ...], ...], num_classes: int) -> None:
         super().__init__()
-        self.features = make_layers(rows)
+        self.features = make_layers(rows, bias=True)
         self.classifier = Float32Linear(rows[-1][-1], num_classes)
         initialise(self)
         start_as_identity(self.features)

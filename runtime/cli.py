@@ -45,18 +45,20 @@ def number(kind: type, at_least: float = -math.inf, above: float = -math.inf, at
     return parse
 
 
-def function_name(text: str) -> str:
-    """MODULE:FUNCTION, to be imported."""
-    if not re.fullmatch(r"\w+(\.\w+)*:\w+", text):
-        raise argparse.ArgumentTypeError(f"expected MODULE:FUNCTION, as in my_models:resnet8, not {text!r}")
-    return text
+def word(pattern: str, expected: str):
+    """A parser of words that match a pattern."""
+
+    def parse(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise argparse.ArgumentTypeError(f"expected {expected}, not {text!r}")
+        return text
+
+    return parse
 
 
-def device_name(text: str) -> str:
-    """auto, cpu, mps, cuda or cuda:N."""
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text):
-        raise argparse.ArgumentTypeError(f"expected auto, cpu, cuda, cuda:N or mps, not {text!r}")
-    return text
+function_name = word(r"\w+(\.\w+)*:\w+", "MODULE:FUNCTION, as in my_models:resnet8")
+device_name = word(r"auto|cpu|mps|cuda(:\d+)?", "auto, cpu, cuda, cuda:N or mps")
+plain_word = word(r"(?!\.+$)[A-Za-z0-9._-]+", "letters, digits, '.', '_' and '-'")  # safe in a path
 
 
 def folder_name(text: str) -> Path:
@@ -76,13 +78,6 @@ def file_name(text: str) -> Path:
     if is_folder or not path.name:
         raise argparse.ArgumentTypeError(f"expected the name of a file, not {text!r}")
     return path
-
-
-def plain_word(text: str) -> str:
-    """A name that is safe in a path: letters, digits, `.`, `_` and `-`, not only dots."""
-    if not re.fullmatch(r"[A-Za-z0-9._-]+", text) or not text.strip("."):
-        raise argparse.ArgumentTypeError(f"expected letters, digits, '.', '_' and '-', not {text!r}")
-    return text
 
 
 def format_number(value: float) -> str:

@@ -51,8 +51,14 @@ class Runtime:
 
     @property
     def product_map(self) -> int:
-        """Up to which map side a model computes convolutions as matrix products, or 0."""
-        return largest_product_map(self.device, self.precision)
+        """Up to which map side convolutions are faster as matrix products (models/convolution.py), or 0.
+
+        Measured for VGG19's training, docs/speed.md; never by batch size, so that results stay reproducible.
+        """
+        if self.device.type != "cpu":
+            return 0
+        fast = {"bf16": has_fast_bf16(self.device), "fp32": "Intel" in processor()}
+        return 4 if fast.get(self.precision) else 0
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """The context of every forward pass."""
@@ -104,10 +110,8 @@ class Runtime:
 
     def synchronize(self) -> None:
         """Wait for the device: what follows may read a clock."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        elif self.device.type == "mps":
-            torch.mps.synchronize()
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
 
 
 def pick_device(name: str) -> torch.device:
@@ -168,17 +172,6 @@ def has_fast_bf16(device: torch.device) -> bool:
             return True
         return torch.cpu._is_avx512_bf16_supported() and "Intel" not in processor()
     return False
-
-
-def largest_product_map(device: torch.device, precision: str) -> int:
-    """Up to which map side convolutions are faster as matrix products (models/convolution.py), or 0.
-
-    Measured for VGG19's training, docs/speed.md; never by batch size, so that results stay reproducible.
-    """
-    if device.type != "cpu":
-        return 0
-    fast = {"bf16": has_fast_bf16(device), "fp32": "Intel" in processor()}
-    return 4 if fast.get(precision) else 0
 
 
 def processor() -> str:

@@ -1,10 +1,10 @@
 """How a script ends: one line and exit code 2 for a user's mistake, one line for a stop, a traceback for a bug."""
 
 import contextlib
+import errno
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Callable
 
 MEMORY = "not enough memory: give train.py a smaller --batch_size or --size, or --device cpu if another device is full"
@@ -52,15 +52,16 @@ def reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or "the disk is full or refuses writes"
 
 
-def exit_code(main: Callable[[], None], resume_command: str = "") -> int:
+def exit_code(main: Callable[[], None]) -> int:
     """Call `main`: 0, or after one line on stderr 2 for a UserError and 128 + its number for a stop signal.
 
     Full memory counts as a UserError. If the reader of stdout has gone, it ends as SIGPIPE would, without a word.
     """
     try:
-        with printable_output():
-            main()
-            sys.stdout.flush()
+        with contextlib.suppress(AttributeError):  # a notebook's stream takes every sign
+            sys.stdout.reconfigure(errors="replace")  # a terminal in ASCII loses a sign, not the table
+        main()
+        sys.stdout.flush()
     except ReportedElsewhere as error:
         return error.args[0]
     except UserError as error:
@@ -69,7 +70,7 @@ def exit_code(main: Callable[[], None], resume_command: str = "") -> int:
         print_error("interrupted; rerun the command to resume training from its last save")
         return 128 + signal.SIGINT
     except Stopped as stop:
-        print_error(f"stopped; resume with `{resume_command}`")
+        print_error("stopped; rerun the command to resume (without --resume False)")
         return 128 + stop.args[0]
     except BrokenPipeError:  # the reader of stdout, perhaps `head`, wants no more
         discard_output()
@@ -82,22 +83,6 @@ def exit_code(main: Callable[[], None], resume_command: str = "") -> int:
     return 0
 
 
-@contextlib.contextmanager
-def printable_output():
-    """Let the block's stdout replace what its encoding lacks: a terminal in ASCII loses a sign, not the table."""
-    stream = sys.stdout
-    before = getattr(stream, "errors", None)
-    can_change = hasattr(stream, "reconfigure")
-    if can_change:
-        stream.reconfigure(errors="replace")
-    try:
-        yield
-    finally:
-        if can_change:
-            with contextlib.suppress(OSError):  # it is full; its caller's own flush says so
-                stream.reconfigure(errors=before)
-
-
 def known_failure(error: Exception) -> str | None:
     """What to say of a failure of the machine that the user can do something about; None for a bug."""
     if isinstance(error, MemoryError):
@@ -106,37 +91,20 @@ def known_failure(error: Exception) -> str | None:
         for text, advice in FAILURES.items():
             if text in str(error):
                 return advice
-    if came_through(error, "torch._inductor"):  # not torch._dynamo, which runs the model's own code
+    if type(error).__module__ == "torch._inductor.exc":  # not of torch._dynamo, which runs the model's own code
         return f"--compile True failed: {cause_of_failed_compilation(error)}; leave --compile out"
     if isinstance(error, PermissionError) and error.filename:
         return f"can't use {error.filename}: {reason(error)}; give another path"
-    if isinstance(error, OSError) and error.filename is None and output_is_full():
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
         discard_output()
         return f"can't write to standard output: {reason(error)}; all files saved so far are complete"
     return None
-
-
-def came_through(error: Exception, package: str) -> bool:
-    """Whether an error was raised in a package, or below what it called."""
-    modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
-    return any(f"{module}.".startswith(f"{package}.") for module in modules)
 
 
 def cause_of_failed_compilation(error: Exception) -> str:
     """The line that names it: the compiler's first error, or the last line before torch's advice."""
     lines = [line.strip() for line in str(error).partition("\n\nSet TORCH")[0].splitlines() if line.strip()]
     return next((line for line in lines if "error: " in line), lines[-1] if lines else type(error).__name__)
-
-
-def output_is_full() -> bool:
-    """Whether stdout takes no more; if it does, it gets a line end."""
-    try:
-        os.write(sys.stdout.fileno(), b"\n")
-    except ValueError:  # a stream without a file, as in a notebook
-        return False
-    except OSError:
-        return True
-    return False
 
 
 def discard_output() -> None:

@@ -35,7 +35,6 @@ def writing(path: Path) -> Iterator[Path]:
             with open(temporary, "r+b") as file:  # Windows flushes only what it may write to
                 os.fsync(file.fileno())
             replace(temporary, target)
-        sync_folder(target.parent)
     except OSError as error:
         raise UserError(f"can't write {path}: {reason(error)}; the old file is unchanged") from error
 
@@ -48,16 +47,6 @@ def replace(source: Path, target: Path) -> None:
         except PermissionError:
             time.sleep(pause)
     os.replace(source, target)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` durable, where the system can."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def make_folder(folder: Path) -> None:
@@ -99,16 +88,10 @@ def locked(path: Path) -> Iterator[None]:
         return
     make_folder(path.parent)
     lock_path = path.with_name(f"{path.name}.lock")
-    try:
-        file = open(lock_path, "a")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(f"can't write into {path.parent}: {reason(error)}") from error
-    with file:
+    with open(lock_path, "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(file.fileno()), os.stat(lock_path)):
-                raise BlockingIOError  # the last holder removed this name after it was opened here
-        except (BlockingIOError, FileNotFoundError):
+        except BlockingIOError:
             raise UserError(f"another run is writing {path}: wait for it, or stop it") from None
         except OSError:
             pass  # a file system without locks

@@ -12,14 +12,6 @@ from runtime.errors import ReportedElsewhere, Stopped, UserError
 from runtime.signals import StopSignal
 
 
-def process_count() -> int:
-    """How many processes torchrun started; UserError if that is not a number."""
-    try:
-        return int(os.environ.get("WORLD_SIZE", 1))
-    except ValueError as error:
-        raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']!r}: start with torchrun, or unset it") from error
-
-
 @contextlib.contextmanager
 def torch_settings(device: torch.device, deterministic: bool):
     """Set torch's global settings within the block; those of the host would change the results, or fail."""
@@ -76,7 +68,7 @@ def pick_precision(word: str, device: torch.device) -> str:
 @contextlib.contextmanager
 def start(device_name: str, precision: str, deterministic: bool = False, stop: StopSignal | None = None):
     """Yield the Runtime of this process; under torchrun it joins and leaves the process group."""
-    world_size = process_count()
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
     device = working_device(device_name)
     runtime = Runtime(device, PRECISIONS[pick_precision(precision, device)], stop=stop or StopSignal())
     with contextlib.ExitStack() as stack:
@@ -95,8 +87,6 @@ def start(device_name: str, precision: str, deterministic: bool = False, stop: S
 def process_group(runtime: Runtime, world_size: int):
     """Yield the Runtime of this process among `world_size` ones."""
     try:
-        if not 0 <= int(os.environ.get("RANK", 0)) < world_size:
-            raise ValueError(f"RANK is {os.environ.get('RANK')}")
         store, rank, _ = next(dist.rendezvous("env://"))
     except (ValueError, dist.DistError) as error:  # a variable of torchrun is missing or wrong, or no process comes
         why = str(error).splitlines()[0]

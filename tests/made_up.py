@@ -24,6 +24,12 @@ CPU = Runtime(torch.device("cpu"), None)
 CLASSES = 10
 
 
+def read_log(path: Path) -> tuple[dict, list[dict]]:
+    """A log's header and the lines of its epochs."""
+    header, *lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return header, lines
+
+
 def runs_of(command: str = "", spec: DataSet | None = None, **changes) -> list[RunConfig]:
     """The plan of `train.py COMMAND`, in one process in float32, with `changes`."""
     options = parse_train(["--precision=fp32", *shlex.split(command)])

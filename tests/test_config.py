@@ -33,7 +33,7 @@ def test_hyphens_and_underscores_are_the_same_in_a_name_and_stay_in_a_value():
     assert options.num_epochs == 3 and str(options.weights_path) == "a-b"
 
 
-def test_arguments_from_python_may_be_numbers_and_paths(monkeypatch, capsys):
+def test_arguments_from_python_may_be_numbers_and_paths(monkeypatch):
     words, parsed = ["--subset", 200, "--kd", True, "--temp", 2.5, "--weights_path", Path("w")], []
 
     def stop(options):
@@ -45,7 +45,6 @@ def test_arguments_from_python_may_be_numbers_and_paths(monkeypatch, capsys):
         assert script.main(words) == 128 + 15
     for options in parsed:
         assert (options.subset, options.kd, options.temp, options.weights_path) == (200, True, (2.5,), Path("w"))
-    assert "`python train.py --subset 200 --kd True --temp 2.5 --weights_path w`" in capsys.readouterr().err
 
 
 def test_a_tilde_is_the_home_folder(monkeypatch):
@@ -58,15 +57,6 @@ def test_an_omitted_class_is_a_name_or_else_a_number():
     assert parse_train(["--omit", "dog", "3", "cat"]).omit == ("cat", "dog") == parse_test(["--omit", "5", "3"]).omit
     assert len(run_of(f"--dataset=cifar100 --omit {' '.join(map(str, range(99)))}").stem) < 80, "a name of a file"
     assert config.classes_of(None, ("1", "2"), ("2", "1", "x", "y")) == ("2", "1"), "a name is tried first"
-
-
-@pytest.mark.parametrize("words", ["--resume False", "--resume=no", "--resume FALSE"])
-def test_the_command_that_resumes_does_not_restart(words):
-    typed = shlex.split(f"--kd True {words} --temp 5 --weights_path 'a b'")
-    assert parse_train(typed).resume is False
-    resume = shlex.split(train.resume_command(typed))
-    assert resume[:2] == ["python", "train.py"]
-    assert parse_train(resume[2:]) == parse_train(["--kd", "--temp", "5", "--weights_path", "a b"])
 
 
 @pytest.mark.parametrize(

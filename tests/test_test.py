@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import one_line
-from made_up import CPU, TinyTeacher, content_of, random_images, run_of, tiny_student
+from made_up import CPU, TinyTeacher, content_of, random_images, read_log, run_of, tiny_student
 from PIL import Image
 
 import config
@@ -24,7 +24,6 @@ import train
 from data_sets import DATA_SETS
 from evaluation import comparison, figures
 from runtime import checkpoint
-from runtime.log import read_log
 from training.plan import name_of
 from training.run import describe_data
 from training.teacher_logits import describe_logits, write_logits
@@ -192,7 +191,7 @@ def test_a_folder_of_logits_is_a_teacher_without_a_cost(report_of, evaluate, cap
     assert {key: beside_its_logits[key] for key in FIDELITY} == {key: beside_its_model[key] for key in FIDELITY}
     save_logits(Path("few"), logits[:12])
     save_logits(Path("none"), logits, name="00.npz")
-    for name, tells in (("few", "has the logits of 12 images, not 20"), ("none", "none/test.npz is missing")):
+    for name, tells in (("few", "has the logits of 12 images, not 20"), ("none", "none/test.npz: No such file")):
         assert evaluate("--kd", f"--teacher={name}") == 2 and tells in one_line(capfd)
 
 

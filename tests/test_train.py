@@ -11,7 +11,7 @@ import matplotlib
 import pytest
 import torch
 from conftest import one_line, snapshot
-from made_up import CPU
+from made_up import CPU, read_log
 
 import train
 import training.run
@@ -19,7 +19,6 @@ import utils
 from runtime import checkpoint
 from runtime.device import Runtime
 from runtime.errors import Stopped
-from runtime.log import read_log
 from training.run import load_model
 from utils import load_images
 

@@ -1,5 +1,6 @@
 """The state of a training run: its model, optimizer, log and position; how it is saved and resumed."""
 
+import json
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from models import build_model_of, use_products
 from runtime import checkpoint
 from runtime.device import Runtime, machine
 from runtime.errors import UserError
-from runtime.log import RunLog
+from runtime.files import writing
 from training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from training.runs import UNKNOWN, RunConfig, RunName, describe_differences, differences, run_from, saw_held_out
 from utils import seed_of
@@ -110,7 +111,7 @@ class Run:
             self.forward.broadcast_buffers = False  # they are shared once, before an evaluation
         # Keeps small gradients from becoming zero in float16; skips a step whose gradients overflow.
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
-        self.log = RunLog(files.log, runtime.is_main)
+        self.log = ""  # a header, then one JSON line per epoch
         self.saved_at, self.save_seconds = time.monotonic(), 0.0
         self.begin_epoch(0)
 
@@ -175,14 +176,21 @@ class Run:
     def state(self, **more) -> dict:
         """What a checkpoint holds: the header, the data set in words, and the weights."""
         weights = {name: tensor.cpu().contiguous() for name, tensor in self.model.state_dict().items()}
-        described = {"data": describe_data(self.spec), "epoch": self.epoch, "log": self.log.text}
+        described = {"data": describe_data(self.spec), "epoch": self.epoch, "log": self.log}
         return {**self.header(), **described, "model": weights, **more}
 
     def finished_state(self) -> dict:
         """What the checkpoint of the finished run holds: with the metrics of its last epoch, and its seconds."""
-        lines = self.log.lines
+        lines = [json.loads(line) for line in self.log.splitlines()[1:]]
         seconds = sum(line["seconds"] for line in lines)
         return self.state(metrics=lines[-1][self.config.split], seconds=seconds)
+
+    def write_log(self, text: str) -> None:
+        """Make `text` the whole log, on disk too; UserError if that fails."""
+        self.log = text
+        if self.runtime.is_main:
+            with writing(self.files.log) as temporary:
+                temporary.write_text(text)
 
     def save_is_due(self) -> bool:
         """Whether the last save has cost less than 1 % of the time since then, and is at least 1 s ago."""
@@ -221,7 +229,7 @@ class Run:
         self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
         # Sums over all processes then: each takes its share, so that they add up to the same.
         self.totals += (state["totals"] / self.runtime.world_size).to(self.totals)
-        self.log.write(state["log"])
+        self.write_log(state["log"])  # whatever became of the file meanwhile
         notes = [describe_differences(before, self.config)] if before != self.config else []
         notes += [f"{name} {state['machine'][name]}, not {value}" for name, value in machine(self.runtime).items()
                   if state["machine"][name] != value]  # fmt: skip

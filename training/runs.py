@@ -48,11 +48,6 @@ class RunName:
         return "holdout" if self.holdout else "test"
 
     @property
-    def prefix(self) -> str:
-        """What file names begin with; CIFAR-10 has no prefix."""
-        return "" if self.dataset == "cifar10" else f"{self.dataset}_"
-
-    @property
     def omitted(self) -> str:
         """The omitted classes in words; of many, their number and a hash of their names."""
         words = " ".join(self.omit)
@@ -78,7 +73,8 @@ class RunName:
         """The file name without its suffix: teacher, student or student_kd_t5, and what differs from the defaults."""
         kd = f"_{self.loss}_t{format_number(self.temp)}" if self.kd else ""
         seed = "" if self.seed == DEFAULT_SEED else f"_seed{self.seed}"
-        return f"{self.prefix}{self.role}{self.own}{kd}{seed}{self.trial}"
+        dataset = "" if self.dataset == "cifar10" else f"{self.dataset}_"
+        return f"{dataset}{self.role}{self.own}{kd}{seed}{self.trial}"
 
     @property
     def title(self) -> str:
@@ -186,11 +182,6 @@ def say(run: RunConfig, name: str, label: str | None = None) -> str:
     value = value[:8] if name in ("teacher", "images", "student_layers") and value else value
     value = typed(value) or "none" if isinstance(value, (tuple, float)) else value
     return f"{name if label is None else label} {value}".strip()
-
-
-def same_row(run: RunConfig, other: RunConfig) -> bool:
-    """Whether two runs are seeds of one row."""
-    return not differences(run, other, {"seed"})
 
 
 def is_baseline_of(run: RunConfig, other: RunConfig) -> bool:

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import torch
-from made_up import CPU, TinyTeacher, random_images
+from made_up import CPU, random_images
 
 from data_sets import DATA_SETS
 from evaluation import inference, report
@@ -44,14 +44,6 @@ def test_processes_share_the_batches_and_logits_are_in_the_order_of_images():
     shares = [held_out_logits(Mean(), images, SPEC, OneOfThree(CPU.device, None, rank, 3)) for rank in range(3)]
     assert torch.equal(sum(shares), alone)
     assert [int(share.any(1).sum()) for share in shares] == [EVALUATION_BATCH, EVALUATION_BATCH, 7]
-
-
-def test_a_pictures_probabilities_are_those_of_its_logits_softened():
-    model, images = TinyTeacher().eval(), random_images(3)
-    logits = held_out_logits(model, images, SPEC, CPU)
-    for temp in (1.0, 5.0):
-        found = inference.classify(model, images.pixels.numpy(), SPEC, CPU, temp)
-        torch.testing.assert_close(found, (logits / temp).softmax(1), rtol=1e-4, atol=1e-6)
 
 
 def test_export_runs_without_the_project(tmp_path):

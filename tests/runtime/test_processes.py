@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import FORKS, REPOSITORY, Script, run_as_main
-from made_up import CPU, tiny_student
+from made_up import CPU, read_log, tiny_student
 from torch import nn
 
 import models
@@ -27,7 +27,6 @@ import utils
 from runtime import checkpoint
 from runtime.errors import UserError
 from runtime.files import locked
-from runtime.log import read_log
 from runtime.processes import start
 from utils import load_images
 
@@ -157,7 +156,7 @@ def test_a_run_that_torchrun_stopped_resumes_as_one_process(tmp_path, options, c
         process.send_signal(signal.SIGTERM)
     output, errors = process.communicate(timeout=240)
     assert process.returncode and output.count("saved ") == 1, output + errors
-    assert errors.count("stopped; resume with `torchrun --nproc_per_node=2 train.py") == 1
+    assert errors.count("stopped; rerun the command to resume") == 1
     state = torch.load(tmp_path / f"{STEM}.last.pt", weights_only=True)
     where = f"{STEM}.last.pt at epoch {state['epoch'] + 1}, step {state['step']}/5"
     assert output.endswith(f"{where}\n") and not (tmp_path / f"{STEM}.pt").exists()
@@ -173,7 +172,6 @@ def test_a_run_that_torchrun_stopped_resumes_as_one_process(tmp_path, options, c
     [
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but .*RANK.*: start with torchrun, or unset WORLD_SIZE"),
         ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE is 2, but .*MASTER_ADDR"),
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two': start with torchrun, or unset it"),
     ],
 )
 def test_an_incomplete_environment_of_torchrun_is_one_line(environment, tells, monkeypatch):
