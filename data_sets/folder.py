@@ -51,6 +51,8 @@ def read_folder(
     try:
         packed = load_arrays(root / "packed.npz", key)
     except ValueError:  # missing, damaged or out of date
+        packed = None
+    if packed is None:
         packed = pack(files, size, show_progress, stop)
         try:
             save_arrays(root / "packed.npz", key, **packed)
@@ -69,9 +71,7 @@ def read_folder(
     images = {name: (packed["pixels"][rows], labels[rows]) for name, rows in (("train", ~is_test), ("test", is_test))}
     counts = np.bincount(images["train"][1], minlength=len(classes))
     if not counts.all():
-        raise UserError(
-            f"{root / 'train' / classes[counts.argmin()]} has no picture that can be read: add or remove it"
-        )
+        raise UserError(f"{root / 'train' / classes[counts.argmin()]} has no picture that can be read: add some")
     if not is_test.any():
         raise UserError(f"no picture is left to test on: put some into {root / 'test'}/<class>")
     sizes = f"{counts.sum():,} training and {is_test.sum():,} test images of {len(classes):,} classes"
@@ -106,6 +106,8 @@ def find_files(root: Path) -> tuple[tuple[str, ...], list[File], list[str]]:
         for folder in found.get(name, [])
         for path in files_below(folder)
     ]
+    if missing := set(range(len(classes))) - {label for split, label, _ in files if split == "train"}:
+        raise UserError(f"{train / classes[min(missing)]} has no pictures: add some, or remove it")
     if "test" in folders and files[-1][0] == "train":
         raise UserError(f"{test} has no <class>/<pictures>: add some, or remove it")
     return classes, files, notes

@@ -52,7 +52,7 @@ def start_as_identity(features: nn.Module) -> None:
 
 
 def make_layers(rows: tuple[tuple[int, ...], ...], bias: bool) -> nn.Sequential:
-    """The convolutional part; layer for layer torchvision's, so that state dicts are interchangeable."""
+    """The convolutional part; with biases layer for layer torchvision's, so that state dicts are interchangeable."""
     layers: list[nn.Module] = []
     channels = 3
     for row in rows:

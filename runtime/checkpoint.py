@@ -18,7 +18,7 @@ RETRAIN = "train it again, or give another file"
 
 
 def save(path: Path, content: dict) -> None:
-    """Write a dict of plain values and tensors to `path`, atomically and durably."""
+    """Write a dict of plain values and tensors to `path`, atomically."""
     buffer = io.BytesIO()  # a full disk is an OSError then, not one of torch's own writer
     torch.save({"format": FORMAT, **content}, buffer)
     with writing(path) as temporary:

@@ -46,7 +46,7 @@ class Runtime:
 
     @property
     def product_dtype(self) -> torch.dtype:
-        """The type of Muon's matrix products, which rounding does not harm: bfloat16 where it is fast."""
+        """The type of Muon's matrix products, which rounding does not harm: in float32 runs bfloat16 where fast."""
         return self.autocast_dtype or (torch.bfloat16 if has_fast_bf16(self.device) else torch.float32)
 
     @property

@@ -5,6 +5,7 @@ import errno
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 
 MEMORY = "not enough memory: give train.py a smaller --batch_size or --size, or --device cpu if another device is full"
@@ -16,7 +17,7 @@ FAILURES = {
     "no kernel image is available": "this PyTorch does not support this GPU: install another, or use --device cpu",
     "busy or unavailable": "another program has reserved the GPU: wait for it, or give another --device",
     "NCCL built in": "this PyTorch lacks NCCL, which several GPUs need: train on one without torchrun",
-    "CUBLAS_WORKSPACE_CONFIG": "--deterministic True works in a new process: restart the notebook's kernel",
+    "CUBLAS_WORKSPACE_CONFIG": "--deterministic True needs a new process: restart the notebook's kernel",
     "does not have a deterministic implementation": "the --student can't be trained with --deterministic True",
     "finished reduction in the prior iteration": "a weight of the --student gets no gradient: freeze or remove it",
     "torch.compile is not supported": "torch.compile does not work with this Python: leave --compile out",
@@ -91,14 +92,21 @@ def known_failure(error: Exception) -> str | None:
         for text, advice in FAILURES.items():
             if text in str(error):
                 return advice
-    if type(error).__module__ == "torch._inductor.exc":  # not of torch._dynamo, which runs the model's own code
+    if came_through(error, "torch._inductor"):  # not torch._dynamo, which runs the model's own code
         return f"--compile True failed: {cause_of_failed_compilation(error)}; leave --compile out"
     if isinstance(error, PermissionError) and error.filename:
         return f"can't use {error.filename}: {reason(error)}; give another path"
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
+    full = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
+    if isinstance(error, OSError) and error.errno in full and error.filename is None:
         discard_output()
         return f"can't write to standard output: {reason(error)}; all files saved so far are complete"
     return None
+
+
+def came_through(error: Exception, package: str) -> bool:
+    """Whether an error was raised in a package, or below what it called."""
+    modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(f"{module}.".startswith(f"{package}.") for module in modules)
 
 
 def cause_of_failed_compilation(error: Exception) -> str:
@@ -109,4 +117,5 @@ def cause_of_failed_compilation(error: Exception) -> str:
 
 def discard_output() -> None:
     """Let the interpreter's last flush of what could not be printed go nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with contextlib.suppress(OSError):  # a notebook's stream has no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -20,7 +20,7 @@ UNREADABLE += (zipfile.BadZipFile, zlib.error)
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path that replaces `path`, durably, if the block succeeds.
+    """Yield a temporary path that replaces `path` if the block succeeds.
 
     At any moment `path` is the old file or the new one, whole; if it is a link, the file it leads to. A full disk or a
     read-only folder is a UserError and leaves the old file.
@@ -69,13 +69,11 @@ def load_arrays(path: Path, key: str) -> dict[str, np.ndarray]:
     """What `save_arrays` wrote with this key; ValueError that says why not if it is missing, damaged or another's."""
     try:
         with np.load(path) as stored:  # which verifies the check sums
-            arrays = dict(stored)
-        found = str(arrays.pop("key"))
+            if str(stored["key"]) == key:
+                return {name: stored[name] for name in stored.files if name != "key"}
     except UNREADABLE as error:
-        raise ValueError(getattr(error, "strerror", None) or str(error)) from error
-    if found != key:
-        raise ValueError("it belongs to something else")
-    return arrays
+        raise ValueError(getattr(error, "strerror", None) or "it is damaged") from error
+    raise ValueError("it has another key")
 
 
 @contextlib.contextmanager
@@ -88,10 +86,16 @@ def locked(path: Path) -> Iterator[None]:
         return
     make_folder(path.parent)
     lock_path = path.with_name(f"{path.name}.lock")
-    with open(lock_path, "a") as file:
+    try:
+        file = open(lock_path, "a")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"can't write into {path.parent}: {reason(error)}") from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            if not os.path.samestat(os.fstat(file.fileno()), os.stat(lock_path)):
+                raise BlockingIOError  # the last holder removed this name after it was opened here
+        except (BlockingIOError, FileNotFoundError):
             raise UserError(f"another run is writing {path}: wait for it, or stop it") from None
         except OSError:
             pass  # a file system without locks

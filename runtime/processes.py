@@ -27,7 +27,7 @@ def torch_settings(device: torch.device, deterministic: bool):
         if device.type == "cuda":
             torch.cuda.set_device(device)
             cudnn.benchmark = not deterministic
-            cudnn.allow_tf32 = False  # --precision fp32 means it
+            cudnn.allow_tf32 = False  # --precision fp32 means float32
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             cudnn.deterministic = True
@@ -68,7 +68,7 @@ def pick_precision(word: str, device: torch.device) -> str:
 @contextlib.contextmanager
 def start(device_name: str, precision: str, deterministic: bool = False, stop: StopSignal | None = None):
     """Yield the Runtime of this process; under torchrun it joins and leaves the process group."""
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    world_size = int(os.environ.get("WORLD_SIZE") or 1)
     device = working_device(device_name)
     runtime = Runtime(device, PRECISIONS[pick_precision(precision, device)], stop=stop or StopSignal())
     with contextlib.ExitStack() as stack:

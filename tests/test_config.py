@@ -47,6 +47,13 @@ def test_arguments_from_python_may_be_numbers_and_paths(monkeypatch):
         assert (options.subset, options.kd, options.temp, options.weights_path) == (200, True, (2.5,), Path("w"))
 
 
+def test_the_rules_name_declared_options_only():
+    for script, options in (("train.py", config.TrainOptions), ("test.py", config.TestOptions)):
+        for rules in (config.NEEDS[script], config.EXCLUDES[script]):
+            named = {*rules, *(other for others in rules.values() for other in others)}
+            assert named <= {f.name for f in fields(options)}
+
+
 def test_a_tilde_is_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     options = parse_test(["--weights_path=~/x", "--image", "~/x.png"])

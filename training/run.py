@@ -197,9 +197,9 @@ class Run:
         return time.monotonic() - self.saved_at > max(1.0, self.save_seconds / SAVING_SHARE)
 
     def is_time_to_agree(self) -> bool:
-        """Whether the processes talk after this step: on GPUs, which work ahead of them, after every 16th."""
+        """Whether the processes talk after this step; with several GPUs, of which they are ahead, every 4th."""
         several_gpus = self.runtime.world_size > 1 and self.runtime.device.type == "cuda"
-        return not several_gpus or self.step % 16 == 0 or self.step == self.steps
+        return not several_gpus or self.step % 4 == 0 or self.step == self.steps
 
     def save(self) -> None:
         """Write the resume state. No generator and no schedule is in it: they follow from seed, epoch and step."""

@@ -155,7 +155,7 @@ LAYOUT = "--data_path must name a folder with train/<class>/<pictures>"
 REFUSED = {  # by what is done to the folder
     "rm -r train": f"no folder .*/train: {LAYOUT}",
     "rm -r train/ant train/café": "train must have two or more class folders and has bee",
-    "mkdir train/empty": "train/empty has no picture that can be read: add or remove it",
+    "mkdir train/empty": "train/empty has no pictures: add some, or remove it",
     "mkdir test/dog": "test/dog is not a class of .*/train: rename or remove it",
     "rm -r test/*": "test has no <class>/<pictures>: add some, or remove it",
     "rm -r test train/*/[1-9].bmp": "no picture is left to test on: put some into .*/test/<class>",

@@ -205,9 +205,9 @@ def describe(folder: Path, **changes) -> None:
 
 WRONG = {
     "lacks the logits of 1 of 2 views, the first is 01.npz": lambda folder: (folder / "01.npz").unlink(),
-    "00.npz: Bad CRC-32 for file 'logits.npy'; write it again": lambda folder: flip_bit(folder / "00.npz", 300),
+    "00.npz: it is damaged; write it again": lambda folder: flip_bit(folder / "00.npz", 300),
     "00.npz: it has the logits of 24 images, not 40": lambda folder: write_logits(folder, "00.npz", ONES, "resnet18-1"),
-    "it belongs to something else": lambda folder: describe(folder, key="resnet18-2"),
+    "it has another key": lambda folder: describe(folder, key="resnet18-2"),
     "has logits of 2 other classes": lambda folder: describe(folder, classes=["cat", "dog"]),
     "has logits of other images than digits here": lambda folder: describe(folder, images="b" * 16),
     "for --flip True": lambda folder: describe(folder, flip=True),
