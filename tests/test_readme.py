@@ -136,11 +136,12 @@ def test_the_quoted_commands_plan_the_published_runs(dataset):
 
 
 def test_the_times_and_accuracies_in_the_text_are_those_of_the_logs():
-    minutes = minutes_of("cifar10")
+    for dataset, prefix in (("cifar10", ""), ("cifar100", "cifar100_")):
+        minutes = minutes_of(dataset)
+        teacher = minutes.pop(f"{prefix}teacher")
+        said = f"The teacher took {teacher:.0f} minutes, the nine students {sum(minutes.values()) / 60:.1f} hours"
+        assert said in one_line(TABLES[dataset])
     tops = {row["model"]: row["top1"] for row in published("cifar10/results")["rows"]}
-    teacher = minutes.pop("teacher")
-    said = f"The teacher took {teacher:.0f} minutes, the nine students {sum(minutes.values()) / 60:.1f} hours"
-    assert said in one_line(TABLES["cifar10"])
     without, _, kd = (f"{row['corrected_top1_omitted']:.0f} %" for row in published("digits_omit/results")["rows"][1:])
     assert (
         f"{kd} of the test 3s right with KD at T = 20, once its bias is corrected, and {without} without KD"
@@ -149,11 +150,10 @@ def test_the_times_and_accuracies_in_the_text_are_those_of_the_logs():
     biases = ["{:+.2f}".format(*row["bias"]) for row in published("digits_omit/results")["rows"][1:]]
     assert "Corrected by {1} (T = 5) and {2} (T = 20)".format(*biases) in (page := one_line(PAGES["paper.md"]))
     assert f"Without KD the correction, {biases[0]}, costs" in page
-    minutes = minutes_of("cifar100")
-    teacher = minutes.pop("cifar100_teacher")
-    said = f"{teacher:.0f} minutes for the teacher and {sum(minutes.values()):.0f} for the nine students"
-    assert said in one_line(TABLES["cifar100"])
-    assert all(points(gain) in one_line(PAGES["losses.md"]) for gain in published("cifar100/results")["gains"])
+    assert all(
+        points(gain) in one_line(section("results.md", "## CIFAR-100"))
+        for gain in published("cifar100/results")["gains"]
+    )
     assert f"this one has {tops['Teacher (VGG19 with BN)']:.2f} % after 16" in one_line(PAGES["results.md"])
 
 
