@@ -385,6 +385,12 @@ def save_figure(axes, path: Path) -> Path:
     return path
 
 
+def parse_log(text: str) -> tuple[dict, list[dict]]:
+    """The header of a run's log, and the line of each epoch."""
+    header, *lines = map(json.loads, text.splitlines())
+    return header, lines
+
+
 @matplotlib.style.context("default")
 def plot_curves(log_path: Path, out_dir: Path) -> list[Path]:
     """Draw a run's accuracy (%) and loss (nats) over its epochs from its log; the paths of the two figures.
@@ -392,7 +398,7 @@ def plot_curves(log_path: Path, out_dir: Path) -> list[Path]:
     The loss is the cross-entropy, and with KD in a panel of its own the soft term.
     """
     log_path, out_dir = Path(log_path), Path(out_dir)
-    header, *lines = [json.loads(line) for line in log_path.read_text().splitlines()]
+    header, lines = parse_log(log_path.read_text())
     split, epochs = header["split"], [line["epoch"] for line in lines]
     top5 = bool(lines) and "top5" in lines[0]["train"]
     kd = header["run"]["loss"] is not None

@@ -1,7 +1,6 @@
 """Figures of trained models: confusion, reliability, pictures, and the comparison of runs."""
 
 import itertools
-import json
 import math
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from matplotlib.font_manager import FontProperties, findfont, fontManager, get_f
 from evaluation.comparison import rows_of
 from evaluation.measures import BINS, reliability
 from training.runs import row_order, run_from
-from utils import COLOURS, new_axes, new_figure, new_panels, save_figure
+from utils import COLOURS, new_axes, new_figure, new_panels, parse_log, save_figure
 
 PICTURES_SHOWN = 12  # in one figure: more make it too tall
 CLASSES_SHOWN = 10  # beside a picture
@@ -130,7 +129,7 @@ def plot_comparison(contents: list[dict], path: Path) -> Path:
     images = "held-out images" if first.holdout else "test images"
     panels = new_panels(f"Accuracy and loss on the {images} of {first.dataset}", ["top-1 (%)", "cross-entropy (nats)"])
     for colour, (title, row) in zip(itertools.cycle(COLOURS), rows_of(contents).items(), strict=False):
-        logs = [[json.loads(line) for line in content["log"].splitlines()[1:]] for content in row]
+        logs = [parse_log(content["log"])[1] for content in row]
         for axes, key in zip(panels, ("top1", "loss"), strict=True):
             values = np.array([[line[first.split][key] for line in log] for log in logs])
             epochs, mean = range(1, values.shape[1] + 1), values.mean(axis=0)

@@ -1,6 +1,5 @@
 """The table of models: its rows, paired gains and notes, as words, numbers and figures."""
 
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from training.runs import (
     is_plain_kd_beside,
     run_from,
 )
+from utils import parse_log
 
 OTHER_MACHINES = "†"
 # Accuracies: columns with a deviation over seeds.
@@ -83,7 +83,7 @@ def collect(contents: list[dict]) -> dict:
 
 def teacher_softness(row: list[dict]) -> dict[str, float]:
     """The mean softness of the teacher's outputs at the temperature of a row, in the first epochs of its logs."""
-    found = [json.loads(content["log"].splitlines()[1]).get("teacher") for content in row]
+    found = [parse_log(content["log"])[1][0].get("teacher") for content in row]
     if None in found:  # a log of an earlier version
         return {}
     return {f"teacher_{key}": statistics.mean(numbers[key] for numbers in found) for key in found[0]}

@@ -18,7 +18,7 @@ from runtime.device import Runtime
 from training.plan import plan
 from training.run import describe_data
 from training.runs import RunConfig
-from utils import Images
+from utils import Images, parse_log
 
 CPU = Runtime(torch.device("cpu"), None)
 CLASSES = 10
@@ -26,8 +26,7 @@ CLASSES = 10
 
 def read_log(path: Path) -> tuple[dict, list[dict]]:
     """A log's header and the lines of its epochs."""
-    header, *lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return header, lines
+    return parse_log(path.read_text())
 
 
 def runs_of(command: str = "", spec: DataSet | None = None, **changes) -> list[RunConfig]:

@@ -1,6 +1,5 @@
 """The state of a training run: its model, optimizer, log and position; how it is saved and resumed."""
 
-import json
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from runtime.errors import UserError
 from runtime.files import writing
 from training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from training.runs import UNKNOWN, RunConfig, RunName, describe_differences, differences, run_from, saw_held_out
-from utils import seed_of
+from utils import parse_log, seed_of
 
 METRICS = ("loss", "ce", "kl", "top1", "top5")
 SAVING_SHARE = 0.01  # of the time that saving the resume state may take
@@ -181,7 +180,7 @@ class Run:
 
     def finished_state(self) -> dict:
         """What the checkpoint of the finished run holds: with the metrics of its last epoch, and its seconds."""
-        lines = [json.loads(line) for line in self.log.splitlines()[1:]]
+        _, lines = parse_log(self.log)
         seconds = sum(line["seconds"] for line in lines)
         return self.state(metrics=lines[-1][self.config.split], seconds=seconds)
 
