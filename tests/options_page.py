@@ -20,8 +20,8 @@ is `--kd True`, and `--num-epochs` is `--num_epochs`."""
 RECIPES = """## Recipes
 
 What a model trains with if the options do not say otherwise. A folder of pictures has CIFAR-10's recipe, scaled to its
-number of images ([data.md](data.md)). `all` views are 162, or 81 if images are not mirrored. The losses' temperatures
-and weights are in [losses.md](losses.md)."""
+number of images ([data.md](data.md)). At 32 x 32 pixels `all` views are 162, or 81 without mirroring. The losses'
+temperatures and weights are in [losses.md](losses.md)."""
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
