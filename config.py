@@ -35,8 +35,8 @@ AT_LEAST_1 = number(int, at_least=1)
 class Options:
     """The options that both scripts share."""
 
-    tto: bool = option(WHAT, "teacher only", boolean, False)
-    kd: bool = option(WHAT, "the student with knowledge distillation", boolean, False)
+    tto: bool = option(WHAT, "train or evaluate the teacher", boolean, False)
+    kd: bool = option(WHAT, "the student with knowledge distillation, not the one without", boolean, False)
     seed: int | None = option(
         WHAT, f"seed of initial weights, order and views (default: {DEFAULT_SEED})", number(int, at_least=0)
     )
@@ -63,15 +63,15 @@ class Options:
         nargs="+", metavar="CLASS",
     )  # fmt: skip
     student_images: tuple[int, ...] | None = option(
-        DATA, "train the student on N images, balanced over the classes; several with --all", AT_LEAST_1,
+        DATA, "train the student on N images, balanced over the classes; --all takes several", AT_LEAST_1,
         nargs="+",
     )  # fmt: skip
     temp: tuple[float, ...] | None = option(
-        KD, "temperature T; several with --all (default: 5 and 20, CIFAR-100 2 and 5; other losses: docs/losses.md)",
+        KD, "temperature T; --all takes several (default: 5 and 20, CIFAR-100 2 and 5; other losses: docs/losses.md)",
         number(float, at_least=0.01, at_most=1000), nargs="+",
     )  # fmt: skip
     loss: tuple[str, ...] | None = option(
-        KD, "kd, ls, dkd, ttm, wttm, or kd_as_ls ... (docs/losses.md); several with --all (default: kd)", nargs="+",
+        KD, "kd, ls, dkd, ttm, wttm, kd_as_ls, ... (docs/losses.md); --all takes several (default: kd)", nargs="+",
         choices=tuple(LOSS_DEFAULTS), metavar="LOSS",
     )  # fmt: skip
     teacher: Path | None = option(
@@ -109,7 +109,7 @@ class TrainOptions(Options):
 
     all: bool = option(WHAT, "everything: teacher, students with and without KD, evaluation, table", boolean, False)
     seeds: int = option(WHAT, "with --all: number of seeds of the students", number(int, 1, at_most=1000), 1)
-    resume: bool = option(WHAT, "resume an unfinished run and skip a finished one; False: restart", boolean, True)
+    resume: bool = option(WHAT, "resume an unfinished run, skip a finished one; False: train anew", boolean, True)
     alpha: float | None = option(
         KD, f"weight of the KL term of --loss kd; cross-entropy has 1 - alpha (default: {ALPHA})",
         number(float, at_least=0, at_most=1),
@@ -125,7 +125,7 @@ class TrainOptions(Options):
         KD, "with --all: for each other loss also plain kd at its temperature and total weight", boolean, False
     )
     optimizer: str = option(RECIPE, "muon or sgd, each with its own recipe", default="muon", choices=OPTIMIZERS)
-    num_epochs: int | None = option(RECIPE, "epochs", AT_LEAST_1)
+    num_epochs: int | None = option(RECIPE, "number of epochs", AT_LEAST_1)
     batch_size: int | None = option(RECIPE, "images per step, over all devices", AT_LEAST_1)
     lr: float | None = option(RECIPE, "peak learning rate", number(float, above=0))
     head_lr: float | None = option(
@@ -135,9 +135,9 @@ class TrainOptions(Options):
     weight_decay: float | None = option(
         RECIPE, "weight decay of the last layer; with sgd, of all weight matrices", number(float, at_least=0)
     )
-    views: int | None = option(RECIPE, "augmented views per image", AT_LEAST_1)
+    views: int | None = option(RECIPE, "how many random crops, mirrored or not, of each image are used", AT_LEAST_1)
     flip: bool | None = option(
-        DATA, "whether a mirrored image still belongs to its class (default: by data set)", boolean
+        DATA, "mirror every other view; False if that would change the class (default: by data set)", boolean
     )
     sync_bn: bool = option(MACHINE, "batch norm over the global batch on several CUDA devices", boolean, False)
     compile: bool = option(MACHINE, "torch.compile the model; pays off in long runs", boolean, False)
@@ -158,8 +158,10 @@ class TestOptions(Options):
     checkpoint: Path | None = option(
         WHAT, "any checkpoint; its settings are read from the file (default: the run that the options name)", file_name
     )
-    compare: bool = option(WHAT, "one table of all checkpoints in --weights_path, and a figure", boolean, False)
-    image: tuple[Path, ...] | None = option(WHAT, "classify these pictures instead", file_name, nargs="+")
+    compare: bool = option(WHAT, "evaluate all checkpoints in --weights_path: one table, one figure", boolean, False)
+    image: tuple[Path, ...] | None = option(
+        WHAT, "classify these pictures instead of the test images", file_name, nargs="+"
+    )
     soften: tuple[float, ...] | None = option(
         WHAT, "draw the probabilities of --image or of four test images at these temperatures",
         number(float, at_least=0.01, at_most=1000), nargs="+",
@@ -251,7 +253,7 @@ def check_weights(parser: Parser, options: TrainOptions) -> None:
         parser.error("--kd_weight and --ce_weight need a single --loss: give one, or leave them out")
     count = len(LOSS_DEFAULTS[losses[0]].kd_weights)
     if options.kd_weight is not None and len(options.kd_weight) != count:
-        parser.error(f"--kd_weight: --loss {losses[0]} has {count}, not {len(options.kd_weight)}")
+        parser.error(f"--loss {losses[0]} takes {count} --kd_weight, not {len(options.kd_weight)}")
     if options.kd_weight is not None and options.ce_weight == 0 and not any(options.kd_weight):
         parser.error("--kd_weight and --ce_weight are all 0, which leaves no loss: give one above 0")
 
@@ -261,13 +263,13 @@ def parse_train(argv: list | None = None) -> TrainOptions:
     parser, options = parse("train.py", TrainOptions, argv)
     check_weights(parser, options)
     if options.matched and all(loss_function(loss) == "kd" for loss in options.loss or ("kd",)):
-        parser.error("--matched requires another --loss than kd: give one, or leave --matched out")
+        parser.error("--matched requires a --loss other than kd: give one, or leave --matched out")
     if (options.seed or 0) + options.seeds - 1 > LARGEST:
         parser.error(f"--seed {options.seed} is too large for {options.seeds} --seeds: the last is at most {LARGEST}")
     row = DATA_SETS[options.dataset]
     most = replace(row, flip=row.flip if options.flip is None else options.flip, size=options.size).views
     if options.views is not None and options.views > most:
-        parser.error(f"--views: an image of {options.dataset} has {most} views, not {options.views}")
+        parser.error(f"--views: an image of {options.dataset} has {most} views: give at most so many")
     return options
 
 

@@ -93,7 +93,7 @@ def left_out_unless_named(options: config.TestOptions, tell: Callable[[str], Non
     except UserError as error:
         if options.teacher:
             raise
-        tell(f"without the teacher: {error}")
+        tell(f"not compared with the teacher: {error}")
 
 
 # ---------------------------------------------------------------------------------------------- one checkpoint
@@ -117,7 +117,8 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
     notes = [*data.notes]
     if why := mismatch(content, run, data.spec):
         notes.append(f"{path} {why}")
-    images, logits, numbers = measure_checkpoint(model, content, data, runtime)
+    images = data.held_out(run.subset, run.holdout)
+    logits, numbers = measure_checkpoint(model, content, images, data, runtime)
     teacher_cost, imitation = None, {}
     if run.role == "student":
         with left_out_unless_named(options, notes.append):
@@ -141,8 +142,6 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
     if options.json:
         values = {"checkpoint": str(path), "role": run.role, **numbers, **inference.medians(cost)}
         saved.append(report.write_json(options.json, values | imitation))
-    if options.export:
-        saved.append(export(model, options.export, content))
     tops = " ".join(f"{name} {100 * numbers[name]:.2f}%" for name in TOPS if name in numbers)
     print(f"{run.split} loss {numbers['loss']:.4f} {tops}")
     print("\n".join([f"{path} on {run.dataset}, {device_title(runtime)}, {runtime.precision}", *notes, ""]))
@@ -150,7 +149,10 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
     if run.omit:
         print(f"\n{report.bias_text(numbers, run.omit)}")
     print(f"\n{report.fidelity_text(imitation)}\n" if imitation else "")
-    print(f"{report.cost_text(cost, teacher_cost)}\n\nsaved {', '.join(map(str, saved))}")
+    print(report.cost_text(cost, teacher_cost))
+    if options.export:  # last, because it may fail
+        saved.append(export(model, options.export, content))
+    print(f"\nsaved {', '.join(map(str, saved))}")
 
 
 def export(model: torch.nn.Module, path: Path, content: dict) -> str:
@@ -169,17 +171,16 @@ def compare(options: config.TestOptions, runtime: Runtime) -> None:
     data = load_images(options.dataset, options.data_path, runtime, skip_broken=broken, size=size)
     for note in data.notes:
         runtime.print(note)
-    shown = measure_all(contents, data, runtime, cost=True, student=options.student, precision=options.precision)
+    name, how = name_of(options), {"student": options.student, "precision": options.precision}
+    shown = measure_all(contents, name, data, runtime, cost=True, **how)
     if not shown:
-        command = name_of(options).command(
-            "train.py --all True", **options.folders("data_path", "weights_path", "name")
-        )
+        command = name.command("train.py --all True", **options.folders("data_path", "weights_path", "name"))
         raise UserError(
             f"no finished checkpoint of {options.dataset} in {options.weights_folder}: train some with `{command}`, "
             "or give --weights_path"
         )
     if runtime.is_main:
-        results.publish(shown, options.plots_folder / f"comparison_{options.dataset}{name_of(options).trial}")
+        results.publish(shown, options.plots_folder / f"comparison_{options.dataset}{name.trial}")
 
 
 def find_checkpoints(options: config.TestOptions, runtime: Runtime) -> list[dict]:

@@ -235,7 +235,7 @@ def train_all(options: config.TrainOptions) -> None:
                 content = train(run, data, views, teacher, files_of(run, options), options.resume, runtime, left)
             contents.append(content)
         if options.all:
-            shown = measure_all(contents, data, runtime, teacher, student=options.student)
+            shown = measure_all(contents, runs[-1], data, runtime, teacher, student=options.student)
             if runtime.is_main:
                 publish(shown, options.table_folder)
         else:

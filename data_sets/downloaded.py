@@ -53,7 +53,7 @@ def as_arrays(found: torchvision.datasets.VisionDataset, size: int = SIDE) -> tu
         picture, labels[i] = found[i]
         if min(picture.size) < size > SIDE:
             raise UserError(
-                f"--size {size}: an image has {picture.width} x {picture.height} pixels: give a smaller one"
+                f"--size {size}: an image has {picture.width} x {picture.height} pixels: give a smaller --size"
             )
         pixels[i] = square(picture, size)
     return pixels, labels

@@ -12,7 +12,7 @@ from runtime import checkpoint
 from runtime.device import PRECISIONS, Runtime
 from runtime.errors import UserError
 from training.run import load_model, mismatch, spec_of
-from training.runs import RunConfig, labels, run_from
+from training.runs import RunConfig, RunName, labels, run_from
 from training.teacher_logits import TeacherLogits
 from utils import Data, Images, held_out_logits
 
@@ -55,18 +55,17 @@ def measure_bias(
 
 
 def measure_checkpoint(
-    model: torch.nn.Module, content: dict, data: Data, runtime: Runtime
-) -> tuple[Images, torch.Tensor, dict]:
-    """The images that a checkpoint is evaluated on, its logits (N, C) of them, and all that these say."""
-    run = run_from(content["run"])
-    images = data.held_out(run.subset, run.holdout)
+    model: torch.nn.Module, content: dict, images: Images, data: Data, runtime: Runtime
+) -> tuple[torch.Tensor, dict]:
+    """The logits (N, C) of a checkpoint for the images to evaluate it on, and all that these say."""
     logits = logits_of(model, content, images, runtime)
     numbers = measure(logits, images.labels)
-    return images, logits, numbers | measure_bias(model, content, data, logits, images.labels, runtime)
+    return logits, numbers | measure_bias(model, content, data, logits, images.labels, runtime)
 
 
 def measure_all(
     contents: list[dict],
+    name: RunName,
     data: Data,
     runtime: Runtime,
     teacher: TeacherLogits | None = None,
@@ -76,26 +75,26 @@ def measure_all(
 ) -> list[dict]:
     """The checkpoints, teachers first, that fit the data, each with what is `measured` of it; the others are named.
 
-    A student is compared with its own teacher, if that is `teacher` or among them, and one without KD with the first.
-    With `cost` they are timed, too. `student` is the --student that was typed. Stopped if a signal came.
+    All are evaluated on the test or held-out images of the run `name`. A student is compared with its own teacher, if
+    that is `teacher` or among them, and one without KD with the first. With `cost` they are timed, too. `student` is
+    the --student that was typed. Stopped if a signal came.
     """
+    images = data.held_out(name.subset, name.holdout)
     shown, teachers = [], {}  # the logits of each teacher, by its fingerprint
-    if teacher and teacher.model is None and contents:  # a teacher with a model is among the checkpoints
-        first = run_from(contents[0]["run"])
+    if teacher and teacher.model is None:  # a teacher with a model is among the checkpoints
         with contextlib.suppress(UserError):  # a folder of logits may have none of the test images
-            logits = teacher.of_test_images(data.held_out(first.subset, first.holdout), first.holdout)
-            teachers[teacher.fingerprint] = logits
+            teachers[teacher.fingerprint] = teacher.of_test_images(images, name.holdout)
     for content in contents:
         run = run_from(content["run"])
         try:
-            if why := mismatch(content, run, data.spec):
+            if why := mismatch(content, name, data.spec):
                 raise UserError(f"{content['path']} {why}")
             in_training = as_trained(runtime, run, precision)
             model = load_model(content, in_training, student)
         except UserError as error:
             runtime.print(f"left out: {error}")
             continue
-        images, logits, numbers = measure_checkpoint(model, content, data, in_training)
+        logits, numbers = measure_checkpoint(model, content, images, data, in_training)
         numbers["parameters"] = count_parameters(model)
         if run.role == "teacher":
             teachers[checkpoint.fingerprint(content["model"])] = logits

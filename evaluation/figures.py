@@ -121,17 +121,19 @@ def plot_pictures(pixels: list, names: list[str], answers: dict, classes: tuple[
 def plot_comparison(contents: list[dict], path: Path) -> Path:
     """Draw top-1 (%) and cross-entropy (nats) over the epochs of finished runs on one data set; the path.
 
-    Runs that differ in the seed alone are one line, their mean, on a band from the least to the most.
+    Runs that differ in the seed alone are one line, their mean, on a band from the least to the most. Left out are a
+    teacher without a log (a plain state dict) and one whose log is of other images than its students'.
     """
-    contents = [content for content in contents if content["log"]]  # a teacher's plain state dict has none
-    contents.sort(key=lambda content: row_order(run_from(content["run"])))
-    first = run_from(contents[0]["run"])
-    images = "held-out images" if first.holdout else "test images"
-    panels = new_panels(f"Accuracy and loss on the {images} of {first.dataset}", ["top-1 (%)", "cross-entropy (nats)"])
+    contents = sorted(contents, key=lambda content: row_order(run_from(content["run"])))
+    last = run_from(contents[-1]["run"])
+    images = last.subset, last.holdout
+    contents = [c for c in contents if c["log"] and (c["run"]["subset"], c["run"]["holdout"]) == images]
+    title = f"Accuracy and loss on the {'held-out' if last.holdout else 'test'} images of {last.dataset}"
+    panels = new_panels(title, ["top-1 (%)", "cross-entropy (nats)"])
     for colour, (title, row) in zip(itertools.cycle(COLOURS), rows_of(contents).items(), strict=False):
         logs = [parse_log(content["log"])[1] for content in row]
         for axes, key in zip(panels, ("top1", "loss"), strict=True):
-            values = np.array([[line[first.split][key] for line in log] for log in logs])
+            values = np.array([[line[last.split][key] for line in log] for log in logs])
             epochs, mean = range(1, values.shape[1] + 1), values.mean(axis=0)
             label = f"{title}: {mean[-1]:.2f}" + (f" (mean of {len(values)})" if len(values) > 1 else "")
             axes.plot(epochs, mean, color=colour, marker="." if len(epochs) == 1 else None, label=label)

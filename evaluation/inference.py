@@ -14,6 +14,7 @@ from data_sets import SIDE
 from models import use_products
 from models.vgg import Float32Linear
 from runtime.device import Runtime
+from runtime.errors import UserError
 from runtime.files import writing
 
 # ---------------------------------------------------------------------------------------------- cost
@@ -77,7 +78,7 @@ def export_model(model: torch.nn.Module, path: Path, data: dict) -> float:
     """Write `model` by torch.export with a dynamic batch; the largest difference of the reloaded program's logits.
 
     `data` describes the data set; the file's `preprocessing.json` also says what the input (B, 3, S, S) is.
-    RuntimeError if the outputs disagree.
+    UserError if torch can't export the model, RuntimeError if the outputs disagree.
     """
     model = copy.deepcopy(model).to("cpu", memory_format=torch.contiguous_format)
     for module in use_products(model, 0).modules():
@@ -85,7 +86,10 @@ def export_model(model: torch.nn.Module, path: Path, data: dict) -> float:
             module.__class__ = torch.nn.Linear
     size = data.get("size", SIDE)  # older checkpoints don't say
     images = torch.randn(5, 3, size, size, generator=torch.Generator().manual_seed(0))
-    program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    try:
+        program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    except (RuntimeError, ValueError) as error:  # of a student of the user's own
+        raise UserError(f"--export: torch.export can't export this model: {str(error).splitlines()[0]}") from error
     preprocessing = data | {"input": "RGB, 0 to 1, (x - mean) / std"}
     buffer = io.BytesIO()
     torch.export.save(program, buffer, extra_files={"preprocessing.json": json.dumps(preprocessing)})

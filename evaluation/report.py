@@ -75,10 +75,11 @@ def accuracy_text(numbers: dict, classes: tuple[str, ...]) -> str:
 def per_class_lines(shares: list[float | None], classes: tuple[str, ...]) -> list[str]:
     """The accuracy (0 to 1, None where there was no image) of each class; of many, of the worst and the best."""
     named = list(zip(classes, shares, strict=True))
-    parts = {"of each class": named}
+    parts = {"accuracy of each class": named}
     if len(classes) > 2 * EXTREMES:
         seen = sorted((pair for pair in named if pair[1] is not None), key=lambda pair: pair[1])
-        parts = {f"the {EXTREMES} worst classes": seen[:EXTREMES], f"the {EXTREMES} best": seen[: -EXTREMES - 1 : -1]}
+        parts = {f"accuracy of the {EXTREMES} worst classes": seen[:EXTREMES]}
+        parts[f"accuracy of the {EXTREMES} best classes"] = seen[: -EXTREMES - 1 : -1]
     lines = []
     for title, pairs in parts.items():
         words = (f"{name} {'no image' if share is None else f'{100 * share:.1f}%'}" for name, share in pairs)

@@ -133,7 +133,7 @@ def verdict(gain: dict) -> str:
     """Whether a loss beats plain KD."""
     if "p" not in gain:
         return "one pair: not tested"
-    return ("better" if gain["mean"] > 0 else "worse") if gain["significant"] else "within seed noise"
+    return ("better" if gain["mean"] > 0 else "worse") if gain["significant"] else "not significant"
 
 
 def results_text(results: dict) -> str:

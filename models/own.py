@@ -1,5 +1,6 @@
 """A student of the user's own: imported by its name, checked, and given logits in float32."""
 
+import copy
 import hashlib
 import importlib
 import os
@@ -21,11 +22,11 @@ def build_own(name: str, num_classes: int, size: int) -> nn.Module:
         builder = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise UserError(f"--student {name} can't be imported: {error}") from error
-    images = torch.zeros(2, 3, size, size)
+    images = torch.zeros(2, 3, size, size).contiguous(memory_format=torch.channels_last)  # as in most trainings
     try:
         model = builder(num_classes=num_classes)
         with torch.no_grad():
-            logits = model.eval()(images) if isinstance(model, nn.Module) else None
+            logits = copy.deepcopy(model).train()(images) if isinstance(model, nn.Module) else None
     except (TypeError, ValueError, RuntimeError) as error:
         called = f"num_classes={num_classes} and images {tuple(images.shape)}"
         raise UserError(f"--student {name} fails with {called}: {error}") from error

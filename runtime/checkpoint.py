@@ -1,4 +1,4 @@
-"""Checkpoints: plain tensors, numbers and strings, read without running code and checked by their check sums."""
+"""Checkpoints: plain tensors, numbers and strings, read without running code and checked by their checksums."""
 
 import hashlib
 import io
@@ -43,18 +43,18 @@ def accept(content, path: Path) -> dict:
 
 
 def load_any(path: Path):
-    """What torch saved in a file, checked by its check sums; UserError if it is missing or damaged."""
+    """What torch saved in a file, checked by its checksums; UserError if it is missing or damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():  # torch itself does not check them
-                raise zipfile.BadZipFile(f"{damaged} fails its check sum")
+                raise zipfile.BadZipFile(f"{damaged} fails its checksum")
             if any(entry.external_attr for entry in archive.infolist()):  # then torch would skip the entry
                 raise zipfile.BadZipFile("an entry has attributes, which torch never writes")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # how torch would read this file otherwise
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"no checkpoint {path}") from None
+        raise UserError(f"no checkpoint {path}: check the path") from None
     except OSError as error:
         raise UserError(f"can't read {path}: {reason(error)}") from error
     except pickle.UnpicklingError as error:
@@ -69,7 +69,9 @@ def load_weights(model: torch.nn.Module, content: dict) -> torch.nn.Module:
         model.load_state_dict(content["model"])
     except (RuntimeError, TypeError, AttributeError, KeyError) as error:
         why = textwrap.shorten(str(error).partition("\n")[2], 160) or "it was trained by another version"
-        raise UserError(f"{content['path']} does not fit the model {type(model).__name__}: {why}") from error
+        raise UserError(
+            f"{content['path']} does not fit the model {type(model).__name__} ({why}): {RETRAIN}"
+        ) from error
     return model
 
 

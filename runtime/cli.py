@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shlex
+import subprocess
 import sys
 from dataclasses import field, fields
 from pathlib import Path
@@ -89,7 +90,9 @@ def typed(value) -> str:
     """An option's value as one would type it in a shell."""
     if isinstance(value, tuple):
         return " ".join(map(typed, value))
-    return format_number(value) if isinstance(value, float) else shlex.quote(str(value))
+    if isinstance(value, float):
+        return format_number(value)
+    return subprocess.list2cmdline([str(value)]) if os.name == "nt" else shlex.quote(str(value))
 
 
 # ---------------------------------------------------------------------------------------------- parser

@@ -120,7 +120,7 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind, _, index = name.partition(":")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; try cpu")
+        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; try --device cpu")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: not available on this machine; try --device cpu")
     if kind == "cpu":
@@ -128,7 +128,7 @@ def pick_device(name: str) -> torch.device:
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     devices = torch.cuda.device_count() if kind == "cuda" and not index else 1
     if processes > devices:
-        raise UserError(f"{processes} processes need one device each, --device {name} has {devices}; try --device cpu")
+        raise UserError(f"{processes} processes need one device each, but --device {name} has {devices}: start fewer")
     if kind == "mps":
         return torch.device(name)
     return torch.device("cuda", int(index or os.environ.get("LOCAL_RANK", 0)))

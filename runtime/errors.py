@@ -15,6 +15,7 @@ FAILURES = {
     "out of memory": MEMORY,  # of CUDA, MPS
     "STATUS_ALLOC_FAILED": MEMORY,  # of cuBLAS, cuDNN
     "no kernel image is available": "this PyTorch does not support this GPU: install another, or use --device cpu",
+    "NVIDIA driver on your system is too old": "the NVIDIA driver is too old for this PyTorch: update one of them",
     "busy or unavailable": "another program has reserved the GPU: wait for it, or give another --device",
     "NCCL built in": "this PyTorch lacks NCCL, which several GPUs need: train on one without torchrun",
     "CUBLAS_WORKSPACE_CONFIG": "--deterministic True needs a new process: restart the notebook's kernel",
@@ -68,7 +69,7 @@ def exit_code(main: Callable[[], None]) -> int:
     except UserError as error:
         return report(str(error))
     except KeyboardInterrupt:
-        print_error("interrupted; rerun the command to resume training from its last save")
+        print_error("interrupted; rerun the command (train.py resumes from its last save)")
         return 128 + signal.SIGINT
     except Stopped as stop:
         print_error("stopped; rerun the command to resume (without --resume False)")

@@ -25,14 +25,14 @@ def torch_settings(device: torch.device, deterministic: bool):
             torch.set_default_device(None)
         torch.set_float32_matmul_precision("highest")
         if device.type == "cuda":
-            torch.cuda.set_device(device)
             cudnn.benchmark = not deterministic
             cudnn.allow_tf32 = False  # --precision fp32 means float32
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             cudnn.deterministic = True
             torch.use_deterministic_algorithms(True)
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+        with on_device, torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
             yield
     finally:
         torch.set_default_dtype(host[0])
@@ -50,7 +50,7 @@ def working_device(name: str) -> torch.device:
         return device
     if name == "mps":
         raise UserError(
-            f"--device mps: a trial step of training fails with torch {torch.__version__} ({error}); try cpu"
+            f"--device mps: a trial step of training fails with torch {torch.__version__} ({error}); try --device cpu"
         )
     print(f"MPS is not used: a trial step of training fails with torch {torch.__version__} ({error})", flush=True)
     return torch.device("cpu")
@@ -59,7 +59,7 @@ def working_device(name: str) -> torch.device:
 def pick_precision(word: str, device: torch.device) -> str:
     """The precision of a --precision word on a device; UserError if the device lacks it."""
     if word == "fp16" and device.type != "cuda":
-        raise UserError("--precision fp16 is for CUDA cards without bf16: leave it out")
+        raise UserError("--precision fp16 needs a CUDA device: leave it out")
     if word != "auto":
         return word
     return "bf16" if has_fast_bf16(device) else "fp32"
@@ -73,7 +73,7 @@ def start(device_name: str, precision: str, deterministic: bool = False, stop: S
     runtime = Runtime(device, PRECISIONS[pick_precision(precision, device)], stop=stop or StopSignal())
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch_settings(device, deterministic))
-        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         if device.type == "cpu":
             keep_freed_memory()
         if world_size > 1:

@@ -62,10 +62,10 @@ WRONG_OPTIONS = [
     *[(f"train.py --all True --loss ls dkd --{weight}", "--kd_weight and --ce_weight need a single --loss") for weight
       in ("kd_weight 9", "ce_weight 1")],
     ("train.py --all True --loss kd ls --alpha 0.5", "--alpha is for --loss kd"),
-    ("train.py --kd True --loss dkd --kd_weight 9", "--kd_weight: --loss dkd has 2, not 1"),
-    ("train.py --kd True --kd_weight 9 1", "--kd_weight: --loss kd has 1, not 2"),
+    ("train.py --kd True --loss dkd --kd_weight 9", "--loss dkd takes 2 --kd_weight, not 1"),
+    ("train.py --kd True --kd_weight 9 1", "--loss kd takes 1 --kd_weight, not 2"),
     ("train.py --kd True --loss dkd --kd_weight 0 0 --ce_weight 0", "--kd_weight and --ce_weight are all 0"),
-    *[(f"train.py --all True --matched True{loss}", "--matched requires another --loss than kd") for loss in (
+    *[(f"train.py --all True --matched True{loss}", "--matched requires a --loss other than kd") for loss in (
         "", " --loss kd kd_as_ls")],
     ("train.py --all True --loss ls --matched True --kd_weight 9", "--matched True takes the default weights"),
     # Values.
@@ -83,9 +83,9 @@ WRONG_OPTIONS = [
         "dataset", "device", "precision", "resume", "optimizer", "epochs")],
     *[(f"train.py --{name} ''", name) for name in ("weights_path", "name")],
     ("train.py --all True --seed 2147483647 --seeds 2", "--seed 2147483647 is too large for 2 --seeds"),
-    ("train.py --dataset digits --views 82", "--views: an image of digits has 81 views, not 82"),
-    ("train.py --flip False --views 82", "an image of cifar10 has 81 views, not 82"),
-    ("train.py --size 64 --dataset digits --views 290", "an image of digits has 289 views, not 290"),
+    ("train.py --dataset digits --views 82", "--views: an image of digits has 81 views: give at most"),
+    ("train.py --flip False --views 82", "an image of cifar10 has 81 views: give"),
+    ("train.py --size 64 --dataset digits --views 290", "an image of digits has 289 views: give"),
     ("train.py --size 48 --dataset digits", "--size: invalid choice: 48"),
     ("train.py --size 64", "--size: the images of cifar10 have 32 x 32 pixels: leave it out"),
     ("train.py --student resnet8", "--student: expected MODULE:FUNCTION, as in my_models:resnet8, not 'resnet8'"),

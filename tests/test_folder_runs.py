@@ -93,4 +93,4 @@ def test_other_classes_are_an_error(root, tmp_path, capfd):
         (root / split / CLASSES[0]).rename(root / split / "another")
     for command in (lambda: evaluate(*WORDS[:2]), lambda: learn("--kd")):
         capfd.readouterr()
-        assert command() == 2 and f"has 3 other classes ({', '.join(CLASSES)}" in one_line(capfd)
+        assert command() == 2 and f"has 3 classes ({', '.join(CLASSES)}" in one_line(capfd)

@@ -32,6 +32,18 @@ no_module = lambda num_classes: [num_classes]
 no_shape = lambda num_classes: net(num_classes + 1)
 no_linear = lambda num_classes: net(num_classes).requires_grad_(False)
 no_forward = lambda num_classes: nn.Sequential(nn.Linear(7, num_classes))
+
+class Net(nn.Module):
+    def __init__(self, num_classes, heads):
+        super().__init__()
+        self.body, self.head, self.heads = nn.Conv2d(3, 2, 3, padding=1), nn.Linear(2048, num_classes), heads
+
+    def forward(self, images):
+        logits = self.head(self.body(images).view(len(images), -1) if not self.heads else self.body(images).flatten(1))
+        return (logits, logits) if self.heads and self.training else logits
+
+no_view = lambda num_classes: Net(num_classes, heads=False)
+no_heads = lambda num_classes: Net(num_classes, heads=True)
 """
 
 
@@ -83,7 +95,7 @@ def test_an_own_student_at_an_own_size(mine, digits, capfd):
     Path("my_models.py").write_text(MODULE.replace("nn.BatchNorm2d(8)", "nn.Identity()"))
     del sys.modules["my_models"]
     assert evaluate(digits, f"--checkpoint={path}", words[3]) == 2
-    assert "does not fit the model Sequential: Unexpected key" in one_line(capfd)
+    assert "does not fit the model Sequential (Unexpected key" in one_line(capfd)
     assert mine(*words[2:]) == 2 and "is a finished run with student_layers" in one_line(capfd)
 
 
@@ -94,6 +106,8 @@ UNUSABLE = {
     "my_models:no_module": "returns a list, not a torch.nn.Module",
     "my_models:no_shape": r"returns shape \(2, 11\) for 2 images, not \(2, 10\)",
     "my_models:no_linear": "has no linear layer that can be trained",
+    "my_models:no_view": "Use .reshape",
+    "my_models:no_heads": r"returns shape \(\) for 2 images",
     "my_models:no_forward": r"and images \(2, 3, 32, 32\): mat1 and mat2",
 }
 

@@ -127,7 +127,7 @@ def test_report_of_a_student_and_its_fidelity_to_the_teacher(evaluate, capfd):
     output = capfd.readouterr().out
     numbers = json.loads(Path("new/report.json").read_text())
     assert set(numbers) == KEYS | FIDELITY
-    assert "without the teacher" not in output and "is not the teacher" not in output
+    assert "not compared with" not in output and "is not the teacher" not in output
     assert numbers["role"] == "student" and numbers["images"] == 20
     assert np.sum(numbers["contingency"]) == np.sum(numbers["confusion"]) == 20
     assert numbers["latency_ms"] == 20 and numbers["images_per_second"] == 256 / 0.02
@@ -161,7 +161,7 @@ def test_a_teacher_that_cannot_be_used_is_left_out_and_a_named_one_is_an_error(r
     for name, tells in {
         "none.pt": "no teacher weights/none.pt: train one with ",
         "torn.pt": "weights/torn.pt is damaged",
-        "others.pt": "the teacher weights/others.pt has 100 other classes (apple, aquarium_fish, baby, ...): choose ",
+        "others.pt": "the teacher weights/others.pt has 100 classes (apple, aquarium_fish, baby, ...) that are not ",
         "pupil.pt": "the teacher weights/pupil.pt is a student: choose another one with --teacher",
         "elsewhere.pt": "the teacher weights/elsewhere.pt was trained on other images than those of cifar10 here: ",
     }.items():
@@ -170,7 +170,9 @@ def test_a_teacher_that_cannot_be_used_is_left_out_and_a_named_one_is_an_error(r
             Path("weights/teacher.pt").symlink_to(file.name)
         assert set(report_of()) == KEYS
         output = capfd.readouterr().out
-        assert f"without the teacher: {tells.replace(name, 'teacher.pt')}" in output and "Fidelity" not in output
+        assert (
+            f"not compared with the teacher: {tells.replace(name, 'teacher.pt')}" in output and "Fidelity" not in output
+        )
         Path("report.json").unlink()
         assert evaluate(f"--teacher={file}", "--json=report.json") == 2
         assert tells in one_line(capfd) and not Path("report.json").exists()
@@ -328,7 +330,7 @@ def test_a_picture_is_classified_by_student_and_teacher(evaluate, capfd):
     assert not evaluate.read, "a picture needs no data set"
     Path("weights/teacher.pt").unlink()
     assert evaluate("--image", "blue_$x$.png") == 0
-    assert "without the teacher: no teacher weights/teacher.pt" in capfd.readouterr().out
+    assert "not compared with the teacher: no teacher weights/teacher.pt" in capfd.readouterr().out
     assert evaluate("--image", "blue_$x$.png", "--teacher=none.pt") == 2
     Path("text.png").write_text("no picture")
     capfd.readouterr()
@@ -438,7 +440,7 @@ def test_with_a_teacher_its_own_students_and_those_without_kd_are_shown(compare,
     assert compare(f"--teacher={wanted}")[1] == [TEACHER, STUDENT, KD]
     assert compare(f"--teacher={other}")[1] == [TEACHER, STUDENT, "Student (with KD, Temp = 20)"]
     assert evaluate("--compare", "True", "--teacher=none.pt") == 2
-    assert one_line(capfd).endswith("error: no checkpoint none.pt\n")
+    assert one_line(capfd).endswith("error: no checkpoint none.pt: check the path\n")
 
 
 def test_what_cannot_be_compared_is_named_and_left_out(compare):
@@ -469,4 +471,4 @@ def test_it_runs_where_another_module_is_called_test(monkeypatch, tmp_path, capf
     monkeypatch.setitem(sys.modules, "test", ModuleType("test"))  # Python's own, in a notebook
     monkeypatch.chdir(tmp_path)
     assert runpy.run_path(test_script.__file__)["main"](["--checkpoint", "none.pt"]) == 2
-    assert capfd.readouterr().err.endswith("error: no checkpoint none.pt\n")
+    assert capfd.readouterr().err.endswith("error: no checkpoint none.pt: check the path\n")

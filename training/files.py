@@ -16,9 +16,10 @@ def files_of(run: RunName, options) -> RunFiles:
 
 
 def has_finished(run: RunName, options) -> bool:
-    """Whether a run of this name has finished and is not to be trained again."""
+    """Whether a run of this name has finished and is not to be trained again; --all never does so with its teacher."""
     files = files_of(run, options)
-    return options.resume and files.checkpoint.exists() and not files.resume.exists()
+    keep = options.resume or (options.all and run.role == "teacher")
+    return keep and files.checkpoint.exists() and not files.resume.exists()
 
 
 def find_finished(run: RunConfig, options, spec: DataSet) -> dict | None:
@@ -33,7 +34,7 @@ def find_finished(run: RunConfig, options, spec: DataSet) -> dict | None:
     found = run_from(content["run"])
     if options.all and run.role == "teacher":
         if why := teacher_mismatch(content, run, spec):
-            raise UserError(f"the teacher {path} {why}: give another --weights_path")
+            raise UserError(f"the teacher {path} {why}: give another --weights_path and --plots_path")
         return content
     if differences(found, run):
         raise UserError(

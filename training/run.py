@@ -73,7 +73,7 @@ def mismatch(content: dict, name: RunName, spec: DataSet, same_images: bool = Tr
     """Why a checkpoint does not fit a data set, or was trained on images that `name` holds out; "" if it fits."""
     run, classes = run_from(content["run"]), content["data"]["classes"]
     if tuple(classes) != spec.classes:
-        return f"has {len(classes)} other classes ({', '.join(classes[:3])}, ...)"
+        return f"has {len(classes)} classes ({', '.join(classes[:3])}, ...) that are not those of {spec.name}"
     if run.size != spec.size:
         return f"was trained on images of {run.size} x {run.size} pixels, not {spec.size} x {spec.size}"
     if same_images and run.images not in (spec.fingerprint, UNKNOWN):
@@ -160,10 +160,9 @@ class Run:
         bad = (~torch.isfinite(self.losses[: self.step])).nonzero()
         if len(bad):
             step = int(bad[0])
-            lr = learning_rate(self.epoch * self.steps + step, self.total_steps, self.config.lr)
             raise UserError(
-                f"the loss is {self.losses[step].item()} at epoch {self.epoch + 1}, step {step + 1}, learning rate "
-                f"{lr:.4g}: restart it with a lower rate, `--lr {self.config.lr / 10:.4g} --resume False`"
+                f"the loss of {self.files.stem} is {self.losses[step]:g} at epoch {self.epoch + 1}, step {step + 1}: "
+                f"train this run again, without --all, with a lower rate: --lr {self.config.lr / 10:.4g} --resume False"
             )
 
     # ------------------------------------------------------------------------------------------ saved and resumed

@@ -179,7 +179,8 @@ def describe_differences(run: RunConfig, other: RunConfig, ignoring: set[str] = 
 def say(run: RunConfig, name: str, label: str | None = None) -> str:
     """A field in words."""
     value = getattr(run, name)
-    value = value[:8] if name in ("teacher", "images", "student_layers") and value else value
+    is_hash = name in ("teacher", "images", "student_layers") and len(value or "") == 16
+    value = value[:8] if is_hash else value
     value = typed(value) or "none" if isinstance(value, (tuple, float)) else value
     return f"{name if label is None else label} {value}".strip()
 

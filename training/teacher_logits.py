@@ -70,7 +70,7 @@ class TeacherLogits:
         if self.model is None and missing:
             raise UserError(
                 f"{self.folder} lacks the logits of {len(missing)} of {count} views, the first is "
-                f"{missing[0]:02}.npz: write them"
+                f"{missing[0]:02}.npz: write them (docs/own.md), or give a smaller --views"
             )
 
     def of_view(self, k: int, views: Views, rows: torch.Tensor) -> torch.Tensor:

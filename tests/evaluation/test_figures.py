@@ -48,7 +48,7 @@ def test_the_comparison_shows_runs_that_differ_in_the_seed_alone_as_one_mean(tmp
 
 
 def test_a_run_of_one_epoch_is_a_point_and_of_held_out_images_says_so(tmp_path, drawn):
-    plot_comparison(tmp_path, {"--holdout=8": (50.0,)})
+    plot_comparison(tmp_path, {"--tto": (60.0,), "--holdout=8": (50.0,)})
     assert [line.get_marker() for line in drawn[0].lines] == ["."]
     assert drawn[0].figure.get_suptitle() == "Accuracy and loss on the held-out images of cifar10"
 

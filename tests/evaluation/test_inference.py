@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 import torch
 from made_up import CPU, random_images
 
@@ -10,6 +11,7 @@ from data_sets import DATA_SETS
 from evaluation import inference, report
 from models import build_model
 from runtime.device import Runtime
+from runtime.errors import UserError
 from training.run import describe_data
 from utils import EVALUATION_BATCH, held_out_logits
 
@@ -53,5 +55,8 @@ def test_export_runs_without_the_project(tmp_path):
     program = torch.export.load(tmp_path / "student.pt2", extra_files=files).module()
     images = torch.randn(3, 3, 32, 32)
     torch.testing.assert_close(program(images), model(images), rtol=1e-4, atol=1e-5)
+    model.forward = lambda images: images if images.sum() > 0 else -images
+    with pytest.raises(UserError, match="can't export this model: .+"):
+        inference.export_model(model, tmp_path / "student.pt2", describe_data(SPEC))
     preprocessing = json.loads(files["preprocessing.json"])
     assert preprocessing["classes"] == list(SPEC.classes) and preprocessing["mean"] == list(SPEC.mean)

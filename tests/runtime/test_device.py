@@ -1,5 +1,6 @@
 """The device of each process, what the processes share, and the host's settings, which are restored."""
 
+import contextlib
 import platform
 import resource
 import signal
@@ -87,7 +88,7 @@ def test_the_precision_of_a_device(word, device, fast, expected, monkeypatch):
     if expected:
         assert pick_precision(word, torch.device(device)) == expected
     else:
-        with pytest.raises(UserError, match="--precision fp16 is for CUDA cards"):
+        with pytest.raises(UserError, match="--precision fp16 needs a CUDA device"):
             pick_precision(word, torch.device(device))
 
 
@@ -135,7 +136,9 @@ def host(request, monkeypatch):
     for name in ("benchmark", "allow_tf32", "deterministic"):
         monkeypatch.setattr(torch.backends.cudnn, name, request.param)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.get_rng_state())
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     torch.use_deterministic_algorithms(request.param, warn_only=request.param)
     if request.param:

@@ -29,7 +29,7 @@ def raising(error: Exception):
     [
         (UserError("one\n  line"), 2, "error: one line\n"),
         (Stopped(signal.SIGTERM), 143, "stopped; rerun the command to resume (without --resume False)\n"),
-        (KeyboardInterrupt(), 130, "interrupted; rerun the command to resume training from its last save\n"),
+        (KeyboardInterrupt(), 130, "interrupted; rerun the command (train.py resumes from its last save)\n"),
         (ReportedElsewhere(143), 143, ""),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."), 2, "a smaller --batch_size"),
         (RuntimeError("MPS backend out of memory (MPS allocated: 18.04 GB)"), 2, "a smaller --batch_size"),

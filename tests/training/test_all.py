@@ -138,6 +138,9 @@ def test_it_distils_the_teacher_that_is_there_and_replaces_no_students_of_anothe
     error = capfd.readouterr().err
     assert f"teacher {teacher[:8]}, not " in error and "--name" in error and "--resume False" in error
     assert error.count("\n") == 1 and load("student_kd_t5")["run"]["teacher"] == teacher
+    assert learn(*ALL, "--resume=False", "--num_epochs=3") == 0
+    assert load("teacher")["run"]["num_epochs"] == 1, "--all replaces students alone"
+    assert load("student")["run"]["num_epochs"] == 3 and load("student_kd_t5")["run"]["teacher"] != teacher
 
 
 def test_a_name_is_of_the_students_and_a_holdout_of_the_teacher_too(learn, tmp_path):
@@ -162,9 +165,9 @@ def test_a_name_is_of_the_students_and_a_holdout_of_the_teacher_too(learn, tmp_p
 def test_all_with_a_teacher_trains_no_other_and_shows_it_in_the_table(learn, tmp_path, capfd):
     assert learn(*ALL, "--teacher=none.pt") == 2
     assert "no teacher none.pt" in capfd.readouterr().err and not Path("weights").exists()
-    assert learn("--tto") == 0
-    path = Path("weights/digits_teacher_subset40.pt").rename("mine.pt")
-    assert learn(*ALL, f"--teacher={path}") == 0
+    assert learn("--tto", "--subset=80", "--holdout=8") == 0
+    path = Path("weights/digits_teacher_subset80_holdout8.pt").rename("mine.pt")
+    assert learn(*ALL, f"--teacher={path}") == 0, "all are evaluated on the students' images"
     assert not list(tmp_path.glob("weights/*teacher*.pt"))
     rows = table_of(tmp_path)["rows"]
     assert [row["model"].split(" (")[0] for row in rows] == ["Teacher", "Student", "Student"]

@@ -191,7 +191,7 @@ def test_a_run_that_fails_at_once_may_be_started_with_other_options(learn, monke
 def test_a_loss_that_is_not_finite_keeps_the_last_good_state(learn, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(Run, "save_is_due", lambda run: True)
     assert learn("--lr=1e20") == 2
-    tells = r".*the loss is (?:nan|inf) at epoch 1, step (\d), learning rate 1e\+20: .*`--lr 1e\+19 --resume False`\n"
+    tells = r".*the loss of digits_student.* is (?:nan|inf) at epoch 1, step (\d): .* --lr 1e\+19 --resume False\n"
     told = re.fullmatch(tells, error := capfd.readouterr().err)
     assert told, error
     (path,) = (tmp_path / "weights").iterdir()

@@ -212,6 +212,8 @@ def test_differences_in_words():
     assert describe_differences(run, other) == f"lr 0.1, not 0.5; {weights}; teacher bbbbbbbb, not cccccccc"
     assert describe_differences(run, other, {"lr", "teacher"}) == weights
     assert describe_differences(run, run) == ""
+    first, second = (replace(run, teacher=f"resnet18-{i}") for i in (1, 2))  # keys of folders of logits
+    assert describe_differences(first, second) == "teacher resnet18-1, not resnet18-2"
 
 
 def test_plain_kd_beside_another_loss_is_of_the_same_teacher_and_recipe():
@@ -323,7 +325,7 @@ def test_a_loss_that_is_not_finite_names_its_first_step(make_run):
     run = make_run()
     for loss in (1.0, 2.0, float("inf"), float("nan")):
         run.record(torch.tensor(loss), *torch.zeros(2), torch.zeros(2), 8)
-    with pytest.raises(UserError, match="loss is inf at epoch 1, step 3, .*`--lr 0.01 --resume False`"):
+    with pytest.raises(UserError, match="is inf at epoch 1, step 3: .* --lr 0.01 --resume False"):
         run.check_finite()
 
 
