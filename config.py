@@ -1,34 +1,22 @@
-"""Every option of train.py and test.py: declared once, checked once. None stands for "not given".
-
-Standard library and tables only: `--help` and a wrong option answer before torch is imported.
-"""
+"""Every option of train.py and test.py, declared and checked once; None is "not given". No torch: --help is quick."""
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from data_sets import DATA_SETS, SIDE, SIZES
-from runtime.cli import (
-    LARGEST,
-    Parser,
-    boolean,
-    build_parser,
-    check_conflicts,
-    device_name,
-    file_name,
-    folder_name,
-    function_name,
-    number,
-    option,
-    parse_words,
-    plain_word,
-)
+from runtime.cli import LARGEST, Parser, boolean, file_name, folder_name, matching, number, option, parse_words
 from training.plan import name_of
 from training.recipes import ALPHA, LOSS_DEFAULTS, OPTIMIZERS
 from training.runs import DEFAULT_SEED, loss_function
 
 WHAT, DATA, KD = "what to run", "data", "distillation"
 RECIPE, MACHINE, FILES = "recipe (defaults: docs/options.md)", "machine", "files"
-AT_LEAST_1 = number(int, at_least=1)
+FROM_0, FROM_1 = number(int, at_least=0), number(int, at_least=1)
+ABOVE_0, WEIGHT = number(float, above=0), number(float, at_least=0, at_most=1e6)
+TEMPERATURE = number(float, at_least=0.01, at_most=1000)
+FUNCTION = matching(r"\w+(\.\w+)*:\w+", "MODULE:FUNCTION, as in my_models:resnet8")
+DEVICE = matching(r"auto|cpu|mps|cuda(:\d+)?", "auto, cpu, cuda, cuda:N or mps")
+PLAIN_WORD = matching(r"(?!\.+$)[A-Za-z0-9._-]+", "letters, digits, '.', '_' and '-'")  # safe in a path
 
 
 @dataclass(frozen=True)
@@ -37,11 +25,9 @@ class Options:
 
     tto: bool = option(WHAT, "train or evaluate the teacher", boolean, False)
     kd: bool = option(WHAT, "the student with knowledge distillation, not the one without", boolean, False)
-    seed: int | None = option(
-        WHAT, f"seed of initial weights, order and views (default: {DEFAULT_SEED})", number(int, at_least=0)
-    )
+    seed: int | None = option(WHAT, f"seed of initial weights, order and views (default: {DEFAULT_SEED})", FROM_0)
     student: str | None = option(
-        WHAT, "your own student, MODULE:FUNCTION called with num_classes (default: ours)", function_name
+        WHAT, "your own student, MODULE:FUNCTION called with num_classes (default: ours)", FUNCTION
     )
     dataset: str = option(
         DATA, "cifar10, cifar100, digits (drawn, no download) or folder", default="cifar10", choices=DATA_SETS
@@ -53,38 +39,35 @@ class Options:
     size: int = option(
         DATA, "pixels along a side of an image (folder, digits): a multiple of 32", int, SIDE, choices=SIZES
     )
-    subset: int | None = option(DATA, "a quick trial: the first N training images and N/5 test images", AT_LEAST_1)
+    subset: int | None = option(DATA, "a quick trial: the first N training images and N/5 test images", FROM_1)
     holdout: int = option(
-        DATA, "hold out the last N training images and evaluate on them instead of the test set",
-        number(int, at_least=0), 0,
-    )  # fmt: skip
+        DATA, "hold out the last N training images and evaluate on them instead of the test set", FROM_0, 0
+    )
     omit: tuple[str, ...] | None = option(
         DATA, "leave these classes (names or numbers) out of the student's training images; the teacher sees them",
-        nargs="+", metavar="CLASS",
     )  # fmt: skip
     student_images: tuple[int, ...] | None = option(
-        DATA, "train the student on N images, balanced over the classes; --all takes several", AT_LEAST_1,
-        nargs="+",
-    )  # fmt: skip
+        DATA, "train the student on N images, balanced over the classes; --all takes several", FROM_1
+    )
     temp: tuple[float, ...] | None = option(
         KD, "temperature T; --all takes several (default: 5 and 20, CIFAR-100 2 and 5; other losses: docs/losses.md)",
-        number(float, at_least=0.01, at_most=1000), nargs="+",
+        TEMPERATURE,
     )  # fmt: skip
     loss: tuple[str, ...] | None = option(
-        KD, "kd, ls, dkd, ttm, wttm, kd_as_ls, ... (docs/losses.md); --all takes several (default: kd)", nargs="+",
+        KD, "kd, ls, dkd, ttm, wttm, kd_as_ls, ... (docs/losses.md); --all takes several (default: kd)",
         choices=tuple(LOSS_DEFAULTS), metavar="LOSS",
     )  # fmt: skip
     teacher: Path | None = option(
         KD, "the teacher's checkpoint, state dict or folder of logits (default: what --tto True wrote)", folder_name
     )
-    device: str = option(MACHINE, "auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:N or mps", device_name, "auto")
+    device: str = option(MACHINE, "auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:N or mps", DEVICE, "auto")
     precision: str = option(
         MACHINE, "auto (bf16 where it is faster, else fp32), bf16, fp16 (for CUDA cards without bf16) or fp32",
         default="auto", choices=("auto", "bf16", "fp16", "fp32"),
     )  # fmt: skip
     weights_path: Path = option(FILES, "folder of the checkpoints", folder_name, Path("weights"))
     plots_path: Path = option(FILES, "folder of the logs and figures", folder_name, Path("plots"))
-    name: str | None = option(FILES, "write to subfolders of this name in --weights_path and --plots_path", plain_word)
+    name: str | None = option(FILES, "write to subfolders of this name in --weights_path and --plots_path", PLAIN_WORD)
 
     @property
     def weights_folder(self) -> Path:
@@ -105,7 +88,7 @@ class Options:
 
 @dataclass(frozen=True)
 class TrainOptions(Options):
-    """The options of train.py."""
+    """Train the teacher, or the student with or without knowledge distillation."""
 
     all: bool = option(WHAT, "everything: teacher, students with and without KD, evaluation, table", boolean, False)
     seeds: int = option(WHAT, "with --all: number of seeds of the students", number(int, 1, at_most=1000), 1)
@@ -115,27 +98,22 @@ class TrainOptions(Options):
         number(float, at_least=0, at_most=1),
     )  # fmt: skip
     kd_weight: tuple[float, ...] | None = option(
-        KD, "weight of the distillation loss; dkd takes two: target, other classes (default: docs/losses.md)",
-        number(float, at_least=0, at_most=1e6), nargs="+",
-    )  # fmt: skip
-    ce_weight: float | None = option(
-        KD, "weight of the cross-entropy (default: docs/losses.md)", number(float, at_least=0, at_most=1e6)
+        KD, "weight of the distillation loss; dkd takes two: target, other classes (default: docs/losses.md)", WEIGHT
     )
+    ce_weight: float | None = option(KD, "weight of the cross-entropy (default: docs/losses.md)", WEIGHT)
     matched: bool = option(
         KD, "with --all: for each other loss also plain kd at its temperature and total weight", boolean, False
     )
     optimizer: str = option(RECIPE, "muon or sgd, each with its own recipe", default="muon", choices=OPTIMIZERS)
-    num_epochs: int | None = option(RECIPE, "number of epochs", AT_LEAST_1)
-    batch_size: int | None = option(RECIPE, "images per step, over all devices", AT_LEAST_1)
-    lr: float | None = option(RECIPE, "peak learning rate", number(float, above=0))
-    head_lr: float | None = option(
-        RECIPE, "learning rate of the last layer, as a fraction of --lr", number(float, above=0)
-    )
-    norm_lr: float | None = option(RECIPE, "learning rate of batch norm, as a fraction of --lr", number(float, above=0))
+    num_epochs: int | None = option(RECIPE, "number of epochs", FROM_1)
+    batch_size: int | None = option(RECIPE, "images per step, over all devices", FROM_1)
+    lr: float | None = option(RECIPE, "peak learning rate", ABOVE_0)
+    head_lr: float | None = option(RECIPE, "learning rate of the last layer, as a fraction of --lr", ABOVE_0)
+    norm_lr: float | None = option(RECIPE, "learning rate of batch norm, as a fraction of --lr", ABOVE_0)
     weight_decay: float | None = option(
         RECIPE, "weight decay of the last layer; with sgd, of all weight matrices", number(float, at_least=0)
     )
-    views: int | None = option(RECIPE, "how many random crops, mirrored or not, of each image are used", AT_LEAST_1)
+    views: int | None = option(RECIPE, "how many random crops, mirrored or not, of each image are used", FROM_1)
     flip: bool | None = option(
         DATA, "mirror every other view; False if that would change the class (default: by data set)", boolean
     )
@@ -153,29 +131,20 @@ class TrainOptions(Options):
 
 @dataclass(frozen=True)
 class TestOptions(Options):
-    """The options of test.py."""
+    """Evaluate what train.py trained."""
 
     checkpoint: Path | None = option(
         WHAT, "any checkpoint; its settings are read from the file (default: the run that the options name)", file_name
     )
     compare: bool = option(WHAT, "evaluate all checkpoints in --weights_path: one table, one figure", boolean, False)
-    image: tuple[Path, ...] | None = option(
-        WHAT, "classify these pictures instead of the test images", file_name, nargs="+"
-    )
+    image: tuple[Path, ...] | None = option(WHAT, "classify these pictures instead of the test images", file_name)
     soften: tuple[float, ...] | None = option(
-        WHAT, "draw the probabilities of --image or of four test images at these temperatures",
-        number(float, at_least=0.01, at_most=1000), nargs="+",
-    )  # fmt: skip
+        WHAT, "draw the probabilities of --image or of four test images at these temperatures", TEMPERATURE
+    )
     json: Path | None = option(FILES, "also write the numbers of the report to this .json file", file_name)
     export: Path | None = option(FILES, "also export the model as a torch.export program, .pt2", file_name)
 
 
-# ---------------------------------------------------------------------------------------------- checks
-
-DESCRIPTIONS = {
-    "train.py": "Train the teacher, or the student with or without knowledge distillation.",
-    "test.py": "Evaluate what train.py trained.",
-}
 # For each option: the options of which it needs one, and those that it can't be combined with.
 NEEDS = {
     "train.py": {
@@ -190,6 +159,7 @@ EXCLUDES = {
         "tto": ("kd", "all", "student", *STUDENTS_IMAGES),
         "kd": ("all",),
         "alpha": ("kd_weight", "ce_weight"),
+        "matched": ("kd_weight", "ce_weight"),
     },
     "test.py": {
         "tto": ("kd", "student", *STUDENTS_IMAGES),
@@ -204,9 +174,7 @@ EXCLUDES = {
 
 def parse(script: str, options_class: type[Options], argv: list | None) -> tuple[Parser, Options]:
     """The parser of a script, for further errors, and its options from `argv` (None: the command line)."""
-    parser = build_parser(script, options_class, DESCRIPTIONS[script])
-    given = parse_words(parser, argv)
-    check_conflicts(parser, given, NEEDS[script], EXCLUDES[script])
+    parser, given = parse_words(script, options_class, argv, NEEDS[script], EXCLUDES[script])
     for name in ("temp", "loss", "student_images"):
         values = given.get(name, ())
         if len(values) > 1 and not given.get("all"):
@@ -247,8 +215,6 @@ def check_weights(parser: Parser, options: TrainOptions) -> None:
     if options.alpha is not None and losses != ("kd",):
         parser.error("--alpha is for --loss kd: leave it out, or give --kd_weight and --ce_weight")
     given = options.kd_weight is not None or options.ce_weight is not None
-    if given and options.matched:
-        parser.error("--matched True takes the default weights of each loss: leave --kd_weight and --ce_weight out")
     if given and len(losses) > 1:
         parser.error("--kd_weight and --ce_weight need a single --loss: give one, or leave them out")
     count = len(LOSS_DEFAULTS[losses[0]].kd_weights)

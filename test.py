@@ -33,19 +33,19 @@ import numpy as np
 import torch
 
 from data_sets.pictures import read_picture, reject_decompression_bombs
-from evaluation import figures, inference, paper_figures, report, results
-from evaluation.comparison import TOPS, as_trained, logits_of, measure_all, measure_checkpoint
+from evaluation import figures, inference, report, results
+from evaluation.comparison import TOPS, as_trained, measure_all, measure_checkpoint
 from evaluation.measures import fidelity, softness
 from runtime import checkpoint
 from runtime.device import Runtime, device_title
 from runtime.errors import UserError, exit_code
-from runtime.files import make_folder
+from runtime.files import make_folder, write_json
 from runtime.processes import start
 from training.plan import name_of
 from training.run import load_model, mismatch, spec_of
 from training.runs import row_order, run_from
 from training.teacher_logits import load_teacher, read_teacher, teacher_path
-from utils import Images, load_images
+from utils import Images, held_out_logits, load_images
 
 PUBLISHED = Path(__file__).resolve().parent / "results"
 
@@ -96,9 +96,6 @@ def left_out_unless_named(options: config.TestOptions, tell: Callable[[str], Non
         tell(f"not compared with the teacher: {error}")
 
 
-# ---------------------------------------------------------------------------------------------- one checkpoint
-
-
 def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
     """Print the report of one checkpoint and write its figures and files; an export needs no folder of images."""
     content = find_checkpoint(options, runtime)
@@ -138,10 +135,10 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
         figures.plot_reliability(logits, images.labels, f"{title}: reliability", Path(f"{stem}_reliability.png")),
     ]
     if "bias" in numbers:
-        saved.append(paper_figures.plot_omitted([content | {"measured": numbers}], Path(f"{stem}_omitted.png")))
+        saved.append(figures.plot_omitted([content | {"measured": numbers}], Path(f"{stem}_omitted.png")))
     if options.json:
         values = {"checkpoint": str(path), "role": run.role, **numbers, **inference.medians(cost)}
-        saved.append(report.write_json(options.json, values | imitation))
+        saved.append(write_json(options.json, values | imitation))
     tops = " ".join(f"{name} {100 * numbers[name]:.2f}%" for name in TOPS if name in numbers)
     print(f"{run.split} loss {numbers['loss']:.4f} {tops}")
     print("\n".join([f"{path} on {run.dataset}, {device_title(runtime)}, {runtime.precision}", *notes, ""]))
@@ -161,14 +158,10 @@ def export(model: torch.nn.Module, path: Path, content: dict) -> str:
     return f"{path} (reloaded, its logits differ by at most {difference:.1g})"
 
 
-# ---------------------------------------------------------------------------------------------- all checkpoints
-
-
 def compare(options: config.TestOptions, runtime: Runtime) -> None:
     """Evaluate every finished checkpoint of these images and publish their table; UserError if there is none."""
-    contents = find_checkpoints(options, runtime)
-    broken, size = options.skip_broken, options.size
-    data = load_images(options.dataset, options.data_path, runtime, skip_broken=broken, size=size)
+    contents, name = find_checkpoints(options, runtime), name_of(options)
+    data = load_images(options.dataset, options.data_path, runtime, None, options.skip_broken, options.size)
     for note in data.notes:
         runtime.print(note)
     name, how = name_of(options), {"student": options.student, "precision": options.precision}
@@ -188,10 +181,9 @@ def find_checkpoints(options: config.TestOptions, runtime: Runtime) -> list[dict
 
     With --teacher, that teacher, its students and those without KD. What can't be read is reported and left out.
     """
-    contents = []
-    paths = sorted(options.weights_folder.rglob("*.pt"))
-    for path in [*paths, *filter(None, [options.teacher])]:
-        if not path.name.endswith(".last.pt") and path not in [content["path"] for content in contents]:
+    contents, paths = [], sorted(options.weights_folder.rglob("*.pt"))
+    for path in dict.fromkeys([*paths, *filter(None, [options.teacher])]):
+        if not path.name.endswith(".last.pt"):
             try:
                 contents.append(checkpoint.load(path))
             except UserError as error:
@@ -205,9 +197,6 @@ def find_checkpoints(options: config.TestOptions, runtime: Runtime) -> list[dict
             (r, c) for r, c in found if c["path"] == options.teacher or (r.role == "student" and r.teacher in its_own)
         ]
     return [content for _, content in sorted(found, key=lambda pair: row_order(pair[0]))]
-
-
-# ---------------------------------------------------------------------------------------------- pictures
 
 
 def classify(options: config.TestOptions, runtime: Runtime) -> None:
@@ -229,10 +218,11 @@ def classify(options: config.TestOptions, runtime: Runtime) -> None:
             contents.append(teacher)
     answers = {}
     for content in contents:
-        model, title = load_model(content, runtime, options.student), run_from(content["run"]).title
-        logits = logits_of(model, content, images, as_trained(runtime, run_from(content["run"]), options.precision))
+        its_run, model = run_from(content["run"]), load_model(content, runtime, options.student)
+        in_training = as_trained(runtime, its_run, options.precision)
+        logits = held_out_logits(model, images, spec_of(content), in_training)
         for temp in options.soften or (1.0,):
-            label = f"{title}, T = {format_number(temp)}" if options.soften else title
+            label = f"{its_run.title}, T = {format_number(temp)}" if options.soften else its_run.title
             answers[label] = (logits[rows] / temp).softmax(1)
     if options.soften:
         told = [report.softness_text(softness(logits, temp), temp, len(spec.classes)) for temp in options.soften]
@@ -250,8 +240,7 @@ def read_pictures(options: config.TestOptions, content: dict, runtime: Runtime) 
     if options.image:
         with reject_decompression_bombs():
             pixels = torch.from_numpy(np.stack([read_picture(path, size=run.size) for path in options.image]))
-        count = len(pixels)
-        return Images(pixels, torch.zeros(count)), list(range(count)), [str(path) for path in options.image]
+        return Images(pixels, torch.zeros(len(pixels))), list(range(len(pixels))), [*map(str, options.image)]
     data = load_images(run.dataset, options.data_path, runtime, skip_broken=options.skip_broken, size=run.size)
     if why := mismatch(content, run, data.spec, same_images=False):
         raise UserError(f"{content['path']} {why}")

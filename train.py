@@ -37,17 +37,16 @@ from evaluation.results import publish
 from models import build_model_of, fingerprint_layers
 from runtime import checkpoint
 from runtime.device import Runtime, machine
-from runtime.errors import Stopped, UserError, exit_code
+from runtime.errors import Stopped, StopSignal, UserError, exit_code
 from runtime.files import locked, make_folder
 from runtime.processes import start
 from runtime.progress import Progress, duration
-from runtime.signals import StopSignal
 from training.files import files_of, find_finished, has_finished
 from training.losses import training_loss
 from training.plan import plan
 from training.recipes import RECIPE_FIELDS
 from training.run import METRICS, Run, RunFiles
-from training.runs import RunConfig, RunName, loss_function
+from training.runs import RunConfig
 from training.teacher_logits import TeacherLogits, load_teacher
 from utils import Data, Images, Views, epoch_order, epoch_view, evaluate, load_images, plot_curves, topk_correct
 
@@ -56,7 +55,6 @@ def train_epoch(run: Run, views: Views, rows: torch.Tensor, k: int, teacher_logi
     """The rest of the current epoch: image rows (N,) in their k-th views, and the teacher's logits by row."""
     config, runtime = run.config, run.runtime
     order = epoch_order(rows, config.seed, run.epoch).to(runtime.device)
-    loss_options = (loss_function(config.loss), config.temp) if config.kd else ("", 1.0)
     run.model.train()
     run.clock = time.monotonic()
     with Progress(f"epoch {run.epoch + 1}/{config.num_epochs}", run.steps, runtime.is_main, run.step) as progress:
@@ -69,14 +67,10 @@ def train_epoch(run: Run, views: Views, rows: torch.Tensor, k: int, teacher_logi
             run.seed_step()
             with runtime.autocast():
                 logits = run.forward(images)
-            loss, ce, kl = training_loss(
-                logits, soft_targets, labels, *loss_options, config.kd_weights, config.ce_weight
-            )
+            loss, ce, kl = training_loss(logits, soft_targets, labels, config)
             run.update(loss)
             run.record(loss, ce, kl, topk_correct(logits, labels), len(batch))
-            if progress.step():
-                run.check_finite()
-                progress.show(progress_text(run))
+            progress.step(lambda: progress_text(run))
             save_or_stop(run)
     run.check_finite()
 
@@ -95,7 +89,8 @@ def save_or_stop(run: Run) -> None:
 
 
 def progress_text(run: Run) -> str:
-    """Loss, top-1, speed, learning rate and time left for the whole run, as shown while it runs."""
+    """Loss, top-1, speed, learning rate and time left for the whole run, as shown while it runs; UserError if NaN."""
+    run.check_finite()
     seen = run.step * run.batch_size / run.runtime.world_size
     loss, top1 = (run.totals[[0, 3]] / seen).tolist()
     run.count_time()
@@ -150,7 +145,8 @@ def train(
 
     `seconds_left` estimates the time left for all runs from the epochs left in this run and the seconds per epoch.
     """
-    rows, held_out = training_rows(config, data), data.held_out(config.subset, config.holdout)
+    rows = data.rows(config.subset, config.holdout, config.omit, config.student_images)
+    held_out = data.held_out(config.subset, config.holdout)
     with locked(files.checkpoint) if runtime.is_main else contextlib.nullcontext():
         run = Run(config, runtime, data.spec, len(rows), files)
         begin(run, len(rows), resume)
@@ -179,11 +175,6 @@ def train(
     return content | {"path": files.checkpoint}
 
 
-def training_rows(run: RunName, data: Data) -> torch.Tensor:
-    """The rows (N,) of the training images of a run; UserError if there are none."""
-    return data.rows(run.subset, run.holdout, run.omit, run.student_images)
-
-
 def begin(run: Run, images: int, resume: bool) -> None:
     """Restore an unfinished run, or start the log of a new one."""
     config, runtime = run.config, run.runtime
@@ -202,13 +193,9 @@ def begin(run: Run, images: int, resume: bool) -> None:
         run.files.resume.unlink(missing_ok=True)  # if it fails at once, the advice may be to change an option
 
 
-# ---------------------------------------------------------------------------------------------- several runs
-
-
 def train_all(options: config.TrainOptions) -> None:
     """The run that the options name, or with --all every run that is not finished yet, and then the table."""
-    settings = options.device, options.precision, options.deterministic
-    with StopSignal() as stop, start(*settings, stop) as runtime:
+    with StopSignal() as stop, start(options.device, options.precision, options.deterministic, stop) as runtime:
         data, runs = prepare(options, runtime)
         views = Views(data.train, data.spec, runtime.device)
         to_do = [run for run in runs if not has_finished(run, options)]
@@ -216,15 +203,14 @@ def train_all(options: config.TrainOptions) -> None:
             runtime.print(f"{len(runs)} runs, {len(runs) - len(to_do)} of them finished")
         teacher, contents = None, []
         for run in runs:
-            to_do, left = [other for other in to_do if other != run], None
+            to_do = [other for other in to_do if other != run]
             if teacher is None and (run.kd or (options.all and run.role == "student")):  # one for all students
                 teacher = load_teacher(run, options, data.spec, runtime, contents[0] if contents else None)
                 teacher.check_views(run.views)
                 runtime.print(f"the teacher is {teacher.title}")
                 if teacher.content and not contents:
                     contents.append(teacher.content)
-            if teacher and options.all:
-                left = partial(seconds_left, to_do, run, teacher)
+            left = partial(seconds_left, to_do, run, teacher) if teacher and options.all else None
             if run.kd:
                 run = replace(run, teacher=teacher.fingerprint, teacher_unknown=teacher.is_unknown)
             content = find_finished(run, options, data.spec)
@@ -246,8 +232,7 @@ def prepare(options: config.TrainOptions, runtime: Runtime) -> tuple[Data, list[
     """The images and the plan of runs; UserError about what can't work, before anything is trained."""
     if options.sync_bn and runtime.device.type != "cuda":
         raise UserError("--sync_bn True needs CUDA devices: leave it out")
-    images_here = options.flip, options.skip_broken, options.size
-    data = load_images(options.dataset, options.data_path, runtime, *images_here)
+    data = load_images(options.dataset, options.data_path, runtime, options.flip, options.skip_broken, options.size)
     for note in data.notes:
         runtime.print(note)
     runs = plan(options, data.spec, runtime.precision, runtime.world_size)
@@ -255,18 +240,16 @@ def prepare(options: config.TrainOptions, runtime: Runtime) -> tuple[Data, list[
         layers = fingerprint_layers(build_model_of(runs[-1]))
         runs = [replace(run, student_layers=layers if run.student else "") for run in runs]
     for run in runs:
-        training_rows(run, data)
+        data.rows(run.subset, run.holdout, run.omit, run.student_images)  # UserError if there are none
     return data, runs
 
 
-def seconds_left(
-    later: list[RunConfig], run: RunConfig, teacher: TeacherLogits, epochs: int, epoch_seconds: float
-) -> float:
-    """An estimate for the epochs left of a student and for later ones, by their images, with the teacher's logits."""
+def seconds_left(later: list[RunConfig], run: RunConfig, teacher: TeacherLogits, epochs: int, seconds: float) -> float:
+    """An estimate for the epochs left of a student, of so many seconds each, and for later ones, by their images."""
     images = run.student_images or teacher.spec.train_images
     for other in later:
         epochs += other.num_epochs * (other.student_images or teacher.spec.train_images) / images
-    return epochs * epoch_seconds + min(len(teacher.missing(run.views)), epochs) * teacher.view_seconds
+    return epochs * seconds + min(len(teacher.missing(run.views)), epochs) * teacher.view_seconds
 
 
 def main(argv: list | None = None) -> int:

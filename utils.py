@@ -15,7 +15,7 @@ from data_sets import DATA_SETS, SIDE, DataSet, padding
 from data_sets.digits import cached_digits
 from data_sets.downloaded import read_torchvision
 from data_sets.folder import read_folder
-from data_sets.memory import check_memory
+from data_sets.pictures import check_memory
 from runtime.device import Runtime
 from runtime.errors import Stopped, UserError
 from runtime.files import writing
@@ -132,9 +132,8 @@ def load_images(
 def pixel_statistics(pixels: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel, 0 to 1, of pixels (N, H, W, 3) uint8."""
     levels = torch.arange(256, dtype=torch.float64) / 255
-    shares = [
-        torch.bincount(pixels[..., i].flatten(), minlength=256).double() / pixels[..., i].numel() for i in range(3)
-    ]
+    channels = (pixels[..., i].flatten() for i in range(3))
+    shares = [torch.bincount(channel, minlength=256).double() / len(channel) for channel in channels]
     means = [float(share @ levels) for share in shares]
     variances = [float(share @ (levels - mean) ** 2) for share, mean in zip(shares, means, strict=True)]
     return tuple(means), tuple(max(variance**0.5, 1 / 255) for variance in variances)  # 0 for pictures of one colour
@@ -162,15 +161,12 @@ def epoch_view(count: int, flip: bool, seed: int, epoch: int) -> int:
     """Which of its `count` views every image shows in an epoch, a function of (seed, epoch).
 
     All views are shown once, in random order, before one comes again. With `flip`, views 0, 2, 4, ... alternate with
-    1, 3, 5, ..., so that an image is mirrored in every other epoch (K. Jordan, "94% on CIFAR-10 in 3.29 seconds on a
-    single GPU", 2024, section 3.6).
+    1, 3, 5, ..., so that an image is mirrored in every other epoch (docs/recipe.md).
     """
     cycle, place = divmod(epoch, count)
     views = torch.randperm(count, generator=seeded_generator("views", seed, cycle))
     if flip:
-        alternating = torch.empty_like(views)
-        alternating[0::2], alternating[1::2] = views[views % 2 == 0], views[views % 2 == 1]
-        views = alternating
+        views[0::2], views[1::2] = views[views % 2 == 0], views[views % 2 == 1]
     return int(views[place])
 
 
@@ -183,7 +179,7 @@ class Views:
     """
 
     def __init__(self, images: Images, spec: DataSet, device: torch.device) -> None:
-        self.device, self.flip = device, spec.flip
+        self.flip = spec.flip
         home = torch.device("cpu") if device.type == "mps" else device  # MPS can't gather from overlapping windows
         self.labels = images.labels.to(device)
         side, pad = images.pixels.shape[2], padding(images.pixels.shape[2])
@@ -197,8 +193,8 @@ class Views:
         generator = seeded_generator("views of images")
         self.crops = torch.randperm(self.offsets**2, generator=generator).to(home)
         self.mirrored_first = torch.randint(2, (len(images),), generator=generator).to(home)
-        starts = torch.randint(len(self.crops), (len(images), 2), generator=generator)
-        self.starts = starts.to(home)  # unmirrored and mirrored
+        # Of the unmirrored and of the mirrored views.
+        self.starts = torch.randint(len(self.crops), (len(images), 2), generator=generator).to(home)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -219,11 +215,11 @@ class Views:
         flipped = crops.unflatten(2, (-1, 3)).flip(2).flatten(2)
         # Chosen eight bytes at a time: byte by byte takes longer than all the rest.
         words = torch.where(mirrored.view(-1, 1, 1), flipped.view(torch.int64), crops.view(torch.int64))
-        return self.normalise(words.view(torch.uint8).unflatten(2, (-1, 3)).to(self.device))
+        return self.normalise(words.view(torch.uint8).unflatten(2, (-1, 3)))
 
 
 class Normaliser:
-    """Pixels (B, S, S, 3) uint8 -> (B, 3, S, S) float32 of mean 0 and deviation 1, channels_last without a copy."""
+    """Pixels (B, S, S, 3) uint8 -> (B, 3, S, S) float32 of mean 0 and deviation 1, channels_last, on the device."""
 
     def __init__(self, spec: DataSet, device: torch.device) -> None:
         mean, std = torch.tensor(spec.mean, device=device), torch.tensor(spec.std, device=device)
@@ -231,7 +227,7 @@ class Normaliser:
         self.scale, self.shift = (1 / (255 * std)).repeat(spec.size), (-mean / std).repeat(spec.size)
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        values = pixels.flatten(2).float().mul_(self.scale).add_(self.shift)
+        values = pixels.to(self.scale.device).flatten(2).float().mul_(self.scale).add_(self.shift)
         return values.unflatten(2, (-1, 3)).permute(0, 3, 1, 2)
 
 
@@ -285,12 +281,7 @@ def accuracies(logits: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
 
 @torch.inference_mode()
 def compute_logits(
-    model: torch.nn.Module,
-    images_of: Callable[[torch.Tensor], torch.Tensor],
-    count: int,
-    num_classes: int,
-    runtime: Runtime,
-    title: str = "",
+    model: torch.nn.Module, images_of: Callable, count: int, num_classes: int, runtime: Runtime, title: str = ""
 ) -> torch.Tensor:
     """Logits (count, num_classes), float64 on every process's CPU, of images (B, 3, S, S) = images_of(rows (B,)).
 
@@ -311,8 +302,7 @@ def compute_logits(
             logits[start : start + step] = batch[: count - start]  # the device is not waited for
             if runtime.stop.number and runtime.world_size == 1:
                 raise Stopped(runtime.stop.number)
-            if progress.step():
-                progress.show("")
+            progress.step()
     logits = runtime.total(logits)  # rows of other processes are zeros here
     if not logits.isfinite().all():
         raise UserError("the model's logits are not finite: train it again with a lower --lr")
@@ -322,17 +312,11 @@ def compute_logits(
 def held_out_logits(model: torch.nn.Module, images: Images, spec: DataSet, runtime: Runtime) -> torch.Tensor:
     """The logits (N, C) of images as they are, not augmented; see `compute_logits`."""
     normalise = Normaliser(spec, runtime.device)
-    count, classes = len(images), len(spec.classes)
-    return compute_logits(
-        model, lambda rows: normalise(images.pixels[rows].to(runtime.device)), count, classes, runtime
-    )
+    return compute_logits(model, lambda rows: normalise(images.pixels[rows]), len(images), len(spec.classes), runtime)
 
 
 def evaluate(model: torch.nn.Module, images: Images, spec: DataSet, runtime: Runtime) -> dict[str, float]:
-    """Mean cross-entropy (nats), top-1 and, of more than five classes, top-5 (0 to 1) over all images.
-
-    Raises what `compute_logits` raises.
-    """
+    """Mean cross-entropy (nats), top-1 and, of more than five classes, top-5 (0 to 1) over all images."""
     model.eval()
     runtime.share_buffers(model)  # so that what is evaluated is what the first process saves
     logits = held_out_logits(model, images, spec, runtime)
@@ -347,13 +331,10 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 def new_figure(height: float):
     """A figure of README width, drawn without a display."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     matplotlib.rcParams["text.parse_math"] = False  # names may hold a $; the style's context restores it
-    figure = Figure(figsize=(7, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(7, height), layout="constrained")
 
 
 def new_panels(title: str, ylabels: list[str]) -> list:
@@ -366,11 +347,6 @@ def new_panels(title: str, ylabels: list[str]) -> list:
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     return panels
-
-
-def new_axes(title: str, ylabel: str):
-    """The labelled axes of a figure that has only these."""
-    return new_panels(title, [ylabel])[0]
 
 
 def save_figure(axes, path: Path) -> Path:
@@ -393,10 +369,7 @@ def parse_log(text: str) -> tuple[dict, list[dict]]:
 
 @matplotlib.style.context("default")
 def plot_curves(log_path: Path, out_dir: Path) -> list[Path]:
-    """Draw a run's accuracy (%) and loss (nats) over its epochs from its log; the paths of the two figures.
-
-    The loss is the cross-entropy, and with KD in a panel of its own the soft term.
-    """
+    """Draw a run's accuracy (%) and loss (nats) over its epochs from its log; the paths of the two figures."""
     log_path, out_dir = Path(log_path), Path(out_dir)
     header, lines = parse_log(log_path.read_text())
     split, epochs = header["split"], [line["epoch"] for line in lines]

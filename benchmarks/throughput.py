@@ -29,10 +29,11 @@ from ours import on_device
 
 import config
 from data_sets import DATA_SETS, SIDE
-from evaluation.report import table, write_json
+from evaluation.report import table
 from models import build_model, use_products
 from runtime.cli import Parser, file_name
 from runtime.device import Runtime, device_title, processor
+from runtime.files import write_json
 from train import train_epoch
 from training.files import RunFiles
 from training.losses import LOSSES

@@ -28,14 +28,15 @@ import baseline_loop as baseline
 from ours import on_device, train_whole
 
 import config
-from evaluation.report import table, write_json
+from evaluation.report import table
 from runtime.cli import Parser, file_name, number
 from runtime.device import Runtime, device_title, machine
 from runtime.errors import UserError
+from runtime.files import write_json
 from training.files import RunFiles
 from training.plan import plan
 from training.run import Run
-from utils import COLOURS, Views, evaluate, load_images, new_axes, save_figure
+from utils import COLOURS, Views, evaluate, load_images, new_panels, save_figure
 
 QUICK_IMAGES = {"teacher": 1_000, "student": 4_000}
 # Peak learning rates: 0.1 for every network in both repositories that baseline_loop.py follows, and half of it for VGGs
@@ -191,7 +192,7 @@ def tables(best: dict[str, list[tuple]]) -> str:
 
 def plot(best: dict[str, list[tuple]], title: str, path: Path) -> Path:
     """Draw top-1 (%) over the seconds of training, one curve per side; the figure's path."""
-    axes = new_axes(title, "top-1 on held-out images (%)")
+    (axes,) = new_panels(title, ["top-1 on held-out images (%)"])
     axes.set(xscale="log", xlabel="seconds of training")
     axes.margins(0.1)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))

@@ -75,9 +75,7 @@ def draw_glyphs(font: ImageFont.FreeTypeFont) -> list[Image.Image]:
     return glyphs
 
 
-def draw_image(
-    glyphs: list[list[Image.Image]], label: int, random: np.random.Generator, size: int = SIDE
-) -> np.ndarray:
+def draw_image(glyphs: list[list[Image.Image]], label: int, random: np.random.Generator, size: int) -> np.ndarray:
     """One image (size, size, 3) uint8 of a label, the same at each size; `glyphs` are indexed by font and digit."""
     alike = random.random() < ALIKE
     grey = random.uniform(*BACKGROUND)

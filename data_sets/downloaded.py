@@ -7,8 +7,7 @@ import numpy as np
 import torchvision
 
 from data_sets import SIDE, DataSet
-from data_sets.memory import check_memory
-from data_sets.pictures import square
+from data_sets.pictures import check_memory, square
 from runtime.errors import UserError
 
 

@@ -1,8 +1,4 @@
-"""Your own images, laid out as for torchvision's ImageFolder: DIR/train/<class>/*, DIR/test/<class>/*.
-
-The pictures are decoded once and packed into DIR/packed.npz, which is rebuilt after any change to the files. Order and
-split depend on the pixels, not on file names: the first images are of all classes, and renaming changes nothing.
-"""
+"""Your own images, laid out as for torchvision's ImageFolder, decoded once and packed into a file (docs/data.md)."""
 
 import hashlib
 import importlib.util
@@ -17,12 +13,10 @@ import numpy as np
 import PIL
 
 from data_sets import SIDE
-from data_sets.memory import check_memory
-from data_sets.pictures import read_picture, reject_decompression_bombs
-from runtime.errors import Stopped, UserError, reason
+from data_sets.pictures import check_memory, read_picture, reject_decompression_bombs
+from runtime.errors import Stopped, StopSignal, UserError, reason
 from runtime.files import load_arrays, save_arrays
 from runtime.progress import Progress
-from runtime.signals import StopSignal
 
 VERSION = 1  # of the packed file: raise it with every change to its contents
 LAYOUT = "--data_path must name a folder with train/<class>/<pictures> and, if you have one, test/<class>/<pictures>"
@@ -151,7 +145,10 @@ def files_key(root: Path, files: list[File], size: int) -> str:
 
 
 def pack(files: list[File], size: int, show_progress: bool, stop: StopSignal | None) -> dict[str, np.ndarray]:
-    """Pixels (N, size, size, 3) uint8, labels (N,) and is_test (N,) ordered by hash, and an error per broken file."""
+    """Pixels (N, size, size, 3) uint8, labels (N,) and is_test (N,), and an error per broken file.
+
+    They are ordered by a hash of the pixels: the first images are of all classes, and renaming changes nothing.
+    """
     pixels, errors = np.empty((len(files), size, size, 3), np.uint8), []
 
     def read(i: int) -> str:
@@ -168,8 +165,7 @@ def pack(files: list[File], size: int, show_progress: bool, stop: StopSignal | N
                 errors.append(error)
                 if stop and stop.number:
                     raise Stopped(stop.number)
-                if progress.step():
-                    progress.show("")
+                progress.step()
         finally:
             pool.shutdown(cancel_futures=True)
     order = [i for i in range(len(files)) if not errors[i]]

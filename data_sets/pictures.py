@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import os
+import re
 import struct
 import warnings
 from collections.abc import Iterator, Mapping
@@ -11,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError, features
 
-from data_sets import SIDE
+from data_sets import SIDE, padding
 from runtime.errors import UserError
 
 SMALLEST = 8  # pixels along a side; a smaller picture shows nothing
@@ -25,10 +27,7 @@ DAMAGED = (OSError, ValueError, SyntaxError, RuntimeError, KeyError, TypeError, 
 
 
 def square(picture: Image.Image, size: int = SIDE) -> np.ndarray:
-    """A picture's centre square (size, size, 3) uint8: upright by its EXIF, transparency on white.
-
-    UserError if the range of its values is unknown.
-    """
+    """A picture's centre square (size, size, 3) uint8: upright by its EXIF, transparency on white; see `eight_bits`."""
     tiff_tags = getattr(picture, "tag_v2", {})
     picture = eight_bits(ImageOps.exif_transpose(picture), picture.format, tiff_tags)
     mode = "RGBA" if picture.has_transparency_data else "RGB"
@@ -132,3 +131,22 @@ def add_jpeg_end(file: BinaryIO) -> BinaryIO:
     if Image.open(filled[0]).tobytes() != Image.open(filled[1]).tobytes():
         raise OSError("image data is missing")
     return filled[0]
+
+
+def check_memory(images: int, size: int) -> None:
+    """Print what so many images need, as they are and padded, if that is above 1 GB; UserError if it isn't there."""
+    needed = 3 * images * (size**2 + (size + 2 * padding(size)) ** 2)
+    available = available_memory()
+    words = f"{images:,} images of {size} x {size} pixels need {needed / 1e9:.1f} GB of memory"
+    if available is not None and needed > available:
+        raise UserError(f"{words}, and {available / 1e9:.1f} GB are free: give a smaller --size, or fewer images")
+    if needed > 1e9 and os.environ.get("RANK", "0") == "0":  # of several processes the first
+        print(words, flush=True)
+
+
+def available_memory() -> int | None:
+    """Bytes that Linux can give away; None on other systems."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
+        return 1024 * int(found[1]) if found else None
+    return None

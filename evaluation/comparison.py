@@ -28,39 +28,27 @@ def as_trained(runtime: Runtime, run: RunConfig, precision: str = "auto") -> Run
     return replace(runtime, autocast_dtype=PRECISIONS[run.precision] if has_fp16 else None)
 
 
-def logits_of(model: torch.nn.Module, content: dict, images: Images, runtime: Runtime) -> torch.Tensor:
-    """The logits (N, C) of a checkpoint's model, normalised as in its training; see `compute_logits`."""
-    return held_out_logits(model, images, spec_of(content), runtime)
-
-
-def measure_bias(
-    model: torch.nn.Module, content: dict, data: Data, logits: torch.Tensor, labels: torch.Tensor, runtime: Runtime
-) -> dict:
-    """Top-1 on omitted and on other classes of a student's logits (N, C), as they are and after the bias correction.
-
-    {} where no class was omitted. Without the training images of the student, the correction is left out.
-    """
-    run = run_from(content["run"])
-    omitted = data.numbers_of(run.omit).tolist()
-    if not omitted:
-        return {}
-    numbers = measure_omitted(logits, labels, omitted)
-    if run.images == data.spec.fingerprint:
-        train = data.train[: len(data.rows(run.subset, run.holdout))]  # all classes; a view, for a copy may not fit
-        offsets = bias_correction(logits_of(model, content, train, runtime), train.labels, omitted)
-        corrected = measure(logits + offsets, labels) | measure_omitted(logits + offsets, labels, omitted)
-        numbers |= {f"corrected_{name}": corrected[name] for name in CORRECTED if name in corrected}
-        numbers["bias"] = offsets[omitted].tolist()
-    return numbers
-
-
 def measure_checkpoint(
     model: torch.nn.Module, content: dict, images: Images, data: Data, runtime: Runtime
 ) -> tuple[torch.Tensor, dict]:
-    """The logits (N, C) of a checkpoint for the images to evaluate it on, and all that these say."""
-    logits = logits_of(model, content, images, runtime)
-    numbers = measure(logits, images.labels)
-    return logits, numbers | measure_bias(model, content, data, logits, images.labels, runtime)
+    """The logits (N, C) of a checkpoint for the images to evaluate it on, and all that these say.
+
+    Where classes were omitted also top-1 on these and on others, as it is and after the bias correction, which is left
+    out without the training images of the student.
+    """
+    run, spec, labels = run_from(content["run"]), spec_of(content), images.labels
+    logits = held_out_logits(model, images, spec, runtime)
+    numbers = measure(logits, labels)
+    omitted = data.numbers_of(run.omit).tolist()
+    if omitted:
+        numbers |= measure_omitted(logits, labels, omitted)
+    if omitted and run.images == data.spec.fingerprint:
+        train = data.train[: len(data.rows(run.subset, run.holdout))]  # all classes; a view, for a copy may not fit
+        offsets = bias_correction(held_out_logits(model, train, spec, runtime), train.labels, omitted)
+        corrected = measure(logits + offsets, labels) | measure_omitted(logits + offsets, labels, omitted)
+        numbers |= {f"corrected_{name}": corrected[name] for name in CORRECTED if name in corrected}
+        numbers["bias"] = offsets[omitted].tolist()
+    return logits, numbers
 
 
 def measure_all(

@@ -17,9 +17,6 @@ from runtime.device import Runtime
 from runtime.errors import UserError
 from runtime.files import writing
 
-# ---------------------------------------------------------------------------------------------- cost
-
-
 Cost = dict[str, tuple[float, ...]]  # by name one number, or the lower quartile, the median and the upper quartile
 
 
@@ -42,12 +39,9 @@ def count_macs(model: torch.nn.Module, size: int = SIDE) -> int:
 
 
 @torch.inference_mode()
-def pass_seconds(
-    model: torch.nn.Module, batch: int, runtime: Runtime, size: int = SIDE, budget: float = 1.0
-) -> np.ndarray:
+def pass_seconds(model: torch.nn.Module, batch: int, runtime: Runtime, size: int, budget: float = 1.0) -> np.ndarray:
     """Quartiles (3,) of the seconds of a forward pass over `batch` images, timed for about `budget` seconds."""
     images = torch.randn(batch, 3, size, size, device=runtime.device).contiguous(memory_format=runtime.memory_format)
-
     taken: list[float] = []
     while len(taken) < 4 or (len(taken) < 60 and sum(taken) < budget):
         runtime.synchronize()
@@ -69,9 +63,6 @@ def measure_cost(model: torch.nn.Module, path: Path, runtime: Runtime, size: int
         "latency_ms": tuple((1000 * pass_seconds(model, 1, runtime, size)).tolist()),
         "images_per_second": tuple((batch / pass_seconds(model, batch, runtime, size)[::-1]).tolist()),
     }
-
-
-# ---------------------------------------------------------------------------------------------- export
 
 
 def export_model(model: torch.nn.Module, path: Path, data: dict) -> float:

@@ -28,13 +28,6 @@ def wilson(correct: int, count: int) -> tuple[float, float]:
     return max(centre - half, 0.0), min(centre + half, 1.0)
 
 
-def confusion_matrix(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Counts (C, C) int64: row the label, column the prediction."""
-    classes = logits.shape[1]
-    pairs = labels * classes + predictions(logits, labels)
-    return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
-
-
 def reliability(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Images, mean confidence and accuracy of each bin, all (15,); NaN where a bin is empty.
 
@@ -56,17 +49,18 @@ def calibration_error(logits: torch.Tensor, labels: torch.Tensor) -> float:
 
 def measure(logits: torch.Tensor, labels: torch.Tensor) -> dict:
     """All that logits (N, C) and labels (N,) say of a model: fractions 0 to 1, nats, counts, as plain values."""
-    count = len(labels)
+    count, classes = logits.shape
     tops = accuracies(logits, labels)
-    confusion = confusion_matrix(logits, labels)
-    per_class = [row[i] / sum(row) if sum(row) else None for i, row in enumerate(confusion.tolist())]
+    pairs = labels * classes + predictions(logits, labels)
+    confusion = torch.bincount(pairs, minlength=classes**2).view(classes, classes).tolist()  # of label, prediction
+    per_class = [row[i] / sum(row) if sum(row) else None for i, row in enumerate(confusion)]
     return {
         "images": count,
         "loss": float(F.cross_entropy(logits.double(), labels)),
         **tops,
         "top1_ci": list(wilson(round(tops["top1"] * count), count)),
         "per_class": per_class,
-        "confusion": confusion.tolist(),
+        "confusion": confusion,
         "ece": calibration_error(logits, labels),
     }
 
@@ -99,9 +93,8 @@ def bias_correction(logits: torch.Tensor, labels: torch.Tensor, omitted: list[in
 
     From a student's logits (N, C) and labels (N,) of the whole training set: with the offsets of the `omitted` classes
     the mean predicted probability of each equals its share of the images; those of other classes are 0. No test image
-    and no label of a test image is used. Hinton, Vinyals & Dean (2014, section 3) raise the bias of the omitted digit 3
-    by 3.5, which they chose on the test set. All offsets are found together, each moved by log(share / mean) until none
-    moves. A class without an image keeps its logit.
+    is used (docs/paper.md). All offsets are found together, each moved by log(share / mean) until none moves. A class
+    without an image keeps its logit.
     """
     logits, shares = logits.double(), labels.bincount(minlength=logits.shape[1]).double() / len(labels)
     classes = [i for i in omitted if shares[i] > 0]

@@ -1,10 +1,8 @@
 """What test.py says beyond loss, top-1 and top-5, in words, and the formats of numbers."""
 
-import json
 import math
 import textwrap
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -12,7 +10,6 @@ from evaluation.comparison import TOPS
 from evaluation.inference import Cost, medians
 from evaluation.measures import BINS, wilson
 from runtime.cli import format_number
-from runtime.files import writing
 
 EXTREMES = 10  # classes shown at each end, if there are too many to show all
 
@@ -37,8 +34,6 @@ COSTS = {
     "latency_ms": "latency at batch 1",
     "images_per_second": "images/s in batches",
 }
-
-# ---------------------------------------------------------------------------------------------- words
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -88,7 +83,7 @@ def per_class_lines(shares: list[float | None], classes: tuple[str, ...]) -> lis
 
 
 def bias_text(numbers: dict, omitted: tuple[str, ...]) -> str:
-    """The table of top-1 with omitted classes, as it is and corrected, from what `measure_bias` returns."""
+    """The table of top-1 with omitted classes, as it is and corrected, from what `measure_checkpoint` says."""
     prefixes = {"as it is": "", "after the bias correction": "corrected_"}
     prefixes = {title: prefix for title, prefix in prefixes.items() if f"{prefix}top1_others" in numbers}
     rows = []
@@ -144,15 +139,7 @@ def pictures_text(names: list[str], answers: dict[str, torch.Tensor], classes: t
         lines.append(name)
         for model, probabilities in answers.items():
             best = probabilities[i].topk(min(3, len(classes)))
-            words = (
-                f"{classes[j]} {100 * p:.1f}%" for p, j in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-            )
+            found = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+            words = (f"{classes[j]} {100 * p:.1f}%" for p, j in found)
             lines.append(f"  {model:{width}}  {', '.join(words)}")
     return "\n".join(lines)
-
-
-def write_json(path: Path, content: dict) -> Path:
-    """Write plain values to `path` as JSON, atomically; the path."""
-    with writing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-    return path

@@ -5,20 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from evaluation.comparison import rows_of
-from evaluation.figures import plot_comparison
+from evaluation.figures import plot_comparison, plot_images, plot_omitted, plot_temperatures
 from evaluation.measures import holm, paired_gain
-from evaluation.paper_figures import plot_images, plot_omitted, plot_temperatures
-from evaluation.report import FORMATS, MEASURED, table, write_json
-from runtime.files import writing
-from training.runs import (
-    KD_FIELDS,
-    RunConfig,
-    describe_differences,
-    differences,
-    is_baseline_of,
-    is_plain_kd_beside,
-    run_from,
-)
+from evaluation.report import FORMATS, MEASURED, table
+from runtime.files import write_json, writing
+from training.runs import is_baseline_of, is_plain_kd_beside, run_from, why_no_baseline
 from utils import parse_log
 
 OTHER_MACHINES = "†"
@@ -57,24 +48,21 @@ def collect(contents: list[dict]) -> dict:
             numbers[key] = statistics.mean(values)
             if len(values) > 1:
                 numbers |= {f"{key}_sd": statistics.stdev(values), f"{key}_of_seeds": values}
-        numbers |= {
-            key: statistics.mean(m[key] for m in measured) for key in MEASURED if all(key in m for m in measured)
-        }
+        shared = [key for key in MEASURED if all(key in m for m in measured)]
+        numbers |= {key: statistics.mean(m[key] for m in measured) for key in shared}
         if "bias" in measured[0]:
             numbers["bias"] = [statistics.mean(values) for values in zip(*(m["bias"] for m in measured), strict=True)]
         results["rows"].append(numbers)
         if runs[0].kd:
             numbers |= {"temp": runs[0].temp, **teacher_softness(row)}
-            differences_of_pairs = paired_differences(row, contents, is_baseline_of)
-            if differences_of_pairs:
-                results["gains"].append({"model": label, **paired_gain(differences_of_pairs)})
+            if gains := paired_differences(row, contents, is_baseline_of):
+                results["gains"].append({"model": label, **paired_gain(gains)})
             else:
-                results["notes"].append(f"{label}: no baseline, {why_no_pair(runs[0], contents)}")
+                why = why_no_baseline(runs[0], [run_from(content["run"]) for content in contents])
+                results["notes"].append(f"{label}: no baseline, {why}")
         for other_label, others in rows.items():
-            differences_of_pairs = paired_differences(row, others, is_plain_kd_beside)
-            if differences_of_pairs:
-                gain = {"model": label, "over": other_label, **paired_gain(differences_of_pairs)}
-                results["gains_over_kd"].append(gain)
+            if gains := paired_differences(row, others, is_plain_kd_beside):
+                results["gains_over_kd"].append({"model": label, "over": other_label, **paired_gain(gains)})
     tested = [gain for gain in results["gains_over_kd"] if "p" in gain]
     for gain, significant in zip(tested, holm([gain["p"] for gain in tested]), strict=True):
         gain["significant"] = significant
@@ -89,9 +77,7 @@ def teacher_softness(row: list[dict]) -> dict[str, float]:
     return {f"teacher_{key}": statistics.mean(numbers[key] for numbers in found) for key in found[0]}
 
 
-def paired_differences(
-    row: list[dict], others: list[dict], are_paired: Callable[[RunConfig, RunConfig], bool]
-) -> list[float]:
+def paired_differences(row: list[dict], others: list[dict], are_paired: Callable) -> list[float]:
     """The differences in top-1 (points) between the runs of a row and their partners among `others`."""
     found = []
     for content in row:
@@ -100,16 +86,6 @@ def paired_differences(
         if partner:
             found.append(100 * (content["measured"]["top1"] - partner["measured"]["top1"]))
     return found
-
-
-def why_no_pair(run: RunConfig, contents: list[dict]) -> str:
-    """Why a student with KD has no baseline."""
-    others = [run_from(other["run"]) for other in contents]
-    others = [other for other in others if other.role == "student" and not other.kd]
-    if not others:
-        return "there is no student without KD"
-    nearest = min(others, key=lambda other: len(differences(other, run, KD_FIELDS)))
-    return f"the nearest student without KD has {describe_differences(nearest, run, KD_FIELDS)}"
 
 
 def points(gain: dict) -> str:
@@ -161,9 +137,8 @@ def results_text(results: dict) -> str:
         tested = sum("p" in gain for gain in results["gains_over_kd"])
         rows = [[gain["model"], gain["over"], points(gain), verdict(gain)] for gain in results["gains_over_kd"]]
         texts.append(table(["Loss", "Over plain KD, same seeds", "Top 1, points", "Verdict"], rows))
-        texts.append(
-            f"Verdicts at the 5% level, with Holm's correction for {tested} comparison{'' if tested == 1 else 's'}."
-        )
+        comparisons = f"{tested} comparison{'' if tested == 1 else 's'}"
+        texts.append(f"Verdicts at the 5% level, with Holm's correction for {comparisons}.")
     for row in results["rows"]:
         if "machines" in row:
             texts.append(f"{OTHER_MACHINES} {row['model']}: runs of different machines, {'; '.join(row['machines'])}")

@@ -10,8 +10,7 @@ class Conv3x3(nn.Conv2d):
 
     On a CPU, oneDNN is slow where maps are small and channels many, as in the last blocks of VGG19. There the nine
     shifted maps are put side by side and multiplied by the weights, (B H W, 9 I) x (9 I, O), in the memory order of
-    channels_last. Autograd keeps these columns until the backward pass: about 170 MB for VGG19 at batch 256 in
-    bfloat16 and maps up to 4 x 4. docs/speed.md has the measurements.
+    channels_last. Autograd keeps these columns until the backward pass (docs/speed.md).
     """
 
     product_up_to = 0  # the largest map side that is computed as a product; see `use_products`

@@ -41,11 +41,7 @@ def initialise(model: nn.Module) -> None:
 
 
 def start_as_identity(features: nn.Module) -> None:
-    """Let each convolution's first filters pass on its input channels (K. Jordan, 2024, section 3.3).
-
-    Sixteen random layers in a row without a shortcut lose what they were given; from the identity, as far as a layer
-    has as many filters as channels, the signal arrives, and VGG19-BN learns from the first step.
-    """
+    """Let each convolution's first filters pass on its input channels (K. Jordan, 2024; docs/recipe.md)."""
     for module in features:
         if isinstance(module, nn.Conv2d):
             nn.init.dirac_(module.weight.data[: module.in_channels])

@@ -14,8 +14,6 @@ from runtime.errors import report
 
 LARGEST = 2**31 - 1  # of all whole numbers, so that arithmetic on them does not overflow
 
-# ---------------------------------------------------------------------------------------------- values
-
 
 def boolean(text: str) -> bool:
     """True/False, yes/no, 1/0 in any case (argparse's own `type=bool` reads "False" as True)."""
@@ -46,7 +44,7 @@ def number(kind: type, at_least: float = -math.inf, above: float = -math.inf, at
     return parse
 
 
-def word(pattern: str, expected: str):
+def matching(pattern: str, expected: str):
     """A parser of words that match a pattern."""
 
     def parse(text: str) -> str:
@@ -55,11 +53,6 @@ def word(pattern: str, expected: str):
         return text
 
     return parse
-
-
-function_name = word(r"\w+(\.\w+)*:\w+", "MODULE:FUNCTION, as in my_models:resnet8")
-device_name = word(r"auto|cpu|mps|cuda(:\d+)?", "auto, cpu, cuda, cuda:N or mps")
-plain_word = word(r"(?!\.+$)[A-Za-z0-9._-]+", "letters, digits, '.', '_' and '-'")  # safe in a path
 
 
 def folder_name(text: str) -> Path:
@@ -95,9 +88,6 @@ def typed(value) -> str:
     return subprocess.list2cmdline([str(value)]) if os.name == "nt" else shlex.quote(str(value))
 
 
-# ---------------------------------------------------------------------------------------------- parser
-
-
 def option(group: str, text: str, parse=str, default=None, **argparse_keywords):
     """A dataclass field that is a command line option, shown in a group of the help."""
     metadata = {"group": group, "help": text, "parse": parse, "keywords": argparse_keywords}
@@ -117,28 +107,30 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
-def build_parser(script: str, options_class: type, description: str) -> Parser:
-    """The parser of a script, from the fields of its options; an option that is not given is not in its result."""
-    usage = f"{script} [options]"
+def build_parser(script: str, options_class: type) -> Parser:
+    """The parser of a script, from its options' docstring and fields; one that is not given is not in its result."""
+    usage, description = f"{script} [options]", options_class.__doc__
     parser = Parser(script, usage, description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    groups = {}
+    titles = dict.fromkeys(f.metadata["group"] for f in fields(options_class))
+    groups = {title: parser.add_argument_group(title) for title in titles}
     for f in fields(options_class):
-        keywords = dict(f.metadata["keywords"])
+        keywords = f.metadata["keywords"] | ({"nargs": "+"} if "tuple" in str(f.type) else {})
         if f.metadata["parse"] is boolean:
             keywords |= {"nargs": "?", "const": True, "metavar": "True|False"}
         elif "choices" not in keywords:
             kinds = {float: "X", int: "N", Path: "PATH"}
             keywords["metavar"] = next((v for k, v in kinds.items() if k.__name__ in str(f.type)), f.name.upper())
-        title = f.metadata["group"]
-        if title not in groups:
-            groups[title] = parser.add_argument_group(title)
-        text = option_help(f).replace("%", "%%")
-        groups[title].add_argument(f"--{f.name}", type=f.metadata["parse"], help=text, **keywords)
+        keywords["help"] = option_help(f).replace("%", "%%")
+        groups[f.metadata["group"]].add_argument(f"--{f.name}", type=f.metadata["parse"], **keywords)
     return parser
 
 
-def parse_words(parser: Parser, argv: list | None) -> dict:
-    """What was typed, by the options' names; `argv` None is the command line. A wrong option exits with code 2."""
+def parse_words(script: str, options: type, argv: list | None, needs: dict, excludes: dict) -> tuple[Parser, dict]:
+    """The parser of a script, for further errors, and what was typed, by the options' names (None: the command line).
+
+    A wrong option exits with code 2, and so does one that lacks one that it needs, or meets one that it excludes.
+    """
+    parser = build_parser(script, options)
     words = sys.argv[1:] if argv is None else [str(word) for word in argv]
     # --num-epochs is --num_epochs
     words = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), word) for word in words]
@@ -147,11 +139,6 @@ def parse_words(parser: Parser, argv: list | None) -> dict:
     except OSError:
         parser.error("the current folder does not exist any more: change to another one")
     given = vars(parser.parse_args(words))
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-
-
-def check_conflicts(parser: Parser, given: dict, needs: dict, excludes: dict) -> None:
-    """Exit with code 2 if an option lacks one that it needs, or meets one that it excludes."""
     chosen = [name for name, value in given.items() if value is not False]
     for name in chosen:
         for other in excludes.get(name, ()):
@@ -161,6 +148,7 @@ def check_conflicts(parser: Parser, given: dict, needs: dict, excludes: dict) ->
         if needs.get(name) and not any(other in chosen for other in needs[name]):
             wanted = " or ".join(f"--{other} True" for other in needs[name])
             parser.error(f"--{name} requires {wanted}: add that, or leave --{name} out")
+    return parser, {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
 def answer_early(parse) -> None:

@@ -5,8 +5,10 @@ import errno
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 MEMORY = "not enough memory: give train.py a smaller --batch_size or --size, or --device cpu if another device is full"
 # What to say of a failure of the machine, by what torch says of it.
@@ -35,6 +37,29 @@ class Stopped(Exception):
 
 class ReportedElsewhere(Exception):
     """Another process has already shown the error that this one ends with; its exit code is the argument."""
+
+
+@dataclass
+class StopSignal:
+    """SIGINT and SIGTERM; `number` is the one that came, or 0. Outside the main thread nothing is caught."""
+
+    number: int = 0  # noted when it comes, acted on between two steps
+    previous: dict = field(default_factory=dict)
+
+    def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame) -> None:
+        if self.number and "LOCAL_RANK" not in os.environ:  # torchrun passes on each signal twice
+            raise KeyboardInterrupt  # asked again: stop now, not after this step
+        self.number = number
 
 
 def print_error(text: str) -> None:
@@ -78,10 +103,9 @@ def exit_code(main: Callable[[], None]) -> int:
         discard_output()
         return 128 + 13  # SIGPIPE, a name that Windows lacks
     except Exception as error:
-        known = known_failure(error)
-        if known is None:
-            raise
-        return report(known)
+        if known := known_failure(error):
+            return report(known)
+        raise
     return 0
 
 
@@ -93,8 +117,12 @@ def known_failure(error: Exception) -> str | None:
         for text, advice in FAILURES.items():
             if text in str(error):
                 return advice
-    if came_through(error, "torch._inductor"):  # not torch._dynamo, which runs the model's own code
-        return f"--compile True failed: {cause_of_failed_compilation(error)}; leave --compile out"
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if any(name.startswith("torch._inductor") for name in modules):  # not torch._dynamo, which runs the model's code
+        # The compiler's first error, or the last line before torch's advice.
+        lines = [line.strip() for line in str(error).partition("\n\nSet TORCH")[0].splitlines() if line.strip()]
+        cause = next((line for line in lines if "error: " in line), lines[-1] if lines else type(error).__name__)
+        return f"--compile True failed: {cause}; leave --compile out"
     if isinstance(error, PermissionError) and error.filename:
         return f"can't use {error.filename}: {reason(error)}; give another path"
     full = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
@@ -102,18 +130,6 @@ def known_failure(error: Exception) -> str | None:
         discard_output()
         return f"can't write to standard output: {reason(error)}; all files saved so far are complete"
     return None
-
-
-def came_through(error: Exception, package: str) -> bool:
-    """Whether an error was raised in a package, or below what it called."""
-    modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
-    return any(f"{module}.".startswith(f"{package}.") for module in modules)
-
-
-def cause_of_failed_compilation(error: Exception) -> str:
-    """The line that names it: the compiler's first error, or the last line before torch's advice."""
-    lines = [line.strip() for line in str(error).partition("\n\nSet TORCH")[0].splitlines() if line.strip()]
-    return next((line for line in lines if "error: " in line), lines[-1] if lines else type(error).__name__)
 
 
 def discard_output() -> None:

@@ -1,6 +1,7 @@
 """Files that are never half written, caches of arrays, and locks."""
 
 import contextlib
+import json
 import os
 import tempfile
 import time
@@ -57,6 +58,13 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"can't use {folder} as a folder: {reason(error)}") from error
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"can't write into {folder}: permission denied; give another folder")
+
+
+def write_json(path: Path, content: dict) -> Path:
+    """Write plain values to `path` as JSON, atomically; the path."""
+    with writing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+    return path
 
 
 def save_arrays(path: Path, key: str, **arrays: np.ndarray) -> None:

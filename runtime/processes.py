@@ -8,8 +8,7 @@ import torch
 import torch.distributed as dist
 
 from runtime.device import PRECISIONS, Runtime, has_fast_bf16, keep_freed_memory, pick_device, training_error
-from runtime.errors import ReportedElsewhere, Stopped, UserError
-from runtime.signals import StopSignal
+from runtime.errors import ReportedElsewhere, Stopped, StopSignal, UserError
 
 
 @contextlib.contextmanager

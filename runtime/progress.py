@@ -2,6 +2,8 @@
 
 import sys
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from datetime import timedelta
 
 from tqdm import tqdm
@@ -14,7 +16,7 @@ def duration(seconds: float) -> str:
     return str(timedelta(seconds=int(seconds))) if seconds < LONGEST else "for ever"
 
 
-class Progress:
+class Progress(AbstractContextManager):
     """A tqdm bar on a terminal, plain lines elsewhere; silent where not `visible`."""
 
     def __init__(self, title: str, total: int, visible: bool, initial: int = 0, unit: str = "step") -> None:
@@ -25,21 +27,16 @@ class Progress:
         self.shown_at = time.monotonic()
         self.bar = tqdm(total=total, initial=initial, desc=title, disable=not self.terminal, leave=False, unit=unit)
 
-    def step(self) -> bool:
-        """Count a step; True where it is time to show numbers."""
+    def step(self, text_of: Callable[[], str] = str) -> None:
+        """Count a step and, where it is time, show the text that a function returns."""
         self.count += 1
         self.bar.update()
-        return time.monotonic() - self.shown_at >= self.every
-
-    def show(self, text: str) -> None:
-        self.shown_at = time.monotonic()
-        if self.terminal:
-            self.bar.set_postfix_str(text)
-        elif self.visible:
-            print(f"{self.title} {self.count}/{self.total} {text}", flush=True)
-
-    def __enter__(self) -> "Progress":
-        return self
+        if time.monotonic() - self.shown_at >= self.every:
+            self.shown_at, text = time.monotonic(), text_of()
+            if self.terminal:
+                self.bar.set_postfix_str(text)
+            elif self.visible:
+                print(f"{self.title} {self.count}/{self.total} {text}", flush=True)
 
     def __exit__(self, *exception) -> None:
         self.bar.close()

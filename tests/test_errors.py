@@ -67,7 +67,7 @@ WRONG_OPTIONS = [
     ("train.py --kd True --loss dkd --kd_weight 0 0 --ce_weight 0", "--kd_weight and --ce_weight are all 0"),
     *[(f"train.py --all True --matched True{loss}", "--matched requires a --loss other than kd") for loss in (
         "", " --loss kd kd_as_ls")],
-    ("train.py --all True --loss ls --matched True --kd_weight 9", "--matched True takes the default weights"),
+    ("train.py --all True --loss ls --matched True --kd_weight 9", "--matched and --kd_weight can't be combined"),
     # Values.
     *values("train.py --kd True --temp", "0", "nan", "inf", "abc", "1001", "''"),
     *values("test.py --soften", "0"),

@@ -1,8 +1,7 @@
-"""The losses of distillation that need nothing but logits.
+"""The losses of distillation that need nothing but logits (docs/losses.md).
 
 Plain KD is `utils.kd_loss`. The others are functions in a table: each takes logits of student and teacher (B, C),
-targets (B,) int64 and a temperature T > 0, and returns its terms, scalars in nats, which `--kd_weight` weights. DKD's
-code also raises its weight over the first epochs, which is left out.
+targets (B,) int64 and a temperature T > 0, and returns its terms, scalars in nats, which `--kd_weight` weights.
 """
 
 from collections.abc import Callable
@@ -11,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import utils
+from training.runs import RunConfig, loss_function
 
 Terms = tuple[torch.Tensor, ...]
 
@@ -60,32 +60,25 @@ LOSSES: dict[str, Callable[..., Terms]] = {"ls": ls, "dkd": dkd, "ttm": ttm, "wt
 
 
 def training_loss(
-    student_logits: torch.Tensor,
-    teacher_logits: torch.Tensor | None,
-    targets: torch.Tensor,
-    function: str,
-    temp: float,
-    kd_weights: tuple[float, ...],
-    ce_weight: float,
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor | None, targets: torch.Tensor, run: RunConfig
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(loss, CE, soft) of logits (B, C) and targets (B,): scalars in nats, of which only the loss has a gradient.
 
-    `soft` is the sum of the terms of the function ("kd" or a name of the table) before they are weighted. Without a
-    teacher the loss is the CE, and soft is 0.
+    `soft` is the sum of the terms of the run's loss before they are weighted. Without KD the loss is the CE, soft is 0.
     """
     student_logits = student_logits.float()
     ce = F.cross_entropy(student_logits, targets)
-    if teacher_logits is None:
+    if not run.kd:
         return ce, ce.detach(), torch.zeros_like(ce)
-    teacher_logits = teacher_logits.float()
+    teacher_logits, function = teacher_logits.float(), loss_function(run.loss)
     if function == "kd":
-        total = kd_weights[0] + ce_weight  # 1 with the weights alpha and 1 - alpha
-        loss = total * utils.kd_loss(student_logits, teacher_logits, targets, temp, kd_weights[0] / total)
+        total = run.kd_weights[0] + run.ce_weight  # 1 with the weights alpha and 1 - alpha
+        loss = total * utils.kd_loss(student_logits, teacher_logits, targets, run.temp, run.kd_weights[0] / total)
         with torch.no_grad():
-            soft = utils.soft_target_loss(student_logits, teacher_logits, temp)
+            soft = utils.soft_target_loss(student_logits, teacher_logits, run.temp)
         return loss, ce.detach(), soft
-    terms = LOSSES[function](student_logits, teacher_logits, targets, temp)
-    loss = ce_weight * ce
-    for weight, term in zip(kd_weights, terms, strict=True):
+    terms = LOSSES[function](student_logits, teacher_logits, targets, run.temp)
+    loss = run.ce_weight * ce
+    for weight, term in zip(run.kd_weights, terms, strict=True):
         loss = loss + weight * term
     return loss, ce.detach(), sum(terms).detach()

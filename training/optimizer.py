@@ -94,14 +94,12 @@ def is_depthwise(weight: torch.Tensor) -> bool:
 
 
 class Muon(torch.optim.Optimizer):
-    """SGD with orthogonalised steps (Jordan et al., 2024): their size does not depend on the gradient's magnitude.
+    """SGD with orthogonalised steps, whose size does not depend on the gradient's (docs/recipe.md).
 
-    A weight is seen as a matrix, of a convolution (out, in * 3 * 3), and its step is the nearest orthogonal matrix: all
-    directions are learnt at one speed, the rare ones too; of a depthwise one each filter's step is brought to norm 1.
-    A convolution is brought to norm sqrt(out) before it; batch norm takes that scale out again, and the learning rate
-    is relative to it. Where no batch norm follows, the step's norm is that of the weight at the start. The last layer's
-    steps and vectors' have root mean square 1, times the rate (steepest descent in a norm of the layer's own:
-    Bernstein & Newhouse, 2024).
+    A weight is seen as a matrix, of a convolution (out, in * 3 * 3), and its step is the nearest orthogonal matrix; of
+    a depthwise one each filter's step is brought to norm 1. A convolution before a batch norm, which takes its scale
+    out again, is first brought to norm sqrt(out). Where no batch norm follows, the step's norm is that of the weight at
+    the start. The last layer's steps and vectors' have root mean square 1, times the rate.
     """
 
     def __init__(self, groups: list[dict], dtype: torch.dtype, lr: float) -> None:

@@ -19,28 +19,21 @@ def name_of(options) -> RunName:
     return RunName(options.dataset, role, **kd, seed=seed, **trial, student=own, size=options.size)
 
 
-def names_of(options) -> list[RunName]:
-    """The runs to do, in order: one, or with --all the teacher, then the students of each seed."""
-    first = name_of(options)
-    if not options.all:
-        return [first]
-    losses = options.loss or ("kd",)
-    if options.matched:
-        losses = tuple(dict.fromkeys((*losses, *(f"kd_as_{loss}" for loss in losses if loss_function(loss) != "kd"))))
-    names = [] if options.teacher else [first.teacher_name]
-    for seed in range(first.seed, first.seed + options.seeds):
-        for images in options.student_images or (None,):
-            student = replace(first, seed=seed, student_images=images)
-            names.append(student)
-            for loss in losses:
-                for temp in options.temp or temps_of(options.dataset, loss):
-                    names.append(replace(student, loss=loss, temp=temp))
-    return names
-
-
 def plan(options, data: DataSet, precision: str, processes: int) -> list[RunConfig]:
-    """The runs that the options of train.py ask for, with every value filled in."""
-    return [resolve(name, options, data, precision, processes) for name in names_of(options)]
+    """The runs that the options of train.py ask for: one, or with --all the teacher, then the students of each seed."""
+    first = name_of(options)
+    names, losses = [first], options.loss or ("kd",)
+    if options.all:
+        names = [] if options.teacher else [first.teacher_name]
+        matched = [f"kd_as_{loss}" for loss in losses if options.matched and loss_function(loss) != "kd"]
+        for seed in range(first.seed, first.seed + options.seeds):
+            for images in options.student_images or (None,):
+                student = replace(first, seed=seed, student_images=images)
+                names.append(student)
+                for loss in dict.fromkeys((*losses, *matched)):
+                    for temp in options.temp or temps_of(options.dataset, loss):
+                        names.append(replace(student, loss=loss, temp=temp))
+    return [resolve(name, options, data, precision, processes) for name in names]
 
 
 def resolve(name: RunName, options, data: DataSet, precision: str, processes: int) -> RunConfig:
@@ -48,8 +41,7 @@ def resolve(name: RunName, options, data: DataSet, precision: str, processes: in
     recipe = asdict(recipe_of(name.dataset, name.role, options.optimizer, data.train_images, name.student_images))
     if not (options.all and name.role == "teacher"):  # with --all these options are the students'
         recipe |= {f: getattr(options, f) for f in RECIPE_FIELDS if getattr(options, f) is not None}
-    if recipe["views"] is None:
-        recipe["views"] = data.views
+    recipe["views"] = recipe["views"] or data.views
     kd_weights, ce_weight = usual_weights(name.loss) if name.kd else ((), 1.0)
     if name.kd and options.alpha is not None:
         kd_weights, ce_weight = (options.alpha,), ce_weight_of(options.alpha)

@@ -1,7 +1,4 @@
-"""Default hyperparameters by data set, role and optimizer, and by loss.
-
-Standard library only: `--help` reads these tables.
-"""
+"""Default hyperparameters by data set, role and optimizer, and by loss. Standard library only, for `--help`."""
 
 import math
 from dataclasses import dataclass, fields, replace
@@ -44,9 +41,7 @@ def recipe_of(dataset: str, role: str, optimizer: str, train_images: int, studen
     """
     recipe = (DIGITS if dataset == "digits" else CIFAR)[role, optimizer]
     images = student_images or (train_images if dataset == "folder" else None)
-    if images is None:
-        return recipe
-    return scale_recipe(recipe, images, **(OF_DIGITS if dataset == "digits" else {}))
+    return scale_recipe(recipe, images, **(OF_DIGITS if dataset == "digits" else {})) if images else recipe
 
 
 def scale_recipe(recipe: Recipe, images: int, made_for: int = 50_000, most: float = 4) -> Recipe:

@@ -165,8 +165,6 @@ class Run:
                 f"train this run again, without --all, with a lower rate: --lr {self.config.lr / 10:.4g} --resume False"
             )
 
-    # ------------------------------------------------------------------------------------------ saved and resumed
-
     def header(self) -> dict:
         """What a checkpoint and a log begin with."""
         return {"run": asdict(self.config), "machine": machine(self.runtime), "title": self.config.title}

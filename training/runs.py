@@ -158,8 +158,6 @@ def usual_weights(loss: str) -> tuple[tuple[float, ...], float]:
     return LOSS_DEFAULTS[loss].kd_weights, LOSS_DEFAULTS[loss].ce_weight
 
 
-# ---------------------------------------------------------------------------------------------- comparing runs
-
 LOSS_FIELDS = {"loss", "temp", "kd_weights", "ce_weight"}
 KD_FIELDS = LOSS_FIELDS | {"teacher", "teacher_unknown"}
 
@@ -188,6 +186,15 @@ def say(run: RunConfig, name: str, label: str | None = None) -> str:
 def is_baseline_of(run: RunConfig, other: RunConfig) -> bool:
     """Whether `run` is the same-seed baseline without KD of the run `other` with KD."""
     return other.kd and not run.kd and not differences(run, other, KD_FIELDS)
+
+
+def why_no_baseline(run: RunConfig, others: list[RunConfig]) -> str:
+    """Why a student with KD has no baseline among others."""
+    others = [other for other in others if other.role == "student" and not other.kd]
+    if not others:
+        return "there is no student without KD"
+    nearest = min(others, key=lambda other: len(differences(other, run, KD_FIELDS)))
+    return f"the nearest student without KD has {describe_differences(nearest, run, KD_FIELDS)}"
 
 
 def is_plain_kd_beside(run: RunConfig, other: RunConfig) -> bool:

@@ -1,9 +1,4 @@
-"""The teacher's logits of each view of the training images, computed once and shared by all its students.
-
-The teacher is in evaluation mode and an image's k-th view is always the same, so its logits never change: one file per
-view, `<teacher>_logits_<key>/07.npz`, whose key is a hash of all that logits depend on. `rm -r weights/*_logits_*`
-removes them all; they are computed again when needed.
-"""
+"""The teacher's logits of each view of the training images, computed once and shared: docs/teacher_logits.md."""
 
 import json
 import time
@@ -17,7 +12,7 @@ from data_sets import DataSet
 from runtime import checkpoint
 from runtime.device import Runtime
 from runtime.errors import UserError, reason
-from runtime.files import load_arrays, save_arrays, writing
+from runtime.files import load_arrays, save_arrays, write_json
 from training.run import describe_data, load_model, mismatch
 from training.runs import UNKNOWN, RunConfig, RunName
 from utils import Images, Views, compute_logits, held_out_logits
@@ -28,9 +23,7 @@ VERSION = 1  # of the forward pass and the views: a change that alters logits ge
 class TeacherLogits:
     """A teacher in a checkpoint, or a folder of logits that somebody's model wrote."""
 
-    def __init__(
-        self, path: Path, spec: DataSet, runtime: Runtime, weights_path: Path, content: dict | None = None
-    ) -> None:
+    def __init__(self, path: Path, spec: DataSet, runtime: Runtime, weights_path: Path, content: dict | None) -> None:
         """`content` is the teacher's checkpoint, None if `path` is a folder. UserError if it can't teach on `spec`."""
         self.path, self.spec, self.runtime, self.content, self.model = path, spec, runtime, content, None
         self.in_memory: dict[str, np.ndarray] = {}  # what can't be written
@@ -156,9 +149,7 @@ def describe_logits(folder: Path, spec: DataSet, key: str) -> None:
     path = folder / "teacher.json"
     if not path.exists():
         content = {"key": key, "classes": list(spec.classes), "images": spec.fingerprint, "flip": spec.flip}
-        content |= {"version": VERSION}
-        with writing(path) as temporary:
-            temporary.write_text(json.dumps(content, indent=1) + "\n")
+        write_json(path, content | {"version": VERSION})
 
 
 def read_description(folder: Path, spec: DataSet) -> str:
@@ -182,17 +173,13 @@ def read_description(folder: Path, spec: DataSet) -> str:
     return key
 
 
-# ---------------------------------------------------------------------------------------------- the teacher of a run
-
-
 def teacher_path(student: RunName, options) -> Path:
     """The checkpoint of a student's teacher, or the folder of its logits; UserError if there is none."""
     name = student.teacher_name
     path = options.teacher or options.weights_path / f"{name.stem}.pt"
     if not path.exists():
-        train = name.command(
-            "train.py", **options.folders("data_path", "skip_broken", "flip", "weights_path", "plots_path")
-        )
+        folders = options.folders("data_path", "skip_broken", "flip", "weights_path", "plots_path")
+        train = name.command("train.py", **folders)
         raise UserError(f"no teacher {path}: train one with `{train}`, or name another one by --teacher")
     return path
 

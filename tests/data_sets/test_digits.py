@@ -52,7 +52,7 @@ def test_the_labelled_digit_is_drawn_last_and_in_the_middle(monkeypatch):
     drawn, mask = [], Image.new("L", (32, 32))
     monkeypatch.setattr(digits, "place", lambda glyph, centre, *_: drawn.append((glyph, abs(centre).max())) or mask)
     monkeypatch.setattr(digits, "NEIGHBOUR", 1)
-    digits.draw_image(["0123456789"], 7, np.random.default_rng(0))
+    digits.draw_image(["0123456789"], 7, np.random.default_rng(0), 32)
     assert len(drawn) == 5 and drawn[-1][0] == "7" and drawn[-1][1] <= 2
     assert min(distance for _, distance in drawn[:4]) >= 15
 

@@ -9,7 +9,7 @@ import torch
 from made_up import content_of, run_of, tiny_student, write_log
 from matplotlib.font_manager import fontManager
 
-from evaluation import figures, paper_figures
+from evaluation import figures
 from utils import plot_curves, save_figure
 
 CLASSES = tuple("abc")
@@ -20,8 +20,7 @@ PIXELS = np.zeros((2, 32, 32, 3), np.uint8)
 def drawn(monkeypatch) -> list:
     """The axes that are drawn and saved, in order."""
     axes = []
-    for module in (figures, paper_figures):
-        monkeypatch.setattr(module, "save_figure", lambda of, path: axes.append(of) or save_figure(of, path))
+    monkeypatch.setattr(figures, "save_figure", lambda of, path: axes.append(of) or save_figure(of, path))
     return axes
 
 
@@ -74,7 +73,7 @@ def test_a_table_is_drawn_over_the_number_of_images_and_over_the_temperature(dra
     gains = [{"model": row["model"], "mean": row["temp"], "ci": [row["temp"] - 2, row["temp"] + 2]} for row in rows]
     results = {"rows": [{"model": "Student (w/o KD)", "top1": 9.0}, *rows], "gains": gains}
     path = tmp_path / "figure.png"
-    assert paper_figures.plot_images(results, path) == paper_figures.plot_temperatures(results, path) == path
+    assert figures.plot_images(results, path) == figures.plot_temperatures(results, path) == path
     assert drawn[0].get_legend_handles_labels()[1] == [f"Student (with KD, Temp = {temp})" for temp in (20, 5, 1)]
     assert [line.get_xydata().tolist() for line in drawn[0].lines] == [
         [[150, temp + 0.5], [5000, temp + 0.5]] for temp in (20, 5, 1)
@@ -85,7 +84,7 @@ def test_a_table_is_drawn_over_the_number_of_images_and_over_the_temperature(dra
     assert drawn[1].containers[0].lines[1][0].get_ydata().tolist() == [-1, 3, 18], "the lower ends of the intervals"
     assert drawn[1].figure.axes[1].lines[0].get_ydata().tolist() == [0.1, 0.5, 2.0]
     few = {"rows": rows[1:3], "gains": gains}
-    assert paper_figures.plot_images(few, path) is None is paper_figures.plot_temperatures(few, path)
+    assert figures.plot_images(few, path) is None is figures.plot_temperatures(few, path)
 
 
 def test_the_users_matplotlib_style_changes_no_figure(tmp_path):
@@ -150,4 +149,4 @@ def test_a_class_and_a_picture_may_have_any_name(tmp_path, drawn):
     figures.plot_pictures(PIXELS, names, answers, CLASSES, tmp_path / "pictures.png")
     assert [axes.get_title() for axes in drawn[1].figure.axes[::2]] == names
     content["measured"] = {"per_class": [0.5] * 10, "corrected_per_class": [0.6] * 10, "bias": [1.0]}
-    assert paper_figures.plot_omitted([content], tmp_path / "omitted.png").exists()
+    assert figures.plot_omitted([content], tmp_path / "omitted.png").exists()

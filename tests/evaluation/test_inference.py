@@ -19,7 +19,7 @@ SPEC = DATA_SETS["cifar10"]
 
 
 def test_the_cost_is_timed_and_told_beside_the_teachers():
-    seconds = inference.pass_seconds(build_model("student").eval(), 2, CPU, budget=0.05)
+    seconds = inference.pass_seconds(build_model("student").eval(), 2, CPU, 32, budget=0.05)
     assert seconds.shape == (3,) and (np.diff(seconds) >= 0).all() and seconds[0] > 0
     cost = {"parameters": (300,), "macs": (2e6,), "bytes": (1000,), "latency_ms": (1.0, 2.0, 3.0)}
     cost["images_per_second"] = (10.0, 20.0, 30.0)

@@ -14,9 +14,8 @@ from conftest import FORKS
 import runtime.device
 from runtime import processes
 from runtime.device import Runtime, device_title, machine, pick_device, training_error
-from runtime.errors import UserError
+from runtime.errors import StopSignal, UserError
 from runtime.processes import pick_precision, start, working_device
-from runtime.signals import StopSignal
 
 CPU = torch.device("cpu")
 

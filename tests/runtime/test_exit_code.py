@@ -13,8 +13,7 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-from runtime.errors import ReportedElsewhere, Stopped, UserError, exit_code, known_failure
-from runtime.signals import StopSignal
+from runtime.errors import ReportedElsewhere, Stopped, StopSignal, UserError, exit_code, known_failure
 
 
 def raising(error: Exception):

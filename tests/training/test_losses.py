@@ -1,7 +1,10 @@
 """The losses of distillation: each against autograd of its definition in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from made_up import run_of
 from test_utils import random_logits, slow_kd_loss
 
 from training.losses import LOSSES, training_loss
@@ -57,8 +60,9 @@ WEIGHTS += [("kd", (0.0,), 1.0), ("kd", (1.0,), 0.0), ("dkd", (4.5, 4.5), 1.0)]
 @pytest.mark.parametrize("loss, weights, ce_weight", WEIGHTS)
 def test_the_training_loss_and_its_gradient_are_the_weighted_sum(loss, weights, ce_weight):
     row, (student, teacher, targets) = LOSS_DEFAULTS[loss], random_logits(batch=20)
+    run = replace(run_of(f"--kd --loss {loss}"), temp=row.temps[0], kd_weights=weights, ce_weight=ce_weight)
     leaf, slow_leaf = student.clone().requires_grad_(), student.clone().requires_grad_()
-    total, ce, soft = training_loss(leaf, teacher, targets, row.function, row.temps[0], weights, ce_weight)
+    total, ce, soft = training_loss(leaf, teacher, targets, run)
     terms = by_definition(row.function, slow_leaf, teacher, targets, row.temps[0])
     slow_ce = slow_kd_loss(slow_leaf, teacher, targets, 1.0, 0.0)
     expected = sum(weight * term for weight, term in zip(weights, terms, strict=True)) + ce_weight * slow_ce
@@ -72,7 +76,7 @@ def test_the_training_loss_and_its_gradient_are_the_weighted_sum(loss, weights, 
 
 def test_without_a_teacher_the_loss_is_the_cross_entropy():
     student, _, targets = random_logits()
-    total, ce, soft = training_loss(student, None, targets, "", 1.0, (), 1.0)
+    total, ce, soft = training_loss(student, None, targets, run_of())
     assert total == ce == torch.nn.functional.cross_entropy(student.float(), targets) and soft == 0
 
 
