@@ -172,3 +172,4 @@ def test_all_with_a_teacher_trains_no_other_and_shows_it_in_the_table(learn, tmp
     rows = table_of(tmp_path)["rows"]
     assert [row["model"].split(" (")[0] for row in rows] == ["Teacher", "Student", "Student"]
     assert all("agreement" in row for row in rows[1:])
+    assert rows[1]["loss"] == pytest.approx(load("student")["metrics"]["loss"]), "on the student's test images"
