@@ -215,8 +215,8 @@ def train_all(options: config.TrainOptions) -> None:
                 run = replace(run, teacher=teacher.fingerprint, teacher_unknown=teacher.is_unknown)
             content = find_finished(run, options, data.spec)
             if content:
-                ended = f"{content['metrics']['top1']:.2f}% top-1"
-                runtime.print(f"{run.stem}: already finished ({ended}), skipping; --resume False trains it again")
+                ended = f"already finished ({content['metrics']['top1']:.2f}% top-1), skipping"
+                runtime.print(f"{run.stem}: {ended}" + ("" if options.all else "; --resume False trains it again"))
             else:
                 content = train(run, data, views, teacher, files_of(run, options), options.resume, runtime, left)
             contents.append(content)

@@ -213,9 +213,7 @@ def parse(argv: list[str] | None, folder: str) -> tuple:
     parser.add_argument("--lengths", type=number(int, 1), nargs="+", help="epochs of the trainings (default: 1 2 4 8)")
     at_least_a_batch = number(int, at_least=baseline.BATCH_SIZE)
     parser.add_argument("--images", type=at_least_a_batch, help="train on the first N (default: all but a tenth)")
-    parser.add_argument(
-        "--baseline_lr", type=number(float, above=0), nargs="+", help="peak learning rates of the baseline loop"
-    )
+    parser.add_argument("--baseline_lr", type=number(float, above=0), nargs="+", help="peak rates of the baseline loop")
     parser.add_argument("--quick", action="store_true", help="a few minutes: lengths 1 2 and few images")
     parser.add_argument("--json", type=file_name, help="file for the finished trainings")
     parser.add_argument("--figure", type=file_name, help="file for the figure, .png")
