@@ -1,5 +1,6 @@
 """Every option of train.py and test.py, declared and checked once; None is "not given". No torch: --help is quick."""
 
+import unicodedata
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -198,7 +199,7 @@ def classes_of(parser: Parser, words: tuple[str, ...], classes: tuple[str, ...])
     A folder's classes are not known yet: its words are names. A wrong word exits with code 2.
     """
     if not classes:
-        return tuple(sorted(set(words)))
+        return tuple(sorted({unicodedata.normalize("NFC", word) for word in words}))
     numbers = {str(i): name for i, name in enumerate(classes)}
     for word in words:
         if word not in classes and word not in numbers:

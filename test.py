@@ -21,6 +21,7 @@ if sys.version_info < (3, 10):  # noqa: UP036 - what follows is no Python for it
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import config
@@ -44,7 +45,7 @@ from runtime.processes import start
 from training.plan import name_of
 from training.run import load_model, mismatch, spec_of
 from training.runs import row_order, run_from
-from training.teacher_logits import load_teacher, read_teacher, teacher_path
+from training.teacher_logits import load_teacher, read_teacher, teacher_mismatch, teacher_path
 from utils import Images, held_out_logits, load_images
 
 PUBLISHED = Path(__file__).resolve().parent / "results"
@@ -59,11 +60,9 @@ def find_checkpoint(options: config.TestOptions, runtime: Runtime) -> dict:
         content = checkpoint.load(options.checkpoint)
         if options.student and not run_from(content["run"]).student:
             raise UserError(f"{options.checkpoint} is not a student of your own: leave --student out")
-        if "metrics" not in content:
-            raise UserError(f"{options.checkpoint} is an unfinished run: rerun its command to finish it")
         if content["run"]["role"] == "teacher" and options.teacher:
             raise UserError(f"{options.checkpoint} is a teacher: leave --teacher out")
-        return content
+        return finished(content)
     name = name_of(options)
     path = options.weights_folder / f"{name.stem}.pt"
     if options.tto and options.teacher:
@@ -80,8 +79,16 @@ def find_checkpoint(options: config.TestOptions, runtime: Runtime) -> dict:
         raise UserError(f"no checkpoint {path}: train it with `{train}`, or give its folder by --weights_path")
     content = checkpoint.load(path)
     run = run_from(content["run"])
-    if (run.role, run.dataset) != (name.role, name.dataset):
-        raise UserError(f"{path} contains a {run.role} of {run.dataset}, not a {name.role} of {name.dataset}")
+    facts = ("role", "dataset", "size", "subset", "holdout")
+    if any(getattr(run, fact) != getattr(name, fact) for fact in facts):
+        raise UserError(f"{path} contains {run.title} of {run.dataset}, not {name.title} of {name.dataset}")
+    return finished(content)
+
+
+def finished(content: dict) -> dict:
+    """A finished run's checkpoint; UserError if the run has not ended."""
+    if "metrics" not in content:
+        raise UserError(f"{content['path']} is an unfinished run: rerun its command to finish it")
     return content
 
 
@@ -188,15 +195,19 @@ def find_checkpoints(options: config.TestOptions, runtime: Runtime) -> list[dict
                 contents.append(checkpoint.load(path))
             except UserError as error:
                 runtime.print(f"left out: {error}")
-    images = options.dataset, options.size, options.subset, options.holdout
-    runs = [run_from(content["run"]) for content in contents]
-    found = [(r, c) for r, c in zip(runs, contents, strict=True) if (r.dataset, r.size, r.subset, r.holdout) == images]
-    if options.teacher:
-        its_own = None, checkpoint.fingerprint(checkpoint.load(options.teacher)["model"])
-        found = [
-            (r, c) for r, c in found if c["path"] == options.teacher or (r.role == "student" and r.teacher in its_own)
-        ]
-    return [content for _, content in sorted(found, key=lambda pair: row_order(pair[0]))]
+    teacher = checkpoint.load_any(options.teacher) if options.teacher else {}
+    its_own = None, checkpoint.fingerprint(teacher.get("model", teacher))
+
+    def is_shown(content: dict) -> bool:
+        run = run_from(content["run"])
+        images = run.dataset, run.size, run.subset, run.holdout
+        if not options.teacher or run.role == "student":
+            fits = images == (options.dataset, options.size, options.subset, options.holdout)
+            return fits and (not options.teacher or run.teacher in its_own)
+        return content["path"] == options.teacher
+
+    found = [content for content in contents if is_shown(content)]
+    return sorted(found, key=lambda content: row_order(run_from(content["run"])))
 
 
 def classify(options: config.TestOptions, runtime: Runtime) -> None:
@@ -213,8 +224,8 @@ def classify(options: config.TestOptions, runtime: Runtime) -> None:
             if path.is_dir():
                 raise UserError(f"{path} holds logits, not a model that could classify pictures")
             teacher = read_teacher(path, run, spec)
-            if (spec_of(teacher).classes, spec_of(teacher).size) != (spec.classes, spec.size):
-                raise UserError(f"{teacher['path']} has other classes or images than {contents[0]['path']}")
+            if why := teacher_mismatch(teacher, run, replace(spec, fingerprint=run.images)):
+                raise UserError(f"the teacher {teacher['path']} {why}")
             contents.append(teacher)
     answers = {}
     for content in contents:

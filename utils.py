@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -341,7 +342,7 @@ def new_panels(title: str, ylabels: list[str]) -> list:
     """The labelled axes of a figure, side by side."""
     figure = new_figure(4.2)
     panels = figure.subplots(1, len(ylabels), squeeze=False)[0].tolist()
-    figure.suptitle(title)
+    figure.suptitle(textwrap.fill(title, 68))
     for axes, ylabel in zip(panels, ylabels, strict=True):
         axes.set(xlabel="epoch", ylabel=ylabel)
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
@@ -353,7 +354,10 @@ def save_figure(axes, path: Path) -> Path:
     """Write the figure of `axes`, whose labels are its legend, to `path` as PNG, atomically."""
     handles, labels = axes.get_legend_handles_labels()
     if len(axes.figure.axes) > 1 and labels:
-        axes.figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9)
+        columns = 2 if max(map(len, labels)) < 50 else 1
+        more_rows = max(len(labels) // columns - 2, 0)
+        axes.figure.set_figheight(axes.figure.get_figheight() + 0.17 * more_rows)
+        axes.figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9)
     elif labels:
         axes.legend(fontsize=9)
     with writing(path) as temporary:

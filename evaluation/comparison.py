@@ -3,6 +3,7 @@
 import contextlib
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -12,7 +13,7 @@ from runtime import checkpoint
 from runtime.device import PRECISIONS, Runtime
 from runtime.errors import UserError
 from training.run import load_model, mismatch, spec_of
-from training.runs import RunConfig, RunName, labels, run_from
+from training.runs import RunConfig, RunName, is_baseline_of, labels, run_from
 from training.teacher_logits import TeacherLogits
 from utils import Data, Images, held_out_logits
 
@@ -64,16 +65,16 @@ def measure_all(
     """The checkpoints, teachers first, that fit the data, each with what is `measured` of it; the others are named.
 
     All are evaluated on the test or held-out images of the run `name`. A student is compared with its own teacher, if
-    that is `teacher` or among them, and one without KD with the first. With `cost` they are timed, too. `student` is
-    the --student that was typed. Stopped if a signal came.
+    that is `teacher` or among them, and one without KD with that of a student whose baseline it is. With `cost` they
+    are timed, too. `student` is the --student that was typed. Stopped if a signal came.
     """
     images = data.held_out(name.subset, name.holdout)
+    runs = [run_from(content["run"]) for content in contents]
     shown, teachers = [], {}  # the logits of each teacher, by its fingerprint
     if teacher and teacher.model is None:  # a teacher with a model is among the checkpoints
         with contextlib.suppress(UserError):  # a folder of logits may have none of the test images
             teachers[teacher.fingerprint] = teacher.of_test_images(images, name.holdout)
-    for content in contents:
-        run = run_from(content["run"])
+    for run, content in zip(runs, contents, strict=True):
         try:
             if why := mismatch(content, name, data.spec):
                 raise UserError(f"{content['path']} {why}")
@@ -86,7 +87,9 @@ def measure_all(
         numbers["parameters"] = count_parameters(model)
         if run.role == "teacher":
             teachers[checkpoint.fingerprint(content["model"])] = logits
-        elif (its_teacher := run.teacher if run.kd else next(iter(teachers), None)) in teachers:
+        taught = [run, *(other for other in runs if is_baseline_of(run, other))]
+        its_teacher = next((other.teacher for other in taught if other.teacher in teachers), next(iter(teachers), None))
+        if run.role == "student" and its_teacher and (not run.kd or its_teacher == run.teacher):
             numbers |= fidelity(logits, teachers[its_teacher], images.labels)
         numbers["seconds"] = content["seconds"]
         if cost and runtime.is_main:
@@ -96,14 +99,17 @@ def measure_all(
 
 
 def rows_of(contents: list[dict]) -> dict[str, list[dict]]:
-    """Checkpoints by the label of their row: those that differ in the seed alone share one, copies of a run do not."""
-    rows: dict[tuple[RunConfig, int], list[dict]] = {}
-    copies: Counter[RunConfig] = Counter()
+    """Checkpoints by the label of their row: those of a folder that differ in the seed alone share one.
+
+    Copies of a run do not, nor do runs of several folders: a new --name may stand for new code.
+    """
+    rows: dict[tuple, list[dict]] = {}
+    copies: Counter[tuple] = Counter()
     for content in contents:
-        run = run_from(content["run"])
-        rows.setdefault((replace(run, seed=0), copies[run]), []).append(content)
-        copies[run] += 1
+        run, folder = run_from(content["run"]), Path(content["path"]).parent
+        rows.setdefault((replace(run, seed=0), folder, copies[run, folder]), []).append(content)
+        copies[run, folder] += 1
     found: dict[str, list[dict]] = {}
-    for name, row in zip(labels([run for run, _ in rows]), rows.values(), strict=True):
+    for name, row in zip(labels([run for run, *_ in rows]), rows.values(), strict=True):
         found[f"{name}, {row[0]['path']}" if name in found else name] = row
     return found

@@ -134,13 +134,14 @@ def plot_comparison(contents: list[dict], path: Path) -> Path:
     contents = [c for c in contents if c["log"] and (c["run"]["subset"], c["run"]["holdout"]) == images]
     title = f"Accuracy and loss on the {'held-out' if last.holdout else 'test'} images of {last.dataset}"
     panels = new_panels(title, ["top-1 (%)", "cross-entropy (nats)"])
-    for colour, (title, row) in zip(itertools.cycle(COLOURS), rows_of(contents).items(), strict=False):
+    looks = itertools.cycle(itertools.product(("-", "--", ":"), COLOURS))
+    for (style, colour), (title, row) in zip(looks, rows_of(contents).items(), strict=False):
         logs = [parse_log(content["log"])[1] for content in row]
         for axes, key in zip(panels, ("top1", "loss"), strict=True):
             values = np.array([[line[last.split][key] for line in log] for log in logs])
             epochs, mean = range(1, values.shape[1] + 1), values.mean(axis=0)
             label = f"{title}: {mean[-1]:.2f}" + (f" (mean of {len(values)})" if len(values) > 1 else "")
-            axes.plot(epochs, mean, color=colour, marker="." if len(epochs) == 1 else None, label=label)
+            axes.plot(epochs, mean, style, color=colour, marker="." if len(epochs) == 1 else None, label=label)
             if len(values) > 1:
                 axes.fill_between(epochs, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
     return save_figure(panels[0], path)
@@ -168,7 +169,9 @@ def plot_omitted(contents: list[dict], path: Path) -> Path | None:
             axes.bar(np.arange(len(classes)) + 0.4 * i - 0.2, 100 * shares, 0.4, color=colours)
         axes.set_title(title[:100], fontsize=10)
         axes.set(ylabel="accuracy (%)", ylim=(0, 100), xlim=(-1, len(classes)), xticks=ticks)
-        style = {"fontsize": 8} if len(classes) <= CELLS_WITH_NUMBERS else {"fontsize": 5, "rotation": 90}
+        few = len(classes) <= CELLS_WITH_NUMBERS
+        turned = 0 if len(" ".join(names)) < 70 else 30
+        style = {"fontsize": 8, "rotation": turned} if few else {"fontsize": 5, "rotation": 90}
         axes.set_xticklabels(names, **style)
         axes.grid(axis="y", alpha=0.3)
     said = [f"{which}, {when}" for which in ("seen", "never seen") for when in ("uncorrected", "corrected")]

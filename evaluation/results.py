@@ -82,7 +82,9 @@ def paired_differences(row: list[dict], others: list[dict], are_paired: Callable
     found = []
     for content in row:
         run = run_from(content["run"])
-        partner = next((other for other in others if are_paired(run_from(other["run"]), run)), None)
+        folder = Path(content["path"]).parent
+        partners = [other for other in others if are_paired(run_from(other["run"]), run)]
+        partner = min(partners, key=lambda other: Path(other["path"]).parent != folder, default=None)
         if partner:
             found.append(100 * (content["measured"]["top1"] - partner["measured"]["top1"]))
     return found
@@ -158,10 +160,9 @@ def publish(contents: list[dict], folder: Path) -> None:
             temporary.write_text(content, encoding="utf-8", errors="replace")  # a file's name may be no text
     write_json(folder / "results.json", results)
     plot_comparison(contents, folder / "comparison.png")
-    drawn = [
-        plot_omitted(contents, folder / "omitted.png"),
-        plot_images(results, folder / "images.png"),
-        plot_temperatures(results, folder / "temperatures.png"),
-    ]
-    names = ["results.md", "results.json", "comparison.png", *(path.name for path in drawn if path)]
+    names = ["results.md", "results.json", "comparison.png"]
+    for draw, shown in ((plot_omitted, contents), (plot_images, results), (plot_temperatures, results)):
+        path = folder / f"{draw.__name__.removeprefix('plot_')}.png"
+        path.unlink(missing_ok=True)  # of an earlier table
+        names += [path.name] if draw(shown, path) else []
     print(f"{text}\nsaved {folder}: {', '.join(names)} and runs.jsonl")

@@ -27,7 +27,7 @@ def build_own(name: str, num_classes: int, size: int) -> nn.Module:
         model = builder(num_classes=num_classes)
         with torch.no_grad():
             logits = copy.deepcopy(model).train()(images) if isinstance(model, nn.Module) else None
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError, LookupError) as error:
         called = f"num_classes={num_classes} and images {tuple(images.shape)}"
         raise UserError(f"--student {name} fails with {called}: {error}") from error
     if logits is None:

@@ -42,6 +42,9 @@ class Net(nn.Module):
         logits = self.head(self.body(images).view(len(images), -1) if not self.heads else self.body(images).flatten(1))
         return (logits, logits) if self.heads and self.training else logits
 
+def no_size(num_classes):
+    raise AssertionError("wrong size")
+
 no_view = lambda num_classes: Net(num_classes, heads=False)
 no_heads = lambda num_classes: Net(num_classes, heads=True)
 """
@@ -107,6 +110,7 @@ UNUSABLE = {
     "my_models:no_shape": r"returns shape \(2, 11\) for 2 images, not \(2, 10\)",
     "my_models:no_linear": "has no linear layer that can be trained",
     "my_models:no_view": "Use .reshape",
+    "my_models:no_size": "wrong size",
     "my_models:no_heads": r"returns shape \(\) for 2 images",
     "my_models:no_forward": r"and images \(2, 3, 32, 32\): mat1 and mat2",
 }

@@ -99,9 +99,6 @@ def save_logits(folder: Path, logits: torch.Tensor, name: str = "test.npz") -> N
     describe_logits(folder, DATA.spec, "mine")
 
 
-# ---------------------------------------------------------------------------------------------- one checkpoint
-
-
 def test_the_first_line_repeats_the_logs_last_line(digits, tiny_models, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     words = ["--dataset=digits", f"--data_path={digits}", "--subset=40", "--device=cpu", "--precision=fp32"]
@@ -216,6 +213,8 @@ def test_nothing_is_evaluated_on_held_out_images_that_it_was_trained_on(evaluate
     assert evaluate("--holdout=8", f"--teacher={fair}") == 0
     assert evaluate("--compare", "--holdout=8") == 0
     assert str(seen) not in capfd.readouterr().out
+    assert evaluate("--tto", "--holdout=8", f"--teacher={seen}") == 2
+    assert f"contains {TEACHER} of cifar10, not {TEACHER}, holdout 8 of" in one_line(capfd)
 
 
 def test_each_model_is_evaluated_in_the_precision_of_its_training(evaluate, monkeypatch):
@@ -288,9 +287,6 @@ def test_without_a_checkpoint_of_ones_own_the_published_one_is_evaluated(report_
     assert "published" not in capfd.readouterr().out
 
 
-# ---------------------------------------------------------------------------------------------- standard output
-
-
 FULL = "test.py: error: can't write to standard output: No space left on device; all files saved so far are complete\n"
 
 
@@ -312,9 +308,6 @@ def test_a_table_that_cannot_be_printed_is_in_its_file(stdout, code, stderr, dig
         assert "% ? " in done.stdout and "saved " in done.stdout and done.stdout.isascii()
 
 
-# ---------------------------------------------------------------------------------------------- pictures
-
-
 def test_a_picture_is_classified_by_student_and_teacher(evaluate, capfd):
     save()
     save("--tto")
@@ -332,6 +325,8 @@ def test_a_picture_is_classified_by_student_and_teacher(evaluate, capfd):
     assert evaluate("--image", "blue_$x$.png") == 0
     assert "not compared with the teacher: no teacher weights/teacher.pt" in capfd.readouterr().out
     assert evaluate("--image", "blue_$x$.png", "--teacher=none.pt") == 2
+    assert evaluate("--image", "blue_$x$.png", "--teacher=weights/student.pt") == 2
+    assert "student.pt is a student" in capfd.readouterr().err
     Path("text.png").write_text("no picture")
     capfd.readouterr()
     assert evaluate("--image", "text.png") == 2
@@ -361,9 +356,6 @@ def test_probabilities_are_softened(evaluate, capfd, monkeypatch):
     assert drawn[1][1] == ["blue.png"] and list(softened) == [f"{STUDENT}, T = 2.5"]
     assert list(answers) == [STUDENT, TEACHER]
     torch.testing.assert_close(softened[f"{STUDENT}, T = 2.5"], (answers[STUDENT].log() / 2.5).softmax(1))
-
-
-# ---------------------------------------------------------------------------------------------- many checkpoints
 
 
 @pytest.fixture
@@ -429,15 +421,21 @@ def test_students_of_two_teachers_are_two_rows_each_beside_its_own(report_of, co
         assert found[which[:8]] == pytest.approx(beside_its_own["kl_to_teacher"], rel=1e-2)
     first, second = found.values()
     assert first != pytest.approx(second, rel=0.05), "the students are the same, their teachers are not"
+    Path("weights/student_0.pt").unlink()
+    save(weights=5)
+    kl = compare()[0][2]["kl_to_teacher"]
+    assert kl == pytest.approx(second, rel=0.01), "a baseline is compared with the teacher of its student with KD"
 
 
 def test_with_a_teacher_its_own_students_and_those_without_kd_are_shown(compare, evaluate, capfd):
-    wanted = save("--tto", folder="elsewhere", weights=1)
+    wanted = save("--tto --subset=30", folder="elsewhere", weights=1)
     other = save("--tto --seed=7", weights=2)
     save(weights=3)
     save("--kd", "own.pt", weights=4, teacher=fingerprint_of(wanted))
     save("--kd --temp=20", weights=5, teacher=fingerprint_of(other))
-    assert compare(f"--teacher={wanted}")[1] == [TEACHER, STUDENT, KD]
+    assert compare(f"--teacher={wanted}")[1] == [f"{TEACHER}, subset 30", STUDENT, KD]
+    torch.save(checkpoint.load(wanted)["model"], "state.pt")
+    assert compare("--teacher=state.pt")[1] == [STUDENT, KD]
     assert compare(f"--teacher={other}")[1] == [TEACHER, STUDENT, "Student (with KD, Temp = 20)"]
     assert evaluate("--compare", "True", "--teacher=none.pt") == 2
     assert one_line(capfd).endswith("error: no checkpoint none.pt: check the path\n")

@@ -32,9 +32,6 @@ def change(path: Path, part: str, **changes) -> None:
     torch.save(content, path)
 
 
-# ---------------------------------------------------------------------------------------------- the loop
-
-
 def test_plain_kd_trains_with_kd_loss_of_the_images_that_the_student_sees(learn, digits, tmp_path, monkeypatch):
     assert learn("--tto") == 0
     seen, asked = [], []
@@ -116,9 +113,6 @@ def test_a_run_in_a_thread_works_and_the_hosts_settings_are_restored(learn):
     assert learn("--deterministic", "--resume=False") == 0 and settings() == before
 
 
-# ---------------------------------------------------------------------------------------------- files
-
-
 @pytest.mark.parametrize("command, name", [("--tto", "teacher"), ("--seed=7 --holdout=10", "student_seed7")])
 def test_a_checkpoint_and_a_log_say_the_same_of_their_run(command, name, learn, tmp_path):
     assert learn(*command.split()) == 0
@@ -160,9 +154,6 @@ def test_the_advice_to_train_a_teacher_leads_to_one_that_fits(learn, tmp_path, c
     assert learn(*shlex.split(advice)) == learn("--kd", *words) == 0
 
 
-# ---------------------------------------------------------------------------------------------- finished runs
-
-
 def test_a_finished_run_even_of_another_machine_is_skipped(learn, tmp_path, capfd):
     assert learn() == 0
     change(tmp_path / "weights" / f"{STEM}.pt", "machine", torch="2.11.0", device="another processor, 96 threads")
@@ -186,9 +177,6 @@ def test_a_finished_run_with_other_options_is_not_overwritten(learn, tmp_path, c
     assert learn("--lr=0.3", "--name=lr03") == 0 and before.items() <= snapshot(tmp_path).items()
     assert learn("--lr=0.3", "--resume=False") == 0
     assert checkpoint.load(tmp_path / "weights" / f"{STEM}.pt")["run"]["lr"] == 0.3
-
-
-# ---------------------------------------------------------------------------------------------- unfinished runs
 
 
 @pytest.fixture

@@ -25,9 +25,6 @@ def random_logits(batch: int = 6, scale: float = 4.0):
     return student, teacher, torch.randint(0, 10, (batch,), generator=generator)
 
 
-# ---------------------------------------------------------------------------------------------- loss
-
-
 def slow_kd_loss(student, teacher, targets, temp: float, alpha: float) -> torch.Tensor:
     """The loss from its definition, in float64."""
     p, q = (logits / temp for logits in (teacher, student))
@@ -70,9 +67,6 @@ def test_kd_loss_refuses_values_out_of_range(temp, alpha):
         kd_loss(*random_logits(), temp, alpha)
 
 
-# ---------------------------------------------------------------------------------------------- metrics
-
-
 def test_topk_correct_is_what_a_sort_says_and_ties_and_nan_count_against_the_target():
     logits, _, targets = random_logits(batch=200)
     ranking, ks = np.argsort(-logits.numpy(), axis=1), (1, 2, 3, 5, 10)
@@ -103,9 +97,6 @@ def test_evaluate_is_cross_entropy_and_accuracy_over_all_images(classes, monkeyp
     model.classifier.bias.data[0] = float("nan")
     with pytest.raises(UserError, match="logits are not finite: train it again with a lower --lr"):
         utils.evaluate(model, images, spec, CPU)
-
-
-# ---------------------------------------------------------------------------------------------- views
 
 
 def slow_view(pixels: np.ndarray, view: int) -> np.ndarray:
@@ -189,9 +180,6 @@ def test_an_epochs_order_tells_nothing_of_its_mirroring():
         assert abs(torch.corrcoef(torch.stack((place, mirrored)))[0, 1]) < 0.05
 
 
-# ---------------------------------------------------------------------------------------------- data
-
-
 def test_a_subset_is_the_first_images_and_a_holdout_the_last_of_these():
     data = Data(SPEC, random_images(50), random_images(20, seed=1))
     assert data.rows(None, 0).tolist() == list(range(50)) and data.rows(40, 8).tolist() == list(range(32))
@@ -254,9 +242,6 @@ def test_a_row_is_what_the_real_data_say_without_the_file_of_class_names(name, r
     assert torch.bincount(data.test.labels).tolist() == [10_000 // len(data.spec.classes)] * len(data.spec.classes)
     values = Normaliser(data.spec, CPU.device)(data.train.pixels[:20_000]).double()
     assert values.mean((0, 2, 3)).abs().max() < 0.02 and (values.std((0, 2, 3)) - 1).abs().max() < 0.02
-
-
-# ---------------------------------------------------------------------------------------------- curves
 
 
 @pytest.mark.parametrize("command, split", [("", "test"), ("--kd", "test"), ("--holdout 8", "holdout")])

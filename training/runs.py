@@ -212,9 +212,9 @@ def saw_held_out(run: RunConfig, name: RunName, train_images: int) -> bool:
 
 
 def row_order(run: RunName) -> tuple:
-    """The place of a run in a table: the teacher, then by student, loss (first none), temperature and seed."""
+    """The place of a run in a table: the teacher, then by student, loss (first none), temperature, images and seed."""
     loss = list(LOSS_DEFAULTS).index(run.loss) if run.kd else -1
-    return run.role != "teacher", run.student or "", loss, run.temp or 0.0, run.seed
+    return run.role != "teacher", run.student or "", loss, run.temp or 0.0, run.omit, run.student_images or 0, run.seed
 
 
 def labels(runs: list[RunConfig]) -> list[str]:

@@ -55,6 +55,9 @@ def test_pictures_are_turned_upright_by_their_exif(tmp_path):
     for name, picture in (("colour", COLOURS), ("16 bits", Image.fromarray((X * 1024).astype(np.uint16)))):
         picture.transpose(Image.Transpose.ROTATE_90).save(tmp_path / f"{name}.png", exif=exif)
         assert np.array_equal(read(tmp_path / f"{name}.png"), square(picture))
+    odd = struct.pack("<4sIH HHIHH HHII IQ", b"II*\0", 8, 2, 0x0112, 3, 1, 6, 0, 0x0131, 5, 1, 38, 0, 1)
+    COLOURS.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "odd.png", exif=b"Exif\0\0" + odd)
+    assert np.array_equal(read(tmp_path / "odd.png"), square(COLOURS)), "the software's name is a fraction"
 
 
 def test_transparency_is_put_on_white(tmp_path):

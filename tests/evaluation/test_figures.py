@@ -27,6 +27,7 @@ def drawn(monkeypatch) -> list:
 def plot_comparison(path: Path, runs: dict[str, tuple]) -> Path:
     """The comparison of runs, given by their commands and a test top-1 (%) per epoch."""
     contents = [content_of(run_of(command), tops, tiny_student()) for command, tops in runs.items()]
+    contents = [content | {"path": "student.pt"} for content in contents]
     return figures.plot_comparison(contents, path / "comparison.png")
 
 
@@ -50,6 +51,16 @@ def test_a_run_of_one_epoch_is_a_point_and_of_held_out_images_says_so(tmp_path, 
     plot_comparison(tmp_path, {"--tto": (60.0,), "--holdout=8": (50.0,)})
     assert [line.get_marker() for line in drawn[0].lines] == ["."]
     assert drawn[0].figure.get_suptitle() == "Accuracy and loss on the held-out images of cifar10"
+
+
+def test_a_legend_of_many_long_rows_fits_and_no_two_rows_look_alike(tmp_path, drawn):
+    losses = ["--kd"] + [f"--kd --loss={loss} --temp={temp}" for loss in ("ls", "dkd", "wttm") for temp in (2, 4, 8)]
+    plot_comparison(tmp_path, dict.fromkeys(losses, (50.0,)))
+    figure = drawn[0].figure
+    figure.draw_without_rendering()
+    box, (width, height) = figure.legends[0].get_window_extent(), figure.canvas.get_width_height()
+    assert box.x0 >= 0 and box.x1 <= width and box.y0 >= 0 and drawn[0].get_window_extent().height > height / 3
+    assert len({(line.get_color(), line.get_linestyle()) for line in drawn[0].lines}) == len(losses)
 
 
 def test_confusion_and_reliability_show_the_numbers(drawn, tmp_path):
@@ -141,7 +152,7 @@ def test_letters_are_of_an_installed_font_or_else_the_name_is_a_number(tmp_path,
 
 def test_a_class_and_a_picture_may_have_any_name(tmp_path, drawn):
     run = run_of("", omit=("$\\frac$",))
-    content = content_of(run, (50.0,), tiny_student())
+    content = content_of(run, (50.0,), tiny_student()) | {"path": "student.pt"}
     write_log(tmp_path / "run.jsonl", run)
     plot_curves(tmp_path / "run.jsonl", tmp_path)
     figures.plot_comparison([content], tmp_path / "comparison.png")

@@ -29,6 +29,8 @@ def test_publish_writes_the_table_its_numbers_the_figure_and_all_logs(tmp_path, 
     contents = [content("--tto", 84.451)]
     for seed, without, with_kd in ((42, 70.0, 71.0), (43, 71.0, 74.0), (44, 70.0, 72.0)):
         contents += [content(f"--seed={seed}", without), content(f"--kd --seed={seed}", with_kd)]
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "omitted.png").write_text("of an earlier table")
     publish(contents, tmp_path / "results")
     files = {path.name for path in (tmp_path / "results").iterdir()}
     assert files == {"results.md", "results.json", "comparison.png", "runs.jsonl"}
@@ -71,6 +73,15 @@ def test_one_pair_has_a_difference_and_no_interval():
     assert cells(text)[-1][-1] == "+0.50 (one pair)" and not found["notes"]
     assert f"{KD} gains +0.50 points of top-1 over the same-seed baseline without KD (one pair, no interval: " in text
     assert "seed noise" not in text
+
+
+def test_runs_of_another_folder_are_another_row_with_its_own_baseline():
+    old = [content(top1=60.0, path="w/a.pt")]
+    new = [content(f"--seed={seed} {kd}", 70.0 + 2 * bool(kd), f"w/v2/{seed}{kd}.pt")
+           for seed in (42, 43) for kd in ("", "--kd")]  # fmt: skip
+    found = collect([*old, *new])
+    assert [(row["seeds"], row["top1"]) for row in found["rows"]] == [([42], 60), ([42, 43], 70), ([42, 43], 72)]
+    assert found["gains"][0]["mean"] == pytest.approx(2)
 
 
 def test_only_the_same_seed_and_options_are_paired_and_each_teachers_students_have_a_gain():
@@ -161,9 +172,6 @@ def test_copies_of_a_run_are_rows_of_their_own():
     assert [(row["model"], row["top1"]) for row in found["rows"]] == [
         (STUDENT, 75.0), (f"{STUDENT}, old.pt", 60.0), (f"{STUDENT}, b.pt", 50.0),
     ]  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------- words
 
 
 def test_of_many_classes_the_worst_and_the_best_are_listed():

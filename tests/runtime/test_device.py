@@ -113,9 +113,6 @@ def test_a_machine_is_described_by_version_and_device():
     assert device_title(Runtime(torch.device("mps"), None)).endswith(", MPS")
 
 
-# ---------------------------------------------------------------------------------------------- settings
-
-
 def settings() -> dict:
     """Torch's global settings that a run or an evaluation may change."""
     cudnn = torch.backends.cudnn
@@ -225,9 +222,6 @@ def test_signals_are_caught_in_the_main_thread_only_and_handlers_are_restored():
         assert stop.number == signal.SIGTERM
         raise ZeroDivisionError
     assert {number: signal.getsignal(number) for number in before} == before
-
-
-# ---------------------------------------------------------------------------------------------- memory
 
 
 def pages_taken(blocks: int) -> int:

@@ -29,9 +29,6 @@ RUNS = {optimizer: run_of(f"--optimizer {optimizer} {NUMBERS}") for optimizer in
 RATES = [0.2, 0.1, 0.05]
 
 
-# ---------------------------------------------------------------------------------------------- the learning rate
-
-
 @pytest.mark.parametrize("total", [1, 2, 3, 10, 1000])
 def test_learning_rate_warms_up_and_decays_to_nearly_zero(total):
     rates = [learning_rate(step, total, 0.4) for step in range(total)]
@@ -43,9 +40,6 @@ def test_learning_rate_warms_up_and_decays_to_nearly_zero(total):
         assert peak == 0.1 * total - 1 and rates[0] < 0.02 * 0.4 and rates[-1] < 0.002 * 0.4
         warm, cold = np.diff(rates[: peak + 1]), np.diff(rates[peak + 1 :])
         assert np.allclose(warm, warm[0]) and np.allclose(cold, cold[0]), "both ways in a straight line"
-
-
-# ---------------------------------------------------------------------------------------------- orthogonalise
 
 
 def by_singular_values(matrix: torch.Tensor) -> torch.Tensor:
@@ -73,9 +67,6 @@ def test_orthogonalise_is_the_quintic_of_the_singular_values(dtype, tolerance, s
     for matrix, wanted in zip(matrices, expected, strict=True):
         torch.testing.assert_close(matrix, wanted, rtol=0, atol=tolerance)
     assert not matrices[-1].any() and not expected[-1].any()
-
-
-# ---------------------------------------------------------------------------------------------- a step
 
 
 def tiny_model() -> torch.nn.Module:

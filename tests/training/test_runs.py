@@ -260,9 +260,6 @@ def test_rows_of_one_title_say_in_what_they_differ():
     assert labels([kd, replace(kd, seed=2), kd]) == 3 * [kd.title]
 
 
-# ---------------------------------------------------------------------------------------------- a run under way
-
-
 @pytest.fixture
 def make_run(tiny_models, tmp_path, monkeypatch):
     """A function that makes a run of 5 steps per epoch, as the first of a number of processes that are all alike."""

@@ -164,9 +164,6 @@ def test_a_full_disk_costs_the_files_alone(learn, tmp_path, monkeypatch, capfd):
     assert not list(folder.iterdir())
 
 
-# ---------------------------------------------------------------------------------------------- a folder of logits
-
-
 @pytest.fixture
 def mine(learn, digits, tmp_path, monkeypatch):
     """A folder of logits as docs/own.md writes it, of the very teacher in weights/."""
