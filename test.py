@@ -45,7 +45,7 @@ from runtime.processes import start
 from training.plan import name_of
 from training.run import load_model, mismatch, spec_of
 from training.runs import row_order, run_from
-from training.teacher_logits import load_teacher, read_teacher, teacher_mismatch, teacher_path
+from training.teacher_logits import load_teacher
 from utils import Images, held_out_logits, load_images
 
 PUBLISHED = Path(__file__).resolve().parent / "results"
@@ -171,7 +171,7 @@ def compare(options: config.TestOptions, runtime: Runtime) -> None:
     data = load_images(options.dataset, options.data_path, runtime, None, options.skip_broken, options.size)
     for note in data.notes:
         runtime.print(note)
-    name, how = name_of(options), {"student": options.student, "precision": options.precision}
+    how = {"student": options.student, "precision": options.precision}
     shown = measure_all(contents, name, data, runtime, cost=True, **how)
     if not shown:
         command = name.command("train.py --all True", **options.folders("data_path", "weights_path", "name"))
@@ -220,13 +220,9 @@ def classify(options: config.TestOptions, runtime: Runtime) -> None:
     images, rows, names = read_pictures(options, contents[0], runtime)
     if run.role == "student" and not options.soften:
         with left_out_unless_named(options, runtime.print):
-            path = teacher_path(run, options)
-            if path.is_dir():
-                raise UserError(f"{path} holds logits, not a model that could classify pictures")
-            teacher = read_teacher(path, run, spec)
-            if why := teacher_mismatch(teacher, run, replace(spec, fingerprint=run.images)):
-                raise UserError(f"the teacher {teacher['path']} {why}")
-            contents.append(teacher)
+            if options.teacher and options.teacher.is_dir():
+                raise UserError(f"{options.teacher} holds logits, not a model that could classify pictures")
+            contents.append(load_teacher(run, options, replace(spec, fingerprint=run.images), runtime).content)
     answers = {}
     for content in contents:
         its_run, model = run_from(content["run"]), load_model(content, runtime, options.student)

@@ -34,14 +34,14 @@ from evaluation.comparison import measure_all
 from evaluation.measures import softness
 from evaluation.report import softness_text
 from evaluation.results import publish
-from models import build_model_of, fingerprint_layers
+from models import fingerprint_layers
 from runtime import checkpoint
 from runtime.device import Runtime, machine
 from runtime.errors import Stopped, StopSignal, UserError, exit_code
 from runtime.files import locked, make_folder
 from runtime.processes import start
 from runtime.progress import Progress, duration
-from training.files import files_of, find_finished, has_finished
+from training.files import check_same, files_of, find_finished
 from training.losses import training_loss
 from training.plan import plan
 from training.recipes import RECIPE_FIELDS
@@ -99,7 +99,7 @@ def progress_text(run: Run) -> str:
     return f"loss {loss:.3f} top1 {100 * top1:.2f}% {speed:,.0f} img/s lr {run.lr:.4f} left {duration(left)}"
 
 
-def end_epoch(run: Run, held_out: Images, softened: dict, seconds_left: Callable[[int, float], float] | None) -> None:
+def end_epoch(run: Run, held_out: Images, softened: dict, seconds_left: Callable[..., float] | None) -> None:
     """Evaluate, append the epoch's line to the log, with `softened` in it, and go to the next epoch."""
     config, runtime = run.config, run.runtime
     images = run.steps * run.batch_size
@@ -107,7 +107,7 @@ def end_epoch(run: Run, held_out: Images, softened: dict, seconds_left: Callable
     run.count_time()  # the device was waited for
     seconds = run.seconds
     test = percent(evaluate(run.model, held_out, run.spec, runtime))
-    whole = seconds + time.monotonic() - run.clock  # with the evaluation
+    evaluation = time.monotonic() - run.clock
     left_out = {"kl": not config.kd, "top5": "top5" not in test}
     train = percent({name: value for name, value in means.items() if not left_out.get(name)})
     line = {"epoch": run.epoch + 1, "train": train, config.split: test, "lr": run.lr} | softened
@@ -117,7 +117,7 @@ def end_epoch(run: Run, held_out: Images, softened: dict, seconds_left: Callable
     top5 = f" top5 {test['top5']:.2f}%" if "top5" in test else ""
     all_left = ""
     if seconds_left:
-        left = duration(seconds_left(config.num_epochs - run.epoch, whole))
+        left = duration(seconds_left(config.num_epochs - run.epoch, seconds, evaluation))
         all_left = f", about {left} left for all runs"
     runtime.print(
         f"epoch {line['epoch']}/{config.num_epochs}: train loss {train['loss']:.4f} top1 {train['top1']:.2f}%, "
@@ -139,11 +139,11 @@ def train(
     files: RunFiles,
     resume: bool,
     runtime: Runtime,
-    seconds_left: Callable[[int, float], float] | None = None,
+    seconds_left: Callable[..., float] | None = None,
 ) -> dict:
     """One run, new or resumed, until its checkpoint, log and figures are written; what its checkpoint holds.
 
-    `seconds_left` estimates the time left for all runs from the epochs left in this run and the seconds per epoch.
+    `seconds_left` estimates the time left for all runs from the epochs left in this one and an epoch's seconds.
     """
     rows = data.rows(config.subset, config.holdout, config.omit, config.student_images)
     held_out = data.held_out(config.subset, config.holdout)
@@ -163,7 +163,7 @@ def train(
                 save_or_stop(run)
             except Stopped:
                 run.save()
-                runtime.print(f"saved {files.resume} at epoch {run.epoch + 1}, step {run.step}/{run.steps}")
+                runtime.print(f"saved {files.resume} at {run.place}")
                 raise
         content = run.finished_state()
         if runtime.is_main:
@@ -197,35 +197,39 @@ def train_all(options: config.TrainOptions) -> None:
     """The run that the options name, or with --all every run that is not finished yet, and then the table."""
     with StopSignal() as stop, start(options.device, options.precision, options.deterministic, stop) as runtime:
         data, runs = prepare(options, runtime)
-        views = Views(data.train, data.spec, runtime.device)
-        to_do = [run for run in runs if not has_finished(run, options)]
+        views, teacher, last = Views(data.train, data.spec, runtime.device), None, runs[-1]
+        finished = {run.stem: find_finished(run, options, data.spec) for run in runs}
         if options.all:
-            runtime.print(f"{len(runs)} runs, {len(runs) - len(to_do)} of them finished")
-        teacher, contents = None, []
-        for run in runs:
-            to_do = [other for other in to_do if other != run]
-            if teacher is None and (run.kd or (options.all and run.role == "student")):  # one for all students
-                teacher = load_teacher(run, options, data.spec, runtime, contents[0] if contents else None)
-                teacher.check_views(run.views)
-                runtime.print(f"the teacher is {teacher.title}")
-                if teacher.content and not contents:
-                    contents.append(teacher.content)
-            left = partial(seconds_left, to_do, run, teacher) if teacher and options.all else None
-            if run.kd:
-                run = replace(run, teacher=teacher.fingerprint, teacher_unknown=teacher.is_unknown)
-            content = find_finished(run, options, data.spec)
-            if content:
+            runtime.print(f"{len(runs)} runs, {len(list(filter(None, finished.values())))} of them finished")
+
+        def finish(run: RunConfig, later: list[RunConfig]) -> dict:
+            """The checkpoint of a run, which is trained unless it has finished."""
+            if content := finished[run.stem]:
                 ended = f"already finished ({content['metrics']['top1']:.2f}% top-1), skipping"
                 runtime.print(f"{run.stem}: {ended}" + ("" if options.all else "; --resume False trains it again"))
-            else:
-                content = train(run, data, views, teacher, files_of(run, options), options.resume, runtime, left)
-            contents.append(content)
+                return content
+            later = [other for other in later if not finished[other.stem]]
+            left = partial(seconds_left, later, run, teacher) if teacher and options.all else None
+            return train(run, data, views, teacher, files_of(run, options), options.resume, runtime, left)
+
+        contents = [finish(runs.pop(0), [])] if runs[0].role == "teacher" else []
+        if options.kd or options.all:  # one teacher for all students
+            teacher = load_teacher(last, options, data.spec, runtime, contents[0] if contents else None)
+            teacher.check_views(last.views)
+            runtime.print(f"the teacher is {teacher.title}")
+            contents = contents or list(filter(None, [teacher.content]))
+            found = {"teacher": teacher.fingerprint, "teacher_unknown": teacher.is_unknown}
+            runs = [replace(run, **found) if run.kd else run for run in runs]
+            for run in runs:
+                if finished[run.stem]:
+                    check_same(finished[run.stem], run)
+        contents += [finish(run, runs[i + 1 :]) for i, run in enumerate(runs)]
         if options.all:
-            shown = measure_all(contents, runs[-1], data, runtime, teacher, student=options.student)
+            shown = measure_all(contents, last, data, runtime, teacher, student=options.student)
             if runtime.is_main:
                 publish(shown, options.table_folder)
         else:
-            runtime.print(f"evaluate it with `{run.command('test.py', **options.folders())}`")
+            runtime.print(f"evaluate it with `{last.command('test.py', **options.folders())}`")
 
 
 def prepare(options: config.TrainOptions, runtime: Runtime) -> tuple[Data, list[RunConfig]]:
@@ -236,20 +240,23 @@ def prepare(options: config.TrainOptions, runtime: Runtime) -> tuple[Data, list[
     for note in data.notes:
         runtime.print(note)
     runs = plan(options, data.spec, runtime.precision, runtime.world_size)
-    if options.student:
-        layers = fingerprint_layers(build_model_of(runs[-1]))
-        runs = [replace(run, student_layers=layers if run.student else "") for run in runs]
     for run in runs:
-        data.rows(run.subset, run.holdout, run.omit, run.student_images)  # UserError if there are none
+        rows = data.rows(run.subset, run.holdout, run.omit, run.student_images)
+    if options.all or options.student:  # a student that can't be trained is told before its teacher is trained
+        layers = fingerprint_layers(Run(run, runtime, data.spec, len(rows), files_of(run, options)).model)
+        runs = [replace(run, student_layers=layers) if run.student else run for run in runs]
     return data, runs
 
 
-def seconds_left(later: list[RunConfig], run: RunConfig, teacher: TeacherLogits, epochs: int, seconds: float) -> float:
-    """An estimate for the epochs left of a student, of so many seconds each, and for later ones, by their images."""
-    images = run.student_images or teacher.spec.train_images
+def seconds_left(
+    later: list[RunConfig], run: RunConfig, teacher: TeacherLogits, epochs: int, training: float, evaluation: float
+) -> float:
+    """An estimate for the epochs left of a student and for later ones, from the seconds of an epoch's two parts."""
+    whole, all_epochs = teacher.spec.train_images, epochs + sum(other.num_epochs for other in later)
+    views = min(len(teacher.missing(run.views)), all_epochs)
     for other in later:
-        epochs += other.num_epochs * (other.student_images or teacher.spec.train_images) / images
-    return epochs * seconds + min(len(teacher.missing(run.views)), epochs) * teacher.view_seconds
+        epochs += other.num_epochs * (other.student_images or whole) / (run.student_images or whole)
+    return epochs * training + all_epochs * evaluation + views * teacher.view_seconds
 
 
 def main(argv: list | None = None) -> int:

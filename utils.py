@@ -20,7 +20,6 @@ from data_sets.pictures import check_memory
 from runtime.device import Runtime
 from runtime.errors import Stopped, UserError
 from runtime.files import writing
-from runtime.processes import main_first
 from runtime.progress import Progress
 
 EVALUATION_BATCH = 500  # images of 32 x 32; as many pixels of larger ones
@@ -110,15 +109,18 @@ def load_images(
     The returned row has the images' fingerprint, their number and, where missing, mean and deviation.
     """
     spec, notes = replace(DATA_SETS[name], size=size), []
-    with main_first(runtime):
-        if spec.source == "folder":
-            classes, arrays, notes = read_folder(folder, skip_broken, size, runtime.is_main, runtime.stop)
-            spec = replace(spec, classes=classes)
-        elif spec.source == "digits":
-            check_memory(sum(DIGITS_IMAGES.values()), size)
-            arrays = {split: cached_digits(folder, split, count, size) for split, count in DIGITS_IMAGES.items()}
-        else:
-            arrays = read_torchvision(spec, folder)
+    if not runtime.is_main:
+        runtime.barrier()  # the first process downloads, the others find
+    if spec.source == "folder":
+        classes, arrays, notes = read_folder(folder, skip_broken, size, runtime.is_main, runtime.stop)
+        spec = replace(spec, classes=classes)
+    elif spec.source == "digits":
+        check_memory(sum(DIGITS_IMAGES.values()), size)
+        arrays = {split: cached_digits(folder, split, count, size) for split, count in DIGITS_IMAGES.items()}
+    else:
+        arrays = read_torchvision(spec, folder)
+    if runtime.is_main:
+        runtime.barrier()
     train, test = (Images(*map(torch.from_numpy, arrays[split])) for split in ("train", "test"))
     digest = hashlib.sha256(repr(spec.classes).encode())
     for tensor in (train.pixels, train.labels, test.pixels, test.labels):

@@ -42,7 +42,19 @@ QUICK_IMAGES = {"teacher": 1_000, "student": 4_000}
 # Peak learning rates: 0.1 for every network in both repositories that baseline_loop.py follows, and half of it for VGGs
 # in chengyangfu/pytorch-vgg-cifar10. Sixteen layers without shortcuts may learn nothing without a warm-up.
 BASELINE_LR, BASELINE_WARM_UP = {"teacher": 0.05, "student": 0.1}, {"teacher": 0.1, "student": 0.0}
-SETTLED = ("--tto", "--kd", "--all", "--num", "--sub", "--hold", "--weights", "--plots")  # options of train.py
+SETTLED = (
+    "--tto",
+    "--kd",
+    "--all",
+    "--num",
+    "--sub",
+    "--hold",
+    "--weights",
+    "--plots",
+    "--size",
+    "--omit",
+    "--student_im",
+)
 SIDES = {"ours": "ours", "baseline": "baseline loop"}
 Curve = list[tuple[float, float]]  # seconds and top-1 (%), from short to long trainings
 
@@ -219,7 +231,7 @@ def parse(argv: list[str] | None, folder: str) -> tuple:
     parser.add_argument("--figure", type=file_name, help="file for the figure, .png")
     arguments, further = parser.parse_known_args(argv)
     if any(word.startswith(SETTLED) for word in further):
-        parser.error("see --role, --lengths and --images, which replace options of train.py")
+        parser.error("no data set's part, length or role of train.py: see --role, --lengths and --images")
     words = [*further, f"--tto={arguments.role == 'teacher'}", f"--weights_path={folder}", f"--plots_path={folder}"]
     arguments.lengths = sorted(set(arguments.lengths or ((1, 2) if arguments.quick else (1, 2, 4, 8))))
     arguments.baseline_lr = arguments.baseline_lr or [BASELINE_LR[arguments.role]]

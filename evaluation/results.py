@@ -117,24 +117,17 @@ def verdict(gain: dict) -> str:
 def results_text(results: dict) -> str:
     """What `collect` returns as a Markdown table, with sentences on gains and notes."""
 
-    def cell(row: dict, key: str) -> str:
-        if key not in row:
-            return ""
-        return f"{row[key]:.2f}%" + (f" ± {row[f'{key}_sd']:.2f}" if f"{key}_sd" in row else "")
-
-    more = {key: title for key, title in MEASURED.items() if any(key in row for row in results["rows"])}
-    gains = {gain["model"]: points(gain) for gain in results["gains"]}
-    tops = [key for key in ACCURACIES if any(key in row for row in results["rows"])]
-    rows = [
-        [row["model"] + (f" {OTHER_MACHINES}" if "machines" in row else ""), *(cell(row, key) for key in tops)]
-        + [f"{row['parameters']:,}", f"{row['epochs']}"]
-        + [gains.get(row["model"], "")] * bool(gains)
-        + [FORMATS[key](row[key]) if key in row else "" for key in more]
-        for row in results["rows"]
-    ]
-    titles = [*(ACCURACIES[key] for key in tops), "Parameters", "Epochs"]
-    titles += ["Gain of KD"] * bool(gains) + list(more.values())
-    texts = [table(["Model", *titles], rows), *map(gain_text, results["gains"])]
+    gains, rows = {gain["model"]: points(gain) for gain in results["gains"]}, []
+    for row in results["rows"]:
+        cells = {"Model": row["model"] + (f" {OTHER_MACHINES}" if "machines" in row else "")}
+        for key, title in ACCURACIES.items():
+            deviation = f" ± {row[f'{key}_sd']:.2f}" if f"{key}_sd" in row else ""
+            cells[title] = f"{row[key]:.2f}%{deviation}" if key in row else ""
+        cells |= {"Parameters": f"{row['parameters']:,}", "Epochs": f"{row['epochs']}"}
+        cells["Gain of KD"] = gains.get(row["model"], "")
+        rows.append(cells | {title: FORMATS[key](row[key]) if key in row else "" for key, title in MEASURED.items()})
+    titles = [title for title in rows[0] if any(cells[title] for cells in rows)]  # no empty columns
+    texts = [table(titles, [[cells[title] for title in titles] for cells in rows]), *map(gain_text, results["gains"])]
     if results["gains_over_kd"]:
         tested = sum("p" in gain for gain in results["gains_over_kd"])
         rows = [[gain["model"], gain["over"], points(gain), verdict(gain)] for gain in results["gains_over_kd"]]

@@ -1,6 +1,5 @@
 """A student of the user's own: imported by its name, checked, and given logits in float32."""
 
-import copy
 import hashlib
 import importlib
 import os
@@ -25,15 +24,17 @@ def build_own(name: str, num_classes: int, size: int) -> nn.Module:
     images = torch.zeros(2, 3, size, size).contiguous(memory_format=torch.channels_last)  # as in most trainings
     try:
         model = builder(num_classes=num_classes)
-        with torch.no_grad():
-            logits = copy.deepcopy(model).train()(images) if isinstance(model, nn.Module) else None
+        with torch.no_grad():  # another model is tried in training, which changes batch norm
+            models = (model.eval(), builder(num_classes=num_classes).train()) if isinstance(model, nn.Module) else ()
+            outputs = [tried(images) for tried in models]
     except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError, LookupError) as error:
         called = f"num_classes={num_classes} and images {tuple(images.shape)}"
         raise UserError(f"--student {name} fails with {called}: {error}") from error
-    if logits is None:
+    if not outputs:
         raise UserError(f"--student {name} returns a {type(model).__name__}, not a torch.nn.Module")
-    if (shape := tuple(getattr(logits, "shape", ()))) != (2, num_classes):
-        raise UserError(f"--student {name} returns shape {shape} for 2 images, not {(2, num_classes)}")
+    for shape in (tuple(getattr(output, "shape", ())) for output in outputs):
+        if shape != (2, num_classes):
+            raise UserError(f"--student {name} returns shape {shape} for 2 images, not {(2, num_classes)}")
     layer = last_linear(model)
     if layer is None or layer.out_features != num_classes:
         raise UserError(f"--student {name} has no linear layer that can be trained: its last layer must be one")
@@ -44,7 +45,8 @@ def build_own(name: str, num_classes: int, size: int) -> nn.Module:
 
 def last_linear(model: nn.Module) -> nn.Linear | None:
     """The last linear layer with a weight to train, in the order of the modules: that of the logits."""
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad]
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    layers = [m for m in linear if isinstance(m.weight, nn.Parameter) and m.weight.requires_grad]
     return layers[-1] if layers else None
 
 

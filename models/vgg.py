@@ -9,17 +9,6 @@ from models.convolution import Conv3x3
 CONFIGURATION_E = ((64, 64), (128, 128), (256,) * 4, (512,) * 4, (512,) * 4)
 
 
-def conv_bn_relu(in_channels: int, out_channels: int, bias: bool) -> list[nn.Module]:
-    """A 3 x 3 convolution that keeps the resolution, batch norm and ReLU.
-
-    A bias stays zero: batch norm would take it out again, and its gradient is rounding noise.
-    """
-    convolution = Conv3x3(in_channels, out_channels, bias)
-    if bias:
-        convolution.bias.requires_grad_(False)
-    return [convolution, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
-
-
 class Float32Linear(nn.Linear):
     """A linear layer in float32 whatever the precision around it: logits rounded to bfloat16 would often tie."""
 
@@ -40,20 +29,15 @@ def initialise(model: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def start_as_identity(features: nn.Module) -> None:
-    """Let each convolution's first filters pass on its input channels (K. Jordan, 2024; docs/recipe.md)."""
-    for module in features:
-        if isinstance(module, nn.Conv2d):
-            nn.init.dirac_(module.weight.data[: module.in_channels])
-
-
 def make_layers(rows: tuple[tuple[int, ...], ...], bias: bool) -> nn.Sequential:
     """The convolutional part; with biases layer for layer torchvision's, so that state dicts are interchangeable."""
     layers: list[nn.Module] = []
     channels = 3
     for row in rows:
         for width in row:
-            layers += conv_bn_relu(channels, width, bias)
+            layers += [Conv3x3(channels, width, bias), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+            if bias:  # it stays zero: batch norm would take it out again, and its gradient is rounding noise
+                layers[-3].bias.requires_grad_(False)
             channels = width
         layers.append(nn.MaxPool2d(2))
     return nn.Sequential(*layers)
@@ -67,7 +51,10 @@ class VGG(nn.Module):
         self.features = make_layers(rows, bias=True)
         self.classifier = Float32Linear(rows[-1][-1], num_classes)
         initialise(self)
-        start_as_identity(self.features)
+        # Each convolution's first filters pass on its input channels at first (K. Jordan, 2024; docs/recipe.md).
+        for module in self.features:
+            if isinstance(module, nn.Conv2d):
+                nn.init.dirac_(module.weight.data[: module.in_channels])
 
     def forward(self, images):
         return self.classifier(self.features(images).mean((2, 3)))

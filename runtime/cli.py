@@ -154,8 +154,8 @@ def parse_words(script: str, options: type, argv: list | None, needs: dict, excl
 def answer_early(parse) -> None:
     """Parse the command line before the slow imports, so that --help and a wrong option answer at once."""
     parse()
-    before = os.environ.get("MPLBACKEND")
-    os.environ["MPLBACKEND"] = "agg"  # figures are files; a notebook's own backend may not be installed here
+    if "IPython" not in sys.modules:
+        os.environ.pop("MPLBACKEND", None)  # a notebook's own, for its shell, which may not be installed here
     try:
         import matplotlib  # noqa: F401
         import torchvision  # noqa: F401
@@ -167,7 +167,3 @@ def answer_early(parse) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
-    finally:
-        os.environ.pop("MPLBACKEND")
-        if before is not None:
-            os.environ["MPLBACKEND"] = before

@@ -113,24 +113,30 @@ class Runtime:
             torch.accelerator.synchronize()
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of a --device word; UserError if it is absent."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    kind, _, index = name.partition(":")
+def pick_device(word: str) -> torch.device:
+    """The device of a --device word; UserError if it is absent, or MPS and computes wrongly: then "auto" is the CPU."""
+    kind, _, index = word.partition(":")
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; try --device cpu")
+        raise UserError(f"--device {word}: this machine has {torch.cuda.device_count()} CUDA devices; try --device cpu")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: not available on this machine; try --device cpu")
     if kind == "cpu":
-        return torch.device(name)
+        return torch.device(kind)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     devices = torch.cuda.device_count() if kind == "cuda" and not index else 1
     if processes > devices:
-        raise UserError(f"{processes} processes need one device each, but --device {name} has {devices}: start fewer")
-    if kind == "mps":
-        return torch.device(name)
-    return torch.device("cuda", int(index or os.environ.get("LOCAL_RANK", 0)))
+        raise UserError(f"{processes} processes need one device each, but --device {word} has {devices}: start fewer")
+    if kind == "cuda":
+        return torch.device(kind, int(index or os.environ.get("LOCAL_RANK", 0)))
+    if not (error := training_error(torch.device(kind))):
+        return torch.device(kind)
+    fails = f"a trial step of training fails with torch {torch.__version__} ({error})"
+    if word == "mps":
+        raise UserError(f"--device mps: {fails}; try --device cpu")
+    print(f"MPS is not used: {fails}", flush=True)
+    return torch.device("cpu")
 
 
 def training_error(device: torch.device) -> str:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
-from runtime.device import PRECISIONS, Runtime, has_fast_bf16, keep_freed_memory, pick_device, training_error
+from runtime.device import PRECISIONS, Runtime, has_fast_bf16, keep_freed_memory, pick_device
 from runtime.errors import ReportedElsewhere, Stopped, StopSignal, UserError
 
 
@@ -42,19 +42,6 @@ def torch_settings(device: torch.device, deterministic: bool):
         torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
 
 
-def working_device(name: str) -> torch.device:
-    """The device of a --device word, unless it is MPS and computes wrongly: then the CPU, or a UserError for "mps"."""
-    device = pick_device(name)
-    if device.type != "mps" or not (error := training_error(device)):
-        return device
-    if name == "mps":
-        raise UserError(
-            f"--device mps: a trial step of training fails with torch {torch.__version__} ({error}); try --device cpu"
-        )
-    print(f"MPS is not used: a trial step of training fails with torch {torch.__version__} ({error})", flush=True)
-    return torch.device("cpu")
-
-
 def pick_precision(word: str, device: torch.device) -> str:
     """The precision of a --precision word on a device; UserError if the device lacks it."""
     if word == "fp16" and device.type != "cuda":
@@ -68,7 +55,7 @@ def pick_precision(word: str, device: torch.device) -> str:
 def start(device_name: str, precision: str, deterministic: bool = False, stop: StopSignal | None = None):
     """Yield the Runtime of this process; under torchrun it joins and leaves the process group."""
     world_size = int(os.environ.get("WORLD_SIZE") or 1)
-    device = working_device(device_name)
+    device = pick_device(device_name)
     runtime = Runtime(device, PRECISIONS[pick_precision(precision, device)], stop=stop or StopSignal())
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch_settings(device, deterministic))
@@ -107,13 +94,3 @@ def process_group(runtime: Runtime, world_size: int):
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def main_first(runtime: Runtime):
-    """Let the first process do the block before the others: it downloads, they find."""
-    if not runtime.is_main:
-        runtime.barrier()
-    yield
-    if runtime.is_main:
-        runtime.barrier()

@@ -73,7 +73,7 @@ def test_a_changed_picture_is_another_run(root, tmp_path, capfd):
     draw(root / "train" / CLASSES[0] / "0.png", seed=999)
     before = snapshot(tmp_path / "weights")
     for word, tells in (
-        ("--kd", "folder_teacher.pt was trained on other images than those of folder here"),
+        ("--kd", "folder_student_kd_t5.pt is a finished run with images [0-9a-f]{8}, not "),
         ("--kd=False", "folder_student.pt is a finished run with images [0-9a-f]{8}, not "),
         ("--all", "folder_teacher.pt was trained on other images"),
     ):

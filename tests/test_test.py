@@ -156,7 +156,7 @@ def test_a_teacher_that_cannot_be_used_is_left_out_and_a_named_one_is_an_error(r
     save(name="pupil.pt")
     save("--tto", "elsewhere.pt", images="c" * 16)
     for name, tells in {
-        "none.pt": "no teacher weights/none.pt: train one with ",
+        "none.pt": "no teacher weights/none.pt: ",
         "torn.pt": "weights/torn.pt is damaged",
         "others.pt": "the teacher weights/others.pt has 100 classes (apple, aquarium_fish, baby, ...) that are not ",
         "pupil.pt": "the teacher weights/pupil.pt is a student: choose another one with --teacher",

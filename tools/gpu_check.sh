@@ -14,8 +14,8 @@ export OMP_NUM_THREADS=4 PYTHONUNBUFFERED=1
 mkdir -p "$OUT" "$RUNS"
 
 within() { # SECONDS COMMAND...: stopped by SIGTERM, so that it resumes, after so many seconds or at the limit
-  local left=$((LIMIT - SECONDS))
-  timeout -s TERM -k 10 "$((left < $1 ? (left > 0 ? left : 1) : $1))" "${@:2}"
+  local left=$((LIMIT - SECONDS < $1 ? LIMIT - SECONDS : $1))
+  timeout -s TERM -k 10 "$((left > 0 ? left : 1))" "${@:2}"
 }
 
 train() { within "$1" $PYTHON train.py --data_path "$DATA" "${@:2}" $EXTRA; }

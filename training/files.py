@@ -15,30 +15,29 @@ def files_of(run: RunName, options) -> RunFiles:
     return RunFiles(options.weights_folder, options.plots_folder, run.stem)
 
 
-def has_finished(run: RunName, options) -> bool:
-    """Whether a run of this name has finished and is not to be trained again; --all never does so with its teacher."""
-    files = files_of(run, options)
-    keep = options.resume or (options.all and run.role == "teacher")
-    return keep and files.checkpoint.exists() and not files.resume.exists()
-
-
 def find_finished(run: RunConfig, options, spec: DataSet) -> dict | None:
-    """The checkpoint of this very run if it has finished, else None; UserError if training would replace another run.
+    """The checkpoint of this run if it has finished and is to be kept, else None.
 
-    With --all, whose options are the students', any teacher that fits is taken.
+    UserError if training would replace another finished run. With --all, whose options are the students', any teacher
+    that fits is kept.
     """
-    if not has_finished(run, options):
+    files, is_shared = files_of(run, options), options.all and run.role == "teacher"
+    is_kept = is_shared or (options.resume and not files.resume.exists())
+    if not (is_kept and files.checkpoint.exists()):
         return None
-    path = files_of(run, options).checkpoint
-    content = checkpoint.load(path)
-    found = run_from(content["run"])
-    if options.all and run.role == "teacher":
-        if why := teacher_mismatch(content, run, spec):
-            raise UserError(f"the teacher {path} {why}: give another --weights_path and --plots_path")
-        return content
-    if differences(found, run):
-        raise UserError(
-            f"{path} is a finished run with {describe_differences(found, run)}: keep both with --name WORD, or replace "
-            "it with --resume False"
-        )
+    content = checkpoint.load(files.checkpoint)
+    if not is_shared:
+        check_same(content, run)
+    elif why := teacher_mismatch(content, run, spec):
+        raise UserError(f"the teacher {files.checkpoint} {why}: give another --weights_path and --plots_path")
     return content
+
+
+def check_same(content: dict, run: RunConfig) -> None:
+    """UserError if a finished run is another one than `run`, whose teacher may not be known yet."""
+    found, ignoring = run_from(content["run"]), set() if run.teacher else {"teacher", "teacher_unknown"}
+    if differences(found, run, ignoring):
+        raise UserError(
+            f"{content['path']} is a finished run with {describe_differences(found, run, ignoring)}: keep both with "
+            "--name WORD, or replace it, without --all, with --resume False"
+        )

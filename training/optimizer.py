@@ -106,6 +106,11 @@ class Muon(torch.optim.Optimizer):
         """Groups with "momentum", "keeps_norm" and perhaps "relative"; `dtype` is that of the orthogonalisation."""
         super().__init__(groups, {"lr": lr, "weight_decay": 0.0})
         self.dtype = dtype
+        for group in self.param_groups:
+            for weight in group["params"]:
+                self.state[weight]["momentum"] = torch.zeros_like(weight)
+                if group.get("relative"):  # to the norm at the start; of zeros, to that of numbers of a hundredth
+                    self.state[weight]["norm"] = weight.detach().norm().item() or 0.01 * weight.numel() ** 0.5
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -114,7 +119,7 @@ class Muon(torch.optim.Optimizer):
         moved = [(group, weights) for group, weights in moved if weights]
         for group, weights in moved:
             beta = group["momentum"]
-            momenta = [self.momentum_of(weight) for weight in weights]
+            momenta = [self.state[weight]["momentum"] for weight in weights]
             steps = [weight.grad for weight in weights]
             torch._foreach_mul_(momenta, beta)
             torch._foreach_add_(momenta, steps)
@@ -125,7 +130,7 @@ class Muon(torch.optim.Optimizer):
         for group, weights in moved:
             steps = [weight.grad for weight in weights]
             if group.get("relative"):
-                set_norms(steps, [self.first_norm_of(weight) for weight in weights])
+                set_norms(steps, [self.state[weight]["norm"] for weight in weights])
             elif not group["keeps_norm"] and not is_vector(steps[0]):
                 torch._foreach_mul_(steps, [max(step.shape) ** 0.5 for step in steps])
             if group["weight_decay"]:
@@ -140,20 +145,6 @@ class Muon(torch.optim.Optimizer):
             orthogonalise(matrices, self.dtype)
         for filters in (as_matrix(step) for step in steps if is_depthwise(step)):
             filters.div_(filters.norm(dim=1, keepdim=True).clamp_(min=TINY))
-
-    def momentum_of(self, weight: torch.Tensor) -> torch.Tensor:
-        """The momentum of a weight, zeros at first."""
-        state = self.state[weight]
-        if not state:
-            state["momentum"] = torch.zeros_like(weight)
-        return state["momentum"]
-
-    def first_norm_of(self, weight: torch.Tensor) -> float:
-        """The norm that a weight had before its first step; of zeros, that of numbers of a hundredth."""
-        state = self.state[weight]
-        if "norm" not in state:
-            state["norm"] = float(weight.norm()) or 0.01 * weight.numel() ** 0.5
-        return state["norm"]
 
 
 def weights_before_batch_norm(model: nn.Module) -> set[nn.Parameter]:

@@ -93,7 +93,8 @@ class Run:
         self.batch_size = min(config.batch_size, images) // world * world
         if config.batch_size % world or not self.batch_size:
             raise UserError(
-                f"a batch of {config.batch_size} can't be split over {world} processes: give a multiple of {world}"
+                f"{files.stem}: a batch of {min(config.batch_size, images)} can't be split over {world} processes: "
+                f"give a --batch_size that is a multiple of {world}, or more images"
             )
         self.steps = images // self.batch_size  # of an epoch; its last, smaller batch is left out
         self.total_steps = self.steps * config.num_epochs
@@ -119,6 +120,11 @@ class Run:
         """The learning rate of the next step, or of the last one if none is left."""
         step = min(self.epoch * self.steps + self.step, self.total_steps - 1)
         return learning_rate(step, self.total_steps, self.config.lr)
+
+    @property
+    def place(self) -> str:
+        """The epoch and step in words."""
+        return f"epoch {min(self.epoch + 1, self.config.num_epochs)}, step {self.step}/{self.steps}"
 
     def begin_epoch(self, epoch: int) -> None:
         """Go before the first step of an epoch, counted from 0."""
@@ -217,7 +223,7 @@ class Run:
         if differences(before, self.config, may_change):
             raise UserError(
                 f"{path} is an unfinished run with {describe_differences(before, self.config, may_change)}: rerun "
-                f"it with its own options to resume it, delete it, or restart with --resume False"
+                f"it with its own options to resume it, delete it, or restart it, without --all, with --resume False"
             )
         checkpoint.load_weights(self.model, state)
         self.optimizer.load_state_dict(state["optimizer"])
@@ -230,4 +236,4 @@ class Run:
         notes += [f"{name} {state['machine'][name]}, not {value}" for name, value in machine(self.runtime).items()
                   if state["machine"][name] != value]  # fmt: skip
         changed = f"; it was saved with {'; '.join(notes)}: the result may differ" if notes else ""
-        self.runtime.print(f"resuming {path} at epoch {self.epoch + 1}, step {self.step}/{self.steps}{changed}")
+        self.runtime.print(f"resuming {path} at {self.place}{changed}")

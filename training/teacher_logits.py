@@ -2,7 +2,9 @@
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -69,35 +71,31 @@ class TeacherLogits:
     def of_view(self, k: int, views: Views, rows: torch.Tensor) -> torch.Tensor:
         """Logits (N, C) float16 on the device: row i is training image i in its k-th view, for all i in `rows`."""
         count = int(rows.max()) + 1
-        logits = self.read(f"{k:02}.npz", count)
-        if logits is None:
-            start = time.monotonic()
-            logits = compute_logits(
-                self.model, lambda some: views.images(some, k), count, len(self.spec.classes), self.runtime,
-                title=f"teacher's logits of view {k}",
-            )  # fmt: skip
+
+        def compute() -> torch.Tensor:
+            start, title = time.monotonic(), f"teacher's logits of view {k}"
+            classes = len(self.spec.classes)
+            found = compute_logits(self.model, lambda some: views.images(some, k), count, classes, self.runtime, title)
             self.view_seconds = time.monotonic() - start
-            logits = self.write(f"{k:02}.npz", logits)
-        return torch.from_numpy(logits[:count]).to(self.runtime.device)
+            return found
+
+        return self.kept(f"{k:02}.npz", count, compute).to(self.runtime.device)
 
     def of_test_images(self, images: Images, holdout: int = 0) -> torch.Tensor:
         """Logits (N, C) float64 on the CPU of the first N test images, or with `holdout` of these held-out images.
 
         UserError if they have to be computed, and only a folder of logits was given.
         """
-        if holdout:  # images that depend on --subset, too: not kept
-            if self.model is None:
-                raise UserError(f"{self.folder} has no logits of held-out images: give a checkpoint as --teacher")
-            return held_out_logits(self.model, images, self.spec, self.runtime).half().double()
-        logits = self.read("test.npz", len(images))
-        if logits is None:
-            logits = self.write("test.npz", held_out_logits(self.model, images, self.spec, self.runtime))
-        return torch.from_numpy(logits[: len(images)]).double()
+        if holdout and self.model is None:
+            raise UserError(f"{self.folder} has no logits of held-out images: give a checkpoint as --teacher")
+        compute = partial(held_out_logits, self.model, images, self.spec, self.runtime)
+        # Those of held-out images are not kept: they depend on --subset, too.
+        return compute().half().double() if holdout else self.kept("test.npz", len(images), compute).double()
 
-    def read(self, name: str, count: int) -> np.ndarray | None:
-        """The first `count` logits of a file, float16; None if they have to be computed.
+    def kept(self, name: str, count: int, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The first `count` logits, float16, of a file, or else computed and kept: in the file or, if not, in memory.
 
-        UserError if that takes a model, and only the folder of logits was given.
+        UserError if they have to be computed, and only a folder of logits was given.
         """
         path, logits = self.folder / name, self.in_memory.get(name)
         if logits is None or len(logits) < count:
@@ -107,23 +105,17 @@ class TeacherLogits:
                 if self.model is None:
                     raise UserError(f"can't use {path}: {error}; write it again, or give another --teacher") from error
                 logits = None
-        missing = self.runtime.agree(logits is None)[0]  # of one process: then all compute
-        return None if missing else logits
-
-    def write(self, name: str, logits: torch.Tensor) -> np.ndarray:
-        """Keep logits as float16, on disk or, where that fails, in memory; what was kept."""
-        halves = logits.half().numpy()
-        if not self.runtime.is_main:
-            self.in_memory[name] = halves
-            return halves
-        try:
-            write_logits(self.folder, name, halves, self.key)
-            describe_logits(self.folder, self.spec, self.key)
-        except UserError as error:
-            if not self.in_memory:
-                self.runtime.print(f"{error}; the teacher's logits stay in memory")
-            self.in_memory[name] = halves
-        return halves
+        if self.runtime.agree(logits is None)[0]:  # of one process: then all compute
+            logits = self.in_memory[name] = compute().half().numpy()
+            try:
+                if self.runtime.is_main:
+                    write_logits(self.folder, name, logits, self.key)
+                    describe_logits(self.folder, self.spec, self.key)
+                    del self.in_memory[name]
+            except UserError as error:
+                if len(self.in_memory) == 1:
+                    print(f"{error}; the teacher's logits stay in memory", flush=True)
+        return torch.from_numpy(logits[:count])
 
 
 def read_logits(path: Path, key: str, count: int, classes: int) -> np.ndarray:
@@ -145,11 +137,13 @@ def write_logits(folder: Path, name: str, logits: torch.Tensor | np.ndarray, key
 
 
 def describe_logits(folder: Path, spec: DataSet, key: str) -> None:
-    """Write what the logits in `folder` are of, unless it is there."""
-    path = folder / "teacher.json"
-    if not path.exists():
-        content = {"key": key, "classes": list(spec.classes), "images": spec.fingerprint, "flip": spec.flip}
-        write_json(path, content | {"version": VERSION})
+    """Write what the logits in `folder` are of."""
+    write_json(folder / "teacher.json", {"key": key} | description(spec))
+
+
+def description(spec: DataSet) -> dict:
+    """What has to be equal of logits and of the data that they are used for."""
+    return {"classes": list(spec.classes), "images": spec.fingerprint, "flip": spec.flip, "version": VERSION}
 
 
 def read_description(folder: Path, spec: DataSet) -> str:
@@ -157,61 +151,43 @@ def read_description(folder: Path, spec: DataSet) -> str:
     path = folder / "teacher.json"
     try:
         content = json.loads(path.read_text())
-        key, classes, images, flip = str(content["key"]), tuple(content["classes"]), content["images"], content["flip"]
-        if content["version"] != VERSION:
-            raise ValueError(f"version {content['version']}")
+        key, others = str(content["key"]), [name for name, v in description(spec).items() if content[name] != v]
     except OSError as error:
         raise UserError(f"{folder} is no folder of logits: can't read {path}: {reason(error)}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} does not describe logits for this version: see docs/own.md") from error
-    if classes != spec.classes:
-        raise UserError(f"{folder} has logits of {len(classes)} other classes: give another --teacher")
-    if images != spec.fingerprint:
-        raise UserError(f"{folder} has logits of other images than {spec.name} here: give another --teacher")
-    if flip != spec.flip:
-        raise UserError(f"{folder} has logits of views for --flip {flip}, not {spec.flip}: give another --teacher")
+    if others:
+        what = f"other data than {spec.name} here (other {', other '.join(others)})"
+        raise UserError(f"{folder} has logits of {what}: give another --teacher")
     return key
-
-
-def teacher_path(student: RunName, options) -> Path:
-    """The checkpoint of a student's teacher, or the folder of its logits; UserError if there is none."""
-    name = student.teacher_name
-    path = options.teacher or options.weights_path / f"{name.stem}.pt"
-    if not path.exists():
-        folders = options.folders("data_path", "skip_broken", "flip", "weights_path", "plots_path")
-        train = name.command("train.py", **folders)
-        raise UserError(f"no teacher {path}: train one with `{train}`, or name another one by --teacher")
-    return path
 
 
 def load_teacher(
     student: RunConfig, options, spec: DataSet, runtime: Runtime, content: dict | None = None
 ) -> TeacherLogits:
-    """The teacher of a student, from its `content` if that was read before.
+    """The teacher of a student: `content` if it was read before, a checkpoint, a state dict or a folder of logits.
 
     UserError if there is none, or if it can't teach on `spec`, the data as it was read.
     """
-    path = content["path"] if content else teacher_path(student, options)
+    name = student.teacher_name
+    path = content["path"] if content else options.teacher or options.weights_path / f"{name.stem}.pt"
+    if options.teacher and not path.exists():
+        raise UserError(f"no teacher {path}: check the name that --teacher gives")
+    if not path.exists():
+        folders = options.folders("data_path", "skip_broken", "flip", "weights_path", "plots_path")
+        train = name.command("train.py", **folders)
+        raise UserError(f"no teacher {path}: train one with `{train}`, or name another one by --teacher")
     if content is None and not path.is_dir():
-        content = read_teacher(path, student, spec)
+        content = checkpoint.load_any(path)
+        is_state = isinstance(content, dict) and isinstance(content.get("classifier.weight"), torch.Tensor)
+        content = made_up_checkpoint(path, content, student, spec) if is_state else checkpoint.accept(content, path)
     if content and (why := teacher_mismatch(content, student, spec)):
         raise UserError(f"the teacher {path} {why}: choose another one with --teacher or --weights_path")
     return TeacherLogits(path, spec, runtime, options.weights_path, content)
 
 
-def read_teacher(path: Path, student: RunConfig, spec: DataSet) -> dict:
-    """The teacher's checkpoint, of a plain state dict a made-up one; UserError if it is neither."""
-    content = checkpoint.load_any(path)
-    if isinstance(content, dict) and isinstance(content.get("classifier.weight"), torch.Tensor):
-        return made_up_checkpoint(path, content, student, spec)
-    return checkpoint.accept(content, path)
-
-
 def made_up_checkpoint(path: Path, state: dict, student: RunConfig, spec: DataSet) -> dict:
-    """A state dict with the teacher's keys as a checkpoint of a run of which nothing is known; UserError."""
-    classes = len(state["classifier.weight"])
-    if classes != len(spec.classes):
-        raise UserError(f"the teacher {path} has {classes} classes, and {spec.name} has {len(spec.classes)}")
+    """A state dict with the teacher's keys as a checkpoint of a run of which nothing is known."""
     unknown = {"images": UNKNOWN, "num_epochs": 0, "kd_weights": (), "ce_weight": 1.0, "student_layers": ""}
     unknown |= {"teacher": None, "teacher_unknown": False}
     run = replace(student, **asdict(student.teacher_name), **unknown)

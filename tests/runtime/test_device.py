@@ -15,7 +15,7 @@ import runtime.device
 from runtime import processes
 from runtime.device import Runtime, device_title, machine, pick_device, training_error
 from runtime.errors import StopSignal, UserError
-from runtime.processes import pick_precision, start, working_device
+from runtime.processes import pick_precision, start
 
 CPU = torch.device("cpu")
 
@@ -51,12 +51,12 @@ def test_each_process_has_a_device_of_its_own_with_its_number(name, environment,
 @pytest.mark.parametrize("error", ["", "it computes nonsense"])
 def test_mps_is_used_if_it_trains_as_the_cpu_does(name, error, monkeypatch, capsys):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    monkeypatch.setattr(processes, "training_error", lambda device: error)
+    monkeypatch.setattr(runtime.device, "training_error", lambda device: error)
     if name == "mps" and error:
         with pytest.raises(UserError, match=f"--device mps: .* fails .*{error}"):
-            working_device(name)
+            pick_device(name)
     else:
-        assert working_device(name).type == ("cpu" if error else "mps")
+        assert pick_device(name).type == ("cpu" if error else "mps")
     told = capsys.readouterr().out
     assert told.count("\n") == (name == "auto" and error != "") and (error in told or name == "mps")
 

@@ -68,9 +68,9 @@ def test_the_time_left_is_of_all_epochs_and_the_logits_that_are_missing(later, e
     spec = SimpleNamespace(train_images=100)
     teacher = SimpleNamespace(missing=lambda views: list(range(views)), view_seconds=20.0, spec=spec)
     run = run_of("--num_epochs=4 --views=3")
-    assert train.seconds_left([run] * later, run, teacher, epochs, 5.0) == expected
+    assert train.seconds_left([run] * later, run, teacher, epochs, 4.0, 1.0) == expected
     fewer = replace(run, student_images=25)
-    assert train.seconds_left([fewer], run, teacher, 1, 5.0) == 2 * 5 + 2 * 20, "a quarter of the images each epoch"
+    assert train.seconds_left([fewer], run, teacher, 1, 4.0, 1.0) == 5 + 4 * 2 + 3 * 20, "a quarter of the images"
 
 
 def test_the_papers_experiments(learn, tmp_path, capfd):
@@ -138,9 +138,14 @@ def test_it_distils_the_teacher_that_is_there_and_replaces_no_students_of_anothe
     error = capfd.readouterr().err
     assert f"teacher {teacher[:8]}, not " in error and "--name" in error and "--resume False" in error
     assert error.count("\n") == 1 and load("student_kd_t5")["run"]["teacher"] == teacher
+    Path("weights/digits_teacher_subset40.last.pt").write_text("a longer training, interrupted")
     assert learn(*ALL, "--resume=False", "--num_epochs=3") == 0
     assert load("teacher")["run"]["num_epochs"] == 1, "--all replaces students alone"
     assert load("student")["run"]["num_epochs"] == 3 and load("student_kd_t5")["run"]["teacher"] != teacher
+    assert learn("--seed=44", "--num_epochs=2") == 0
+    before = snapshot(tmp_path)
+    assert learn(*ALL, "--seeds=3", "--num_epochs=3") == 2, "seed 44 has finished otherwise"
+    assert snapshot(tmp_path) == before, "told before seed 43 is trained"
 
 
 def test_a_name_is_of_the_students_and_a_holdout_of_the_teacher_too(learn, tmp_path):

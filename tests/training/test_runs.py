@@ -302,9 +302,11 @@ def test_a_resumed_epochs_sums_are_shared_out_among_its_processes(before, after,
 
 
 def test_processes_must_share_a_batch_evenly(make_run):
-    with pytest.raises(UserError, match="a batch of 8 can't be split over 3 processes: give a multiple of 3"):
+    with pytest.raises(
+        UserError, match="a batch of 8 can't be split over 3 processes: give a --batch_size that is a multiple of 3"
+    ):
         make_run(3)
-    with pytest.raises(UserError, match="a batch of 64 can't be split over 64 processes"):
+    with pytest.raises(UserError, match="a batch of 40 can't be split over 64 processes"):
         make_run(64, "--batch_size=64")  # of 40 images
     assert make_run(4).batch_size == 8 and make_run(1, "--batch_size=64").batch_size == 40
 

@@ -181,7 +181,8 @@ def mine(learn, digits, tmp_path, monkeypatch):
     }.items():
         assert of_the_page in code
         code = code.replace(of_the_page, here)
-    exec(code, {})
+    exec(code.replace("resnet18-1", "resnet18-0"), {})
+    exec(code, {})  # replaces those of another key
     return tmp_path / "weights" / "my_teacher"
 
 
@@ -205,9 +206,11 @@ WRONG = {
     "00.npz: it is damaged; write it again": lambda folder: flip_bit(folder / "00.npz", 300),
     "00.npz: it has the logits of 24 images, not 40": lambda folder: write_logits(folder, "00.npz", ONES, "resnet18-1"),
     "it has another key": lambda folder: describe(folder, key="resnet18-2"),
-    "has logits of 2 other classes": lambda folder: describe(folder, classes=["cat", "dog"]),
-    "has logits of other images than digits here": lambda folder: describe(folder, images="b" * 16),
-    "for --flip True": lambda folder: describe(folder, flip=True),
+    "has logits of other data than digits here (other classes)": lambda folder: describe(
+        folder, classes=["cat", "dog"]
+    ),
+    "has logits of other data than digits here (other images)": lambda folder: describe(folder, images="b" * 16),
+    "has logits of other data than digits here (other flip)": lambda folder: describe(folder, flip=True),
     "is no folder of logits: can't read": lambda folder: (folder / "teacher.json").unlink(),
     "does not describe": lambda folder: (folder / "teacher.json").write_text("[1"),
 }
