@@ -93,8 +93,8 @@ def bias_correction(logits: torch.Tensor, labels: torch.Tensor, omitted: list[in
 
     From a student's logits (N, C) and labels (N,) of the whole training set: with the offsets of the `omitted` classes
     the mean predicted probability of each equals its share of the images; those of other classes are 0. No test image
-    is used (docs/paper.md). All offsets are found together, each moved by log(share / mean) until none moves. A class
-    without an image keeps its logit.
+    and no label of one is used; Hinton, Vinyals & Dean (2014, section 3) chose theirs on the test set. All offsets are
+    found together, each moved by log(share / mean) until none moves. A class without an image keeps its logit.
     """
     logits, shares = logits.double(), labels.bincount(minlength=logits.shape[1]).double() / len(labels)
     classes = [i for i in omitted if shares[i] > 0]
