@@ -21,7 +21,6 @@ if sys.version_info < (3, 10):  # noqa: UP036 - what follows is no Python for it
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import config
@@ -45,7 +44,7 @@ from runtime.processes import start
 from training.plan import name_of
 from training.run import load_model, mismatch, spec_of
 from training.runs import row_order, run_from
-from training.teacher_logits import load_teacher
+from training.teacher_logits import is_state_dict, load_teacher
 from utils import Images, held_out_logits, load_images
 
 PUBLISHED = Path(__file__).resolve().parent / "results"
@@ -81,7 +80,8 @@ def find_checkpoint(options: config.TestOptions, runtime: Runtime) -> dict:
     run = run_from(content["run"])
     facts = ("role", "dataset", "size", "subset", "holdout")
     if any(getattr(run, fact) != getattr(name, fact) for fact in facts):
-        raise UserError(f"{path} contains {run.title} of {run.dataset}, not {name.title} of {name.dataset}")
+        what = f"{run.title} of {run.dataset}, not {name.title} of {name.dataset}"
+        raise UserError(f"{path} contains {what}: give --checkpoint {path} to evaluate it as what it is")
     return finished(content)
 
 
@@ -192,11 +192,14 @@ def find_checkpoints(options: config.TestOptions, runtime: Runtime) -> list[dict
     for path in dict.fromkeys([*paths, *filter(None, [options.teacher])]):
         if not path.name.endswith(".last.pt"):
             try:
-                contents.append(checkpoint.load(path))
+                contents.append(finished(checkpoint.load(path)))
             except UserError as error:
                 runtime.print(f"left out: {error}")
-    teacher = checkpoint.load_any(options.teacher) if options.teacher else {}
-    its_own = None, checkpoint.fingerprint(teacher.get("model", teacher))
+    its_own = (None,)
+    if options.teacher:
+        content = checkpoint.load_any(options.teacher)
+        weights = content if is_state_dict(content) else checkpoint.accept(content, options.teacher)["model"]
+        its_own = None, checkpoint.fingerprint(weights)
 
     def is_shown(content: dict) -> bool:
         run = run_from(content["run"])
@@ -222,7 +225,7 @@ def classify(options: config.TestOptions, runtime: Runtime) -> None:
         with left_out_unless_named(options, runtime.print):
             if options.teacher and options.teacher.is_dir():
                 raise UserError(f"{options.teacher} holds logits, not a model that could classify pictures")
-            contents.append(load_teacher(run, options, replace(spec, fingerprint=run.images), runtime).content)
+            contents.append(load_teacher(run, options, spec, runtime).content)
     answers = {}
     for content in contents:
         its_run, model = run_from(content["run"]), load_model(content, runtime, options.student)

@@ -204,7 +204,7 @@ def train_all(options: config.TrainOptions) -> None:
 
         def finish(run: RunConfig, later: list[RunConfig]) -> dict:
             """The checkpoint of a run, which is trained unless it has finished."""
-            if content := finished[run.stem]:
+            if content := finished[run.stem] or find_finished(run, options, data.spec):  # perhaps meanwhile
                 ended = f"already finished ({content['metrics']['top1']:.2f}% top-1), skipping"
                 runtime.print(f"{run.stem}: {ended}" + ("" if options.all else "; --resume False trains it again"))
                 return content

@@ -240,7 +240,7 @@ class Normaliser:
 def soft_target_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, temp: float) -> torch.Tensor:
     """T^2 KL(teacher_T || student_T) of logits (B, C), a scalar in nats.
 
-    T^2 keeps the soft targets' gradient at the size of the hard ones' (Hinton, Vinyals & Dean, 2014, section 2).
+    T^2 keeps the ratio of both gradients about constant over T (Hinton, Vinyals & Dean, 2014, section 2).
     """
     student = F.log_softmax(student_logits / temp, dim=1)
     teacher = F.log_softmax(teacher_logits / temp, dim=1)

@@ -231,7 +231,7 @@ def parse(argv: list[str] | None, folder: str) -> tuple:
     parser.add_argument("--figure", type=file_name, help="file for the figure, .png")
     arguments, further = parser.parse_known_args(argv)
     if any(word.startswith(SETTLED) for word in further):
-        parser.error("no data set's part, length or role of train.py: see --role, --lengths and --images")
+        parser.error("see --role, --lengths and --images, which replace options of train.py")
     words = [*further, f"--tto={arguments.role == 'teacher'}", f"--weights_path={folder}", f"--plots_path={folder}"]
     arguments.lengths = sorted(set(arguments.lengths or ((1, 2) if arguments.quick else (1, 2, 4, 8))))
     arguments.baseline_lr = arguments.baseline_lr or [BASELINE_LR[arguments.role]]

@@ -37,16 +37,16 @@ def measure_checkpoint(
     Where classes were omitted also top-1 on these and on others, as it is and after the bias correction, which is left
     out without the training images of the student.
     """
-    run, spec, labels = run_from(content["run"]), spec_of(content), images.labels
+    run, spec, targets = run_from(content["run"]), spec_of(content), images.labels
     logits = held_out_logits(model, images, spec, runtime)
-    numbers = measure(logits, labels)
+    numbers = measure(logits, targets)
     omitted = data.numbers_of(run.omit).tolist()
     if omitted:
-        numbers |= measure_omitted(logits, labels, omitted)
+        numbers |= measure_omitted(logits, targets, omitted)
     if omitted and run.images == data.spec.fingerprint:
         train = data.train[: len(data.rows(run.subset, run.holdout))]  # all classes; a view, for a copy may not fit
         offsets = bias_correction(held_out_logits(model, train, spec, runtime), train.labels, omitted)
-        corrected = measure(logits + offsets, labels) | measure_omitted(logits + offsets, labels, omitted)
+        corrected = measure(logits + offsets, targets) | measure_omitted(logits + offsets, targets, omitted)
         numbers |= {f"corrected_{name}": corrected[name] for name in CORRECTED if name in corrected}
         numbers["bias"] = offsets[omitted].tolist()
     return logits, numbers

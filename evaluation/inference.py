@@ -80,7 +80,8 @@ def export_model(model: torch.nn.Module, path: Path, data: dict) -> float:
     try:
         program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
     except (RuntimeError, ValueError) as error:  # of a student of the user's own
-        raise UserError(f"--export: torch.export can't export this model: {str(error).splitlines()[0]}") from error
+        why = str(error).partition("\n")[0]
+        raise UserError(f"--export: torch.export can't export this model: {why}") from error
     preprocessing = data | {"input": "RGB, 0 to 1, (x - mean) / std"}
     buffer = io.BytesIO()
     torch.export.save(program, buffer, extra_files={"preprocessing.json": json.dumps(preprocessing)})

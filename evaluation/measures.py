@@ -152,7 +152,7 @@ def paired_gain(gains: list[float]) -> dict:
         return {"pairs": 1, "mean": mean}
     error = statistics.stdev(gains) / math.sqrt(len(gains))
     half = t_quantile(len(gains) - 1) * error
-    p = two_sided_p(mean / error, len(gains) - 1) if error > 1e-9 else 1.0  # of equal differences, by chance
+    p = two_sided_p(mean / error, len(gains) - 1) if error > 1e-9 else 1.0  # equal by chance
     return {"pairs": len(gains), "mean": mean, "sd": statistics.stdev(gains), "ci": [mean - half, mean + half], "p": p}
 
 

@@ -68,7 +68,7 @@ def write_json(path: Path, content: dict) -> Path:
 
 
 def save_arrays(path: Path, key: str, **arrays: np.ndarray) -> None:
-    """Write arrays and the key of all that they depend on, atomically and with check sums; UserError if that fails."""
+    """Write arrays and the key of all that they depend on, atomically and with checksums; UserError if that fails."""
     with writing(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays, key=np.array(key))
 
@@ -76,7 +76,7 @@ def save_arrays(path: Path, key: str, **arrays: np.ndarray) -> None:
 def load_arrays(path: Path, key: str) -> dict[str, np.ndarray]:
     """What `save_arrays` wrote with this key; ValueError that says why not if it is missing, damaged or another's."""
     try:
-        with np.load(path) as stored:  # which verifies the check sums
+        with np.load(path) as stored:  # which verifies the checksums
             if str(stored["key"]) == key:
                 return {name: stored[name] for name in stored.files if name != "key"}
     except UNREADABLE as error:

@@ -136,8 +136,6 @@ def one_line(capfd) -> str:
     return error
 
 
-# ------------------------------------------------------------------------------ forked from a warm process
-
 # Importing torch takes seconds, a run here less: a process that did it once forks, and the fork runs the script as
 # `__main__`, with an argv, outputs, signals and an exit code of its own.
 FORKS = multiprocessing.get_context("forkserver")

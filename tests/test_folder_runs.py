@@ -74,10 +74,11 @@ def test_a_changed_picture_is_another_run(root, tmp_path, capfd):
     before = snapshot(tmp_path / "weights")
     for word, tells in (
         ("--kd", "folder_student_kd_t5.pt is a finished run with images [0-9a-f]{8}, not "),
+        ("--kd --temp=7", "folder_teacher.pt was trained on other images than those of folder here"),
         ("--kd=False", "folder_student.pt is a finished run with images [0-9a-f]{8}, not "),
         ("--all", "folder_teacher.pt was trained on other images"),
     ):
-        assert learn(word) == 2
+        assert learn(*word.split()) == 2
         assert re.search(tells, one_line(capfd)) and snapshot(tmp_path / "weights") == before
     assert evaluate(*WORDS[:2], "--kd") == 0
     assert "folder_student_kd_t5.pt was trained on other images" in capfd.readouterr().out

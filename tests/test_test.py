@@ -434,6 +434,9 @@ def test_with_a_teacher_its_own_students_and_those_without_kd_are_shown(compare,
     save("--kd", "own.pt", weights=4, teacher=fingerprint_of(wanted))
     save("--kd --temp=20", weights=5, teacher=fingerprint_of(other))
     assert compare(f"--teacher={wanted}")[1] == [f"{TEACHER}, subset 30", STUDENT, KD]
+    torch.save([torch.zeros(2)], "foreign.pt")
+    assert evaluate("--compare", "True", "--teacher=foreign.pt") == 2
+    assert one_line(capfd).startswith("__main__.py: error: foreign.pt is not a checkpoint of this project")
     torch.save(checkpoint.load(wanted)["model"], "state.pt")
     assert compare("--teacher=state.pt")[1] == [STUDENT, KD]
     assert compare(f"--teacher={other}")[1] == [TEACHER, STUDENT, "Student (with KD, Temp = 20)"]

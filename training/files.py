@@ -39,5 +39,5 @@ def check_same(content: dict, run: RunConfig) -> None:
     if differences(found, run, ignoring):
         raise UserError(
             f"{content['path']} is a finished run with {describe_differences(found, run, ignoring)}: keep both with "
-            "--name WORD, or replace it, without --all, with --resume False"
+            "--name WORD, or replace it with --resume False (not with --all)"
         )

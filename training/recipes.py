@@ -86,7 +86,7 @@ LOSS_DEFAULTS |= {
     for name, row in LOSS_DEFAULTS.items()
     if name != "kd"
 }
-# Of plain KD where other temperatures gain more than 5 and 20 on held-out images (docs/results.md).
+# Of plain KD: held out, 2 was the best of 1, 2 and 3; 5 is for comparison (docs/results.md).
 TEMPS = {"cifar100": (2.0, 5.0)}
 
 

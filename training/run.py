@@ -70,12 +70,17 @@ def load_model(content: dict, runtime: Runtime, student: str | None = None) -> t
 
 
 def mismatch(content: dict, name: RunName, spec: DataSet, same_images: bool = True) -> str:
-    """Why a checkpoint does not fit a data set, or was trained on images that `name` holds out; "" if it fits."""
+    """Why a checkpoint does not fit a data set, or was trained on images that `name` holds out; "" if it fits.
+
+    Of a data set whose images were not read, only classes and size are compared.
+    """
     run, classes = run_from(content["run"]), content["data"]["classes"]
     if tuple(classes) != spec.classes:
         return f"has {len(classes)} classes ({', '.join(classes[:3])}, ...) that are not those of {spec.name}"
     if run.size != spec.size:
         return f"was trained on images of {run.size} x {run.size} pixels, not {spec.size} x {spec.size}"
+    if not spec.fingerprint:
+        return ""
     if same_images and run.images not in (spec.fingerprint, UNKNOWN):
         return f"was trained on other images than those of {spec.name} here"
     if saw_held_out(run, name, spec.train_images):
@@ -104,11 +109,11 @@ class Run:
         if config.sync_bn:
             self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.model.to(runtime.device, memory_format=runtime.memory_format)
-        self.optimizer = make_optimizer(self.model, config, runtime.product_dtype)
         self.forward = torch.compile(self.model) if config.compile else self.model
         if world > 1:
             self.forward = DistributedDataParallel(self.forward)
             self.forward.broadcast_buffers = False  # they are shared once, before an evaluation
+        self.optimizer = make_optimizer(self.model, config, runtime.product_dtype)
         # Keeps small gradients from becoming zero in float16; skips a step whose gradients overflow.
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
         self.log = ""  # a header, then one JSON line per epoch
@@ -124,7 +129,9 @@ class Run:
     @property
     def place(self) -> str:
         """The epoch and step in words."""
-        return f"epoch {min(self.epoch + 1, self.config.num_epochs)}, step {self.step}/{self.steps}"
+        if self.epoch == self.config.num_epochs:
+            return "the end of the last epoch"
+        return f"epoch {self.epoch + 1}, step {self.step}/{self.steps}"
 
     def begin_epoch(self, epoch: int) -> None:
         """Go before the first step of an epoch, counted from 0."""
@@ -165,10 +172,10 @@ class Run:
         """UserError that names the first step whose loss is NaN or infinite; what was saved before it stays."""
         bad = (~torch.isfinite(self.losses[: self.step])).nonzero()
         if len(bad):
-            step = int(bad[0])
+            step, how = int(bad[0]), "--tto True " if self.config.role == "teacher" else ""
             raise UserError(
                 f"the loss of {self.files.stem} is {self.losses[step]:g} at epoch {self.epoch + 1}, step {step + 1}: "
-                f"train this run again, without --all, with a lower rate: --lr {self.config.lr / 10:.4g} --resume False"
+                f"train it again with a lower rate: {how}--lr {self.config.lr / 10:.4g} --resume False"
             )
 
     def header(self) -> dict:
@@ -223,7 +230,7 @@ class Run:
         if differences(before, self.config, may_change):
             raise UserError(
                 f"{path} is an unfinished run with {describe_differences(before, self.config, may_change)}: rerun "
-                f"it with its own options to resume it, delete it, or restart it, without --all, with --resume False"
+                f"it with its own options to resume it, delete it, or restart it with --resume False (not with --all)"
             )
         checkpoint.load_weights(self.model, state)
         self.optimizer.load_state_dict(state["optimizer"])

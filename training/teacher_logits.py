@@ -131,7 +131,7 @@ def read_logits(path: Path, key: str, count: int, classes: int) -> np.ndarray:
 
 
 def write_logits(folder: Path, name: str, logits: torch.Tensor | np.ndarray, key: str) -> None:
-    """Write logits (N, C), a tensor as float16, to `folder`, atomically and with check sums; UserError if it fails."""
+    """Write logits (N, C), a tensor as float16, to `folder`, atomically and with checksums; UserError if it fails."""
     logits = logits.half().numpy() if isinstance(logits, torch.Tensor) else logits
     save_arrays(folder / name, key, logits=logits)
 
@@ -158,7 +158,7 @@ def read_description(folder: Path, spec: DataSet) -> str:
         raise UserError(f"{path} does not describe logits for this version: see docs/own.md") from error
     if others:
         what = f"other data than {spec.name} here (other {', other '.join(others)})"
-        raise UserError(f"{folder} has logits of {what}: give another --teacher")
+        raise UserError(f"{folder} has logits of {what}: write them again (docs/own.md), or give another --teacher")
     return key
 
 
@@ -179,11 +179,16 @@ def load_teacher(
         raise UserError(f"no teacher {path}: train one with `{train}`, or name another one by --teacher")
     if content is None and not path.is_dir():
         content = checkpoint.load_any(path)
-        is_state = isinstance(content, dict) and isinstance(content.get("classifier.weight"), torch.Tensor)
-        content = made_up_checkpoint(path, content, student, spec) if is_state else checkpoint.accept(content, path)
+        is_known = not is_state_dict(content)
+        content = checkpoint.accept(content, path) if is_known else made_up_checkpoint(path, content, student, spec)
     if content and (why := teacher_mismatch(content, student, spec)):
         raise UserError(f"the teacher {path} {why}: choose another one with --teacher or --weights_path")
     return TeacherLogits(path, spec, runtime, options.weights_path, content)
+
+
+def is_state_dict(content) -> bool:
+    """Whether a file's content is a plain state dict with the teacher's keys."""
+    return isinstance(content, dict) and isinstance(content.get("classifier.weight"), torch.Tensor)
 
 
 def made_up_checkpoint(path: Path, state: dict, student: RunConfig, spec: DataSet) -> dict:

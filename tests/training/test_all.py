@@ -58,6 +58,16 @@ def test_stopped_after_each_run_it_gives_the_same_table(learn, tmp_path, monkeyp
     assert learn(*words) == 0
     assert (output := capfd.readouterr().out).startswith("5 runs, 5 of them finished\n")
     assert re.findall(r"(\S+): already finished", output) == [f"digits_{run}_subset40" for run in RUNS]
+    Path("weights/digits_student_kd_t5_seed7_subset40.pt").rename("kd.pt")
+    Path("weights/digits_student_seed7_subset40.pt").unlink()
+
+    def train_beside_another(*arguments, real=train.train):
+        Path("kd.pt").rename("weights/digits_student_kd_t5_seed7_subset40.pt")
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train", train_beside_another)
+        assert learn(*words) == 0, "a run that finished meanwhile is not trained again"
     assert table_of(stopped) == expected
     for name, model in zip(RUNS, models, strict=True):
         assert all(torch.equal(load(name)["model"][key], tensor) for key, tensor in model.items())

@@ -115,8 +115,6 @@ def test_a_damaged_or_foreign_file_is_computed_again(damage, make):
     assert path.read_bytes() == whole and [p.name for p in path.parent.iterdir() if p.name[0] == "."] == []
 
 
-# ---------------------------------------------------------------------------------------------- through train.py
-
 LEARN = ["--num_epochs=2"]
 
 
