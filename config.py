@@ -81,7 +81,7 @@ class Options:
         return self.plots_path / (self.name or "")
 
     def folders(self, *names: str) -> dict:
-        """The options about data and files that were given, to be typed again; of `names`, or all of them."""
+        """The options among `names` (default: data and files) that differ from their defaults, by name."""
         names = names or ("data_path", "skip_broken", "teacher", "weights_path", "plots_path", "name")
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name in names}
         return {name: value for name, value in values.items() if value != getattr(type(self), name)}
@@ -127,7 +127,7 @@ class TrainOptions(Options):
         """Where the table of --all is."""
         name = replace(name_of(self), student_images=None)
         images = f"_images{'_'.join(map(str, self.student_images))}" if self.student_images else ""
-        return self.plots_folder / f"results_{self.dataset}{name.own}{name.trial}{images}"
+        return self.plots_folder / f"results_{self.dataset}{name.student_suffix}{name.images_suffix}{images}"
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class TestOptions(Options):
     export: Path | None = option(FILES, "also export the model as a torch.export program, .pt2", file_name)
 
 
-# For each option: the options of which it needs one, and those that it can't be combined with.
+# NEEDS: an option requires one of these. EXCLUDES: it can't be combined with any of these.
 NEEDS = {
     "train.py": {
         **dict.fromkeys(("temp", "loss", "alpha", "kd_weight", "ce_weight", "teacher"), ("kd", "all")),
@@ -194,7 +194,7 @@ def parse(script: str, options_class: type[Options], argv: list | None) -> tuple
 
 
 def classes_of(parser: Parser, words: tuple[str, ...], classes: tuple[str, ...]) -> tuple[str, ...]:
-    """The classes that --omit names, in their order, from names or numbers, of which a name is tried first.
+    """The classes that --omit names, in the data set's order; words are tried as names, then numbers.
 
     A folder's classes are not known yet: its words are names. A wrong word exits with code 2.
     """
@@ -206,7 +206,7 @@ def classes_of(parser: Parser, words: tuple[str, ...], classes: tuple[str, ...])
             parser.error(f"--omit: no class is called {word!r}: give one of {', '.join(classes[:10])}, or its number")
     chosen = {word if word in classes else numbers[word] for word in words}
     if len(chosen) == len(classes):
-        parser.error("--omit names all classes: leave at least one out")
+        parser.error("--omit names all classes: name fewer of them")
     return tuple(name for name in classes if name in chosen)
 
 
@@ -236,7 +236,7 @@ def parse_train(argv: list | None = None) -> TrainOptions:
     row = DATA_SETS[options.dataset]
     most = replace(row, flip=row.flip if options.flip is None else options.flip, size=options.size).views
     if options.views is not None and options.views > most:
-        parser.error(f"--views: an image of {options.dataset} has {most} views: give at most so many")
+        parser.error(f"--views: an image of {options.dataset} has {most} views: give at most {most}")
     return options
 
 

@@ -14,7 +14,7 @@ In the precision that it was trained with, the report's first line repeats the l
 
 import sys
 
-if sys.version_info < (3, 10):  # noqa: UP036 - what follows is no Python for it
+if sys.version_info < (3, 10):  # noqa: UP036 - older versions fail further down
     print("test.py: error: this needs Python 3.10 or later", file=sys.stderr)
     sys.exit(2)
 
@@ -75,13 +75,13 @@ def find_checkpoint(options: config.TestOptions, runtime: Runtime) -> dict:
     if not path.exists():
         folders = {key: value for key, value in options.folders().items() if key != "teacher" or name.kd}
         train = name.command("train.py", **folders)
-        raise UserError(f"no checkpoint {path}: train it with `{train}`, or give its folder by --weights_path")
+        raise UserError(f"no checkpoint {path}: train it with `{train}`, or give its folder in --weights_path")
     content = checkpoint.load(path)
     run = run_from(content["run"])
     facts = ("role", "dataset", "size", "subset", "holdout")
     if any(getattr(run, fact) != getattr(name, fact) for fact in facts):
         what = f"{run.title} of {run.dataset}, not {name.title} of {name.dataset}"
-        raise UserError(f"{path} contains {what}: give --checkpoint {path} to evaluate it as what it is")
+        raise UserError(f"{path} contains {what}: give --checkpoint {path} to evaluate it anyway")
     return finished(content)
 
 
@@ -93,8 +93,8 @@ def finished(content: dict) -> dict:
 
 
 @contextlib.contextmanager
-def left_out_unless_named(options: config.TestOptions, tell: Callable[[str], None]) -> Iterator[None]:
-    """A UserError about the teacher ends the block and is told; if --teacher names the teacher, it is raised."""
+def skip_teacher_errors(options: config.TestOptions, tell: Callable[[str], None]) -> Iterator[None]:
+    """Pass a UserError about the teacher to `tell` and leave the block; with --teacher, raise it."""
     try:
         yield
     except UserError as error:
@@ -125,9 +125,9 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
     logits, numbers = measure_checkpoint(model, content, images, data, runtime)
     teacher_cost, imitation = None, {}
     if run.role == "student":
-        with left_out_unless_named(options, notes.append):
+        with skip_teacher_errors(options, notes.append):
             teacher = load_teacher(run, options, data.spec, runtime)
-            imitation = fidelity(logits, teacher.of_test_images(images, run.holdout), images.labels)
+            imitation = fidelity(logits, teacher.test_logits(images, run.holdout), images.labels)
             if run.kd and run.teacher != teacher.fingerprint:
                 notes.append(f"{teacher.path} is not the teacher that this student learned from")
             if teacher.model and runtime.is_main:
@@ -166,7 +166,7 @@ def export(model: torch.nn.Module, path: Path, content: dict) -> str:
 
 
 def compare(options: config.TestOptions, runtime: Runtime) -> None:
-    """Evaluate every finished checkpoint of these images and publish their table; UserError if there is none."""
+    """Evaluate all finished checkpoints of the data set and write their table; UserError if there is none."""
     contents, name = find_checkpoints(options, runtime), name_of(options)
     data = load_images(options.dataset, options.data_path, runtime, None, options.skip_broken, options.size)
     for note in data.notes:
@@ -180,11 +180,11 @@ def compare(options: config.TestOptions, runtime: Runtime) -> None:
             "or give --weights_path"
         )
     if runtime.is_main:
-        results.publish(shown, options.plots_folder / f"comparison_{options.dataset}{name.trial}")
+        results.publish(shown, options.plots_folder / f"comparison_{options.dataset}{name.images_suffix}")
 
 
 def find_checkpoints(options: config.TestOptions, runtime: Runtime) -> list[dict]:
-    """The finished checkpoints of these images, in --weights_path and its subfolders or that of --name, teachers first.
+    """The data set's finished checkpoints anywhere below --weights_path, or below its --name folder, teachers first.
 
     With --teacher, that teacher, its students and those without KD. What can't be read is reported and left out.
     """
@@ -195,18 +195,18 @@ def find_checkpoints(options: config.TestOptions, runtime: Runtime) -> list[dict
                 contents.append(finished(checkpoint.load(path)))
             except UserError as error:
                 runtime.print(f"left out: {error}")
-    its_own = (None,)
+    fingerprints = (None,)
     if options.teacher:
         content = checkpoint.load_any(options.teacher)
         weights = content if is_state_dict(content) else checkpoint.accept(content, options.teacher)["model"]
-        its_own = None, checkpoint.fingerprint(weights)
+        fingerprints = None, checkpoint.fingerprint(weights)
 
     def is_shown(content: dict) -> bool:
         run = run_from(content["run"])
         images = run.dataset, run.size, run.subset, run.holdout
         if not options.teacher or run.role == "student":
             fits = images == (options.dataset, options.size, options.subset, options.holdout)
-            return fits and (not options.teacher or run.teacher in its_own)
+            return fits and (not options.teacher or run.teacher in fingerprints)
         return content["path"] == options.teacher
 
     found = [content for content in contents if is_shown(content)]
@@ -222,9 +222,9 @@ def classify(options: config.TestOptions, runtime: Runtime) -> None:
     run, spec = run_from(contents[0]["run"]), spec_of(contents[0])
     images, rows, names = read_pictures(options, contents[0], runtime)
     if run.role == "student" and not options.soften:
-        with left_out_unless_named(options, runtime.print):
+        with skip_teacher_errors(options, runtime.print):
             if options.teacher and options.teacher.is_dir():
-                raise UserError(f"{options.teacher} holds logits, not a model that could classify pictures")
+                raise UserError(f"{options.teacher} holds logits, not a model: give a checkpoint")
             contents.append(load_teacher(run, options, spec, runtime).content)
     answers = {}
     for content in contents:
@@ -269,7 +269,7 @@ def main(argv: list | None = None) -> int:
 def run(options: config.TestOptions) -> None:
     """The table of all checkpoints, the classes of pictures, or the report of one checkpoint."""
     task = compare if options.compare else classify if options.image or options.soften else evaluate
-    make_folder(options.plots_folder)  # what can't be written is told before an evaluation, not after it
+    make_folder(options.plots_folder)  # fail before the evaluation, not after it
     with start(options.device, options.precision) as runtime:
         task(options, runtime)
 

@@ -11,7 +11,7 @@ Rerun the same command to resume a run that was interrupted.
 
 import sys
 
-if sys.version_info < (3, 10):  # noqa: UP036 - what follows is no Python for it
+if sys.version_info < (3, 10):  # noqa: UP036 - older versions fail further down
     print("train.py: error: this needs Python 3.10 or later", file=sys.stderr)
     sys.exit(2)
 
@@ -52,7 +52,7 @@ from utils import Data, Images, Views, epoch_order, epoch_view, evaluate, load_i
 
 
 def train_epoch(run: Run, views: Views, rows: torch.Tensor, k: int, teacher_logits: torch.Tensor | None) -> None:
-    """The rest of the current epoch: image rows (N,) in their k-th views, and the teacher's logits by row."""
+    """Finish the current epoch on image rows (N,) in their k-th views; teacher_logits[i] are of image i."""
     config, runtime = run.config, run.runtime
     order = epoch_order(rows, config.seed, run.epoch).to(runtime.device)
     run.model.train()
@@ -104,7 +104,7 @@ def end_epoch(run: Run, held_out: Images, softened: dict, seconds_left: Callable
     config, runtime = run.config, run.runtime
     images = run.steps * run.batch_size
     means = dict(zip(METRICS, (runtime.total(run.totals) / images).tolist(), strict=True))
-    run.count_time()  # the device was waited for
+    run.count_time()  # total() has synchronised
     seconds = run.seconds
     test = percent(evaluate(run.model, held_out, run.spec, runtime))
     evaluation = time.monotonic() - run.clock
@@ -141,7 +141,7 @@ def train(
     runtime: Runtime,
     seconds_left: Callable[..., float] | None = None,
 ) -> dict:
-    """One run, new or resumed, until its checkpoint, log and figures are written; what its checkpoint holds.
+    """Do one run, new or resumed, and write its checkpoint, log and figures; the checkpoint's content.
 
     `seconds_left` estimates the time left for all runs from the epochs left in this one and an epoch's seconds.
     """
@@ -153,7 +153,7 @@ def train(
         while run.epoch < config.num_epochs:
             k = epoch_view(config.views, config.flip, config.seed, run.epoch)
             try:
-                teacher_logits = teacher.of_view(k, views, rows) if config.kd else None
+                teacher_logits = teacher.view_logits(k, views, rows) if config.kd else None
                 softened = {"teacher": softness(teacher_logits[rows], config.temp)} if config.kd else {}
                 if config.kd and not run.epoch:
                     told = softness_text(softened["teacher"], config.temp, config.num_classes)
@@ -188,9 +188,9 @@ def begin(run: Run, images: int, resume: bool) -> None:
     device = machine(runtime)["device"]
     runtime.print(f"{run.files.stem}: {images:,} images, {run.steps} steps per epoch, {device}, {recipe}")
     run.write_log(json.dumps(run.header() | {"split": config.split}) + "\n")
-    run.save()  # what can't be written is told now
+    run.save()  # fail now if it can't be written
     if runtime.is_main:
-        run.files.resume.unlink(missing_ok=True)  # if it fails at once, the advice may be to change an option
+        run.files.resume.unlink(missing_ok=True)  # an early failure must not rule out other options
 
 
 def train_all(options: config.TrainOptions) -> None:
@@ -233,17 +233,16 @@ def train_all(options: config.TrainOptions) -> None:
 
 
 def prepare(options: config.TrainOptions, runtime: Runtime) -> tuple[Data, list[RunConfig]]:
-    """The images and the plan of runs; UserError about what can't work, before anything is trained."""
+    """The images and the plan of runs; UserError for options that can't work, before any training."""
     if options.sync_bn and runtime.device.type != "cuda":
         raise UserError("--sync_bn True needs CUDA devices: leave it out")
     data = load_images(options.dataset, options.data_path, runtime, options.flip, options.skip_broken, options.size)
     for note in data.notes:
         runtime.print(note)
     runs = plan(options, data.spec, runtime.precision, runtime.world_size)
-    for run in runs:
-        rows = data.rows(run.subset, run.holdout, run.omit, run.student_images)
-    if options.all or options.student:  # a student that can't be trained is told before its teacher is trained
-        layers = fingerprint_layers(Run(run, runtime, data.spec, len(rows), files_of(run, options)).model)
+    counts = [len(data.rows(run.subset, run.holdout, run.omit, run.student_images)) for run in runs]
+    if options.all or options.student:  # fail before the teacher is trained, not after
+        layers = fingerprint_layers(Run(runs[-1], runtime, data.spec, counts[-1], files_of(runs[-1], options)).model)
         runs = [replace(run, student_layers=layers) if run.student else run for run in runs]
     return data, runs
 
@@ -251,7 +250,7 @@ def prepare(options: config.TrainOptions, runtime: Runtime) -> tuple[Data, list[
 def seconds_left(
     later: list[RunConfig], run: RunConfig, teacher: TeacherLogits, epochs: int, training: float, evaluation: float
 ) -> float:
-    """An estimate for the epochs left of a student and for later ones, from the seconds of an epoch's two parts."""
+    """Estimated seconds left for this student and later ones, from an epoch's `training` and `evaluation` time."""
     whole, all_epochs = teacher.spec.train_images, epochs + sum(other.num_epochs for other in later)
     views = min(len(teacher.missing(run.views)), all_epochs)
     for other in later:

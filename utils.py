@@ -75,7 +75,7 @@ class Data:
                 f"--student_images {student_images}: give at least {classes}, one per class, and at most the "
                 f"{len(rows)} that are left"
             )
-        return rows[turns(labels[rows]).argsort(stable=True)[:student_images]].sort().values
+        return rows[rank_in_class(labels[rows]).argsort(stable=True)[:student_images]].sort().values
 
     def numbers_of(self, classes: tuple[str, ...]) -> torch.Tensor:
         """The numbers (K,) of classes; UserError if there is no such class."""
@@ -86,19 +86,19 @@ class Data:
         return torch.tensor([self.spec.classes.index(name) for name in classes], dtype=torch.int64)
 
     def held_out(self, subset: int | None, holdout: int) -> Images:
-        """The images to evaluate on: the test images, of which `subset` keeps a fifth of its number, or the holdout."""
+        """The images to evaluate on: the holdout if there is one, else the test images (the first `subset` // 5)."""
         if holdout:
             rows = self.rows(subset, holdout)
             return self.train[len(rows) : len(rows) + holdout]
         return self.test[: max(subset // 5, 1)] if subset else self.test
 
 
-def turns(labels: torch.Tensor) -> torch.Tensor:
+def rank_in_class(labels: torch.Tensor) -> torch.Tensor:
     """For each label (N,), the number of earlier occurrences of the same label (N,)."""
     by_class, counts = labels.argsort(stable=True), labels.bincount()
-    turn = torch.empty_like(labels)
-    turn[by_class] = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[by_class]]
-    return turn
+    rank = torch.empty_like(labels)
+    rank[by_class] = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[by_class]]
+    return rank
 
 
 def load_images(
@@ -106,11 +106,11 @@ def load_images(
 ) -> Data:
     """The data set `name` in `folder`, downloaded or drawn if it is missing; UserError if that fails.
 
-    The returned row has the images' fingerprint, their number and, where missing, mean and deviation.
+    The returned spec has the images' fingerprint and number, and mean and std if they were missing.
     """
     spec, notes = replace(DATA_SETS[name], size=size), []
     if not runtime.is_main:
-        runtime.barrier()  # the first process downloads, the others find
+        runtime.barrier()  # the first process downloads, others wait
     if spec.source == "folder":
         classes, arrays, notes = read_folder(folder, skip_broken, size, runtime.is_main, runtime.stop)
         spec = replace(spec, classes=classes)
@@ -177,27 +177,27 @@ class Views:
     """The random crops and mirror images of a training set: each image has its own 1st, 2nd, ... view.
 
     A view is (dy * offsets + dx) * 2 + mirrored; images of 32 x 32 have 9 offsets along an axis. The k-th view of an
-    image depends on nothing but its row and the size of the training set: all seeds share it, and so the teacher's
-    logits of it.
+    image depends only on its row and the size of the training set, so all seeds share it and the teacher's logits
+    for it.
     """
 
     def __init__(self, images: Images, spec: DataSet, device: torch.device) -> None:
         self.flip = spec.flip
-        home = torch.device("cpu") if device.type == "mps" else device  # MPS can't gather from overlapping windows
+        storage = torch.device("cpu") if device.type == "mps" else device  # MPS can't gather from overlapping windows
         self.labels = images.labels.to(device)
         side, pad = images.pixels.shape[2], padding(images.pixels.shape[2])
         self.offsets = 2 * pad + 1  # crop positions along one axis
-        self.padded = F.pad(images.pixels.to(home), (0, 0, pad, pad, pad, pad))
-        # The window of `side` rows of pixels that starts at each padded pixel: picking a crop copies so many blocks.
+        self.padded = F.pad(images.pixels.to(storage), (0, 0, pad, pad, pad, pad))
+        # One overlapping window per padded pixel: index_select copies a crop as `side` contiguous rows.
         self.width = self.padded.shape[2]
         last_start = len(images) * self.width**2 - (side - 1) * (self.width + 1)
         self.windows = self.padded.as_strided((last_start, side, side * 3), (3, self.width * 3, 1))
         self.normalise = Normaliser(spec, device)
         generator = seeded_generator("views of images")
-        self.crops = torch.randperm(self.offsets**2, generator=generator).to(home)
-        self.mirrored_first = torch.randint(2, (len(images),), generator=generator).to(home)
-        # Of the unmirrored and of the mirrored views.
-        self.starts = torch.randint(len(self.crops), (len(images), 2), generator=generator).to(home)
+        self.crops = torch.randperm(self.offsets**2, generator=generator).to(storage)
+        self.mirrored_first = torch.randint(2, (len(images),), generator=generator).to(storage)
+        # First crop of each image: plain, mirrored.
+        self.starts = torch.randint(len(self.crops), (len(images), 2), generator=generator).to(storage)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -289,7 +289,7 @@ def compute_logits(
     """Logits (count, num_classes), float64 on every process's CPU, of images (B, 3, S, S) = images_of(rows (B,)).
 
     All batches have one size and processes share them, so that an image's logits depend on neither. With a `title`,
-    progress is shown. Stopped if a signal came to a single process, UserError if a logit is not finite.
+    progress is shown. Without torchrun, Stopped after a signal; UserError if a logit is not finite.
     """
     logits = torch.zeros(count, num_classes, device=runtime.device)
     size = images_of(torch.zeros(1, dtype=torch.int64)).shape[-1]
@@ -341,7 +341,7 @@ def new_figure(height: float):
 
 
 def new_panels(title: str, ylabels: list[str]) -> list:
-    """The labelled axes of a figure, side by side."""
+    """A new figure's axes, one for each y label."""
     figure = new_figure(4.2)
     panels = figure.subplots(1, len(ylabels), squeeze=False)[0].tolist()
     figure.suptitle(textwrap.fill(title, 68))

@@ -87,7 +87,7 @@ class Bench:
 
     def teacher_logits(self) -> Job:
         """The teacher's logits of new views in full batches, images per second."""
-        teacher = use_products(build_model("teacher"), self.runtime.product_map).eval()
+        teacher = use_products(build_model("teacher"), self.runtime.max_product_side).eval()
         teacher.to(self.runtime.device, memory_format=self.runtime.memory_format)
         count = 10 * EVALUATION_BATCH if self.runtime.device.type == "cuda" else EVALUATION_BATCH
         views = Views(self.images[:count], self.spec, self.runtime.device)

@@ -1,4 +1,4 @@
-"""How accurate after how many seconds of training: this project and the baseline loop, on held-out training images.
+"""Accuracy over seconds of training: this project and the baseline loop, on held-out training images.
 
     python benchmarks/time_to_accuracy.py --role teacher --images 10000 --json results.json --figure teacher.png
     python benchmarks/time_to_accuracy.py --quick         a rough one in a few minutes
@@ -105,7 +105,7 @@ class Bench:
         return ours.model, seconds, self.runtime
 
     def train_baseline(self, settings: dict) -> tuple[torch.nn.Module, float, Runtime]:
-        """The same of the baseline loop; the workers have started before its seconds count."""
+        """The same for the baseline loop; the DataLoader's start-up is not timed."""
         torch.manual_seed(settings["seed"])
         device, spec, epochs = self.runtime.device, self.data.spec, settings["num_epochs"]
         torch.backends.cudnn.allow_tf32 = True  # torch's default; our side in float32 does without
@@ -133,7 +133,7 @@ def read_results(path: Path | None) -> list[dict]:
             return results
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
-    raise UserError(f"{path} holds no results of this benchmark: give another file by --json")
+    raise UserError(f"{path} holds no results of this benchmark: give another --json file")
 
 
 def run_all(wanted: list[dict], train, path: Path | None) -> list[dict]:

@@ -14,7 +14,7 @@ from runtime.errors import UserError
 def read_torchvision(spec: DataSet, folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Pixels and labels of "train" and "test" from torchvision, which downloads what is missing and checks its MD5."""
     dataset_class = getattr(torchvision.datasets, spec.source)
-    if hasattr(dataset_class, "meta"):  # CIFAR's file of class names, which the row has: another file stands in for it
+    if hasattr(dataset_class, "meta"):  # CIFAR's file of class names isn't needed: check a test file in its place
         name, md5 = dataset_class.test_list[0]
         meta = {"filename": name, "md5": md5, "key": "filenames"}
         dataset_class = type(spec.source, (dataset_class,), {"meta": meta})
@@ -27,7 +27,7 @@ def read_torchvision(spec: DataSet, folder: Path) -> dict[str, tuple[np.ndarray,
         try:
             try:
                 found = dataset_class(folder, download=False, **which)
-            except RuntimeError:  # not there, or not whole
+            except RuntimeError:  # missing or incomplete
                 found = dataset_class(folder, download=True, **which)
         except (OSError, RuntimeError, EOFError, ImportError) as error:  # a network, a disk, an archive, no SciPy
             url = getattr(dataset_class, "url", "its source")
@@ -35,7 +35,7 @@ def read_torchvision(spec: DataSet, folder: Path) -> dict[str, tuple[np.ndarray,
             archive = f"put {dataset_class.filename} into {folder}, " if hasattr(dataset_class, "filename") else ""
             raise UserError(
                 f"no complete {spec.source} in {folder}, and the download from {url} "
-                f"failed: {why}; run again with a network, {archive}or give its folder by --data_path"
+                f"failed: {why}; rerun with a network, {archive}or give its folder with --data_path"
             ) from error
         check_memory(len(found), spec.size)
         arrays[split] = as_arrays(found, spec.size)

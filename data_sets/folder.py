@@ -22,7 +22,7 @@ VERSION = 1  # of the packed file: raise it with every change to its contents
 LAYOUT = "--data_path must name a folder with train/<class>/<pictures> and, if you have one, test/<class>/<pictures>"
 VALIDATION = ("val", "valid", "validation")  # folders used for testing where there is no test folder
 SYSTEM_FILES = ("thumbs.db", "desktop.ini", "__macosx")  # left out, as are names that begin with a dot
-HELD_OUT = 10  # without a test split, one in so many images of each class is held out
+HELD_OUT = 10  # without a test split, one in ten images of each class is held out
 SHOWN = 3  # broken files named in an error
 
 File = tuple[str, int, Path]  # split, class number, path
@@ -137,7 +137,7 @@ def files_key(root: Path, files: list[File], size: int) -> str:
     rows = []
     for split, label, path in files:
         rows.append([split, label, str(path.relative_to(root))])
-        with suppress(OSError):  # such a file can't be read either, which is said later
+        with suppress(OSError):  # unreadable files are reported later
             found = path.stat()
             rows[-1] += [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_mode]
     has_heif = importlib.util.find_spec("pillow_heif") is not None
@@ -147,7 +147,7 @@ def files_key(root: Path, files: list[File], size: int) -> str:
 def pack(files: list[File], size: int, show_progress: bool, stop: StopSignal | None) -> dict[str, np.ndarray]:
     """Pixels (N, size, size, 3) uint8, labels (N,) and is_test (N,), and an error per broken file.
 
-    They are ordered by a hash of the pixels: the first images are of all classes, and renaming changes nothing.
+    Ordered by a hash of the pixels, so that any prefix mixes the classes and renaming changes nothing.
     """
     pixels, errors = np.empty((len(files), size, size, 3), np.uint8), []
 

@@ -17,7 +17,7 @@ from data_sets import SIDE, padding
 from runtime.errors import UserError
 
 SMALLEST = 8  # pixels along a side; a smaller picture shows nothing
-LARGEST_TEXT = 64 * 2**20  # bytes of a PNG's text or colour profile; Pillow's limit of 1 MiB refuses sound files
+LARGEST_TEXT = 64 * 2**20  # bytes of a PNG's text or colour profile; Pillow's limit of 1 MiB rejects valid files
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # TIFF tags
 HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 AVIF_BRANDS = (b"avif", b"avis")
@@ -138,7 +138,7 @@ def add_jpeg_end(file: BinaryIO) -> BinaryIO:
 
 
 def check_memory(images: int, size: int) -> None:
-    """Print what so many images need, as they are and padded, if that is above 1 GB; UserError if it isn't there."""
+    """Print the memory that images need, padded copy included, if above 1 GB; UserError if there is less."""
     needed = 3 * images * (size**2 + (size + 2 * padding(size)) ** 2)
     available = available_memory()
     words = f"{images:,} images of {size} x {size} pixels need {needed / 1e9:.1f} GB of memory"
@@ -149,7 +149,7 @@ def check_memory(images: int, size: int) -> None:
 
 
 def available_memory() -> int | None:
-    """Bytes that Linux can give away; None on other systems."""
+    """Bytes of available memory on Linux; None elsewhere."""
     with contextlib.suppress(OSError):
         found = re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
         return 1024 * int(found[1]) if found else None

@@ -32,10 +32,10 @@ def as_trained(runtime: Runtime, run: RunConfig, precision: str = "auto") -> Run
 def measure_checkpoint(
     model: torch.nn.Module, content: dict, images: Images, data: Data, runtime: Runtime
 ) -> tuple[torch.Tensor, dict]:
-    """The logits (N, C) of a checkpoint for the images to evaluate it on, and all that these say.
+    """The logits (N, C) of a checkpoint for the images to evaluate it on, and their metrics.
 
-    Where classes were omitted also top-1 on these and on others, as it is and after the bias correction, which is left
-    out without the training images of the student.
+    With omitted classes, also top-1 on these and on the others, before and after the bias correction, which needs the
+    student's training images.
     """
     run, spec, targets = run_from(content["run"]), spec_of(content), images.labels
     logits = held_out_logits(model, images, spec, runtime)
@@ -64,16 +64,16 @@ def measure_all(
 ) -> list[dict]:
     """The checkpoints, teachers first, that fit the data, each with what is `measured` of it; the others are named.
 
-    All are evaluated on the test or held-out images of the run `name`. A student is compared with its own teacher, if
-    that is `teacher` or among them, and one without KD with that of a student whose baseline it is. With `cost` they
-    are timed, too. `student` is the --student that was typed. Stopped if a signal came.
+    All are evaluated on the test or held-out images of the run `name`. A student with KD is compared with its teacher
+    if that is given, one without KD with the teacher of a run whose baseline it is, else the first. With `cost` all are
+    timed. `student` is the --student that was typed. Stopped if a signal came.
     """
     images = data.held_out(name.subset, name.holdout)
     runs = [run_from(content["run"]) for content in contents]
     shown, teachers = [], {}  # the logits of each teacher, by its fingerprint
     if teacher and teacher.model is None:  # a teacher with a model is among the checkpoints
         with contextlib.suppress(UserError):  # a folder of logits may have none of the test images
-            teachers[teacher.fingerprint] = teacher.of_test_images(images, name.holdout)
+            teachers[teacher.fingerprint] = teacher.test_logits(images, name.holdout)
     for run, content in zip(runs, contents, strict=True):
         try:
             if why := mismatch(content, name, data.spec):

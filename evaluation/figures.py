@@ -118,7 +118,7 @@ def plot_pictures(pixels: list, names: list[str], answers: dict, classes: tuple[
         right.grid(axis="x", alpha=0.3)
     figure.legend(*grid[0, 1].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=9)
     grid[-1, 1].set_xlabel("probability (%)")
-    return save_figure(grid[0, 0], path)  # whose legend is the figure's
+    return save_figure(grid[0, 0], path)  # unlabelled: no second legend
 
 
 @matplotlib.style.context("default")

@@ -26,7 +26,7 @@ def medians(cost: Cost) -> dict[str, float]:
 
 
 def count_parameters(model: torch.nn.Module) -> int:
-    """All numbers that training learns."""
+    """Number of weights, frozen or not."""
     return sum(p.numel() for p in model.parameters())
 
 

@@ -115,12 +115,12 @@ def bias_correction(logits: torch.Tensor, labels: torch.Tensor, omitted: list[in
 def measure_omitted(logits: torch.Tensor, labels: torch.Tensor, omitted: list[int]) -> dict[str, float]:
     """Top-1 (0 to 1) of logits (N, C) on the images of the omitted classes and on the others, where there are any."""
     right = (predictions(logits, labels) == labels).double()
-    of_omitted = torch.isin(labels, torch.tensor(omitted))
-    parts = {"top1_omitted": right[of_omitted], "top1_others": right[~of_omitted]}
+    is_omitted = torch.isin(labels, torch.tensor(omitted))
+    parts = {"top1_omitted": right[is_omitted], "top1_others": right[~is_omitted]}
     return {name: values.mean().item() for name, values in parts.items() if len(values)}
 
 
-def within(angle: float, freedom: int) -> float:
+def central_probability(angle: float, freedom: int) -> float:
     """The share of Student's distribution between -t and t, t = tan(angle) sqrt(freedom) (A&S, 26.7)."""
     odd = freedom % 2
     term, total = math.cos(angle) if odd else 1.0, 0.0
@@ -136,13 +136,13 @@ def t_quantile(freedom: int) -> float:
     low, high = 0.0, math.pi / 2
     for _ in range(60):
         angle = (low + high) / 2
-        low, high = (angle, high) if within(angle, freedom) < 0.95 else (low, angle)
+        low, high = (angle, high) if central_probability(angle, freedom) < 0.95 else (low, angle)
     return math.tan(low) * math.sqrt(freedom)
 
 
 def two_sided_p(t: float, freedom: int) -> float:
     """The probability of a t at least as large, up or down, under Student's distribution."""
-    return 1 - within(math.atan(abs(t) / math.sqrt(freedom)), freedom)
+    return 1 - central_probability(math.atan(abs(t) / math.sqrt(freedom)), freedom)
 
 
 def paired_gain(gains: list[float]) -> dict:

@@ -9,7 +9,7 @@ from evaluation.figures import plot_comparison, plot_images, plot_omitted, plot_
 from evaluation.measures import holm, paired_gain
 from evaluation.report import FORMATS, MEASURED, table
 from runtime.files import write_json, writing
-from training.runs import is_baseline_of, is_plain_kd_beside, run_from, why_no_baseline
+from training.runs import is_baseline_of, is_kd_baseline_of, run_from, why_no_baseline
 from utils import parse_log
 
 OTHER_MACHINES = "†"
@@ -61,7 +61,7 @@ def collect(contents: list[dict]) -> dict:
                 why = why_no_baseline(runs[0], [run_from(content["run"]) for content in contents])
                 results["notes"].append(f"{label}: no baseline, {why}")
         for other_label, others in rows.items():
-            if gains := paired_differences(row, others, is_plain_kd_beside):
+            if gains := paired_differences(row, others, is_kd_baseline_of):
                 results["gains_over_kd"].append({"model": label, "over": other_label, **paired_gain(gains)})
     tested = [gain for gain in results["gains_over_kd"] if "p" in gain]
     for gain, significant in zip(tested, holm([gain["p"] for gain in tested]), strict=True):

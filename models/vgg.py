@@ -36,7 +36,7 @@ def make_layers(rows: tuple[tuple[int, ...], ...], bias: bool) -> nn.Sequential:
     for row in rows:
         for width in row:
             layers += [Conv3x3(channels, width, bias), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
-            if bias:  # it stays zero: batch norm would take it out again, and its gradient is rounding noise
+            if bias:  # it stays zero: batch norm cancels it, and its gradient is rounding noise
                 layers[-3].bias.requires_grad_(False)
             channels = width
         layers.append(nn.MaxPool2d(2))

@@ -128,7 +128,7 @@ def build_parser(script: str, options_class: type) -> Parser:
 def parse_words(script: str, options: type, argv: list | None, needs: dict, excludes: dict) -> tuple[Parser, dict]:
     """The parser of a script, for further errors, and what was typed, by the options' names (None: the command line).
 
-    A wrong option exits with code 2, and so does one that lacks one that it needs, or meets one that it excludes.
+    Exits with code 2 if an option is wrong, lacks one that it requires, or can't be combined with another.
     """
     parser = build_parser(script, options)
     words = sys.argv[1:] if argv is None else [str(word) for word in argv]
@@ -161,7 +161,7 @@ def answer_early(parse) -> None:
         import torchvision  # noqa: F401
         import tqdm  # noqa: F401
     except ImportError as error:
-        sys.exit(report(f"can't start: {error}; install what it needs with `pip install -r requirements.txt`"))
+        sys.exit(report(f"can't start: {error}; install the packages with `pip install -r requirements.txt`"))
     except OSError as error:  # they keep caches, and take the folder of temporary files where they can't
         sys.exit(report(f"can't start: {error}; set TMPDIR to a folder that can be written to"))
     except KeyboardInterrupt:

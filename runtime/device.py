@@ -39,7 +39,7 @@ class Runtime:
 
     @property
     def memory_format(self) -> torch.memory_format:
-        """The format of images and convolution weights in which this device computes fastest and right."""
+        """The fastest correct format of images and convolution weights on this device."""
         half_on_cuda = self.device.type == "cuda" and self.autocast_dtype is not None
         return torch.channels_last if half_on_cuda or self.device.type == "cpu" else torch.contiguous_format
 
@@ -49,7 +49,7 @@ class Runtime:
         return self.autocast_dtype or (torch.bfloat16 if has_fast_bf16(self.device) else torch.float32)
 
     @property
-    def product_map(self) -> int:
+    def max_product_side(self) -> int:
         """Up to which map side convolutions are faster as matrix products (models/convolution.py), or 0.
 
         Measured for VGG19's training, docs/speed.md; never by batch size, so that results stay reproducible.
@@ -114,7 +114,7 @@ class Runtime:
 
 
 def pick_device(word: str) -> torch.device:
-    """The device of a --device word; UserError if it is absent, or MPS and computes wrongly: then "auto" is the CPU."""
+    """The device of a --device word; UserError if absent, or if MPS fails a trial step ("auto" takes the CPU)."""
     kind, _, index = word.partition(":")
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -158,7 +158,7 @@ def training_error(device: torch.device) -> str:
     except (RuntimeError, NotImplementedError) as error:
         return str(error).splitlines()[0]
     expected = gradients(torch.device("cpu"))
-    # The first bias has no gradient but rounding: batch norm takes the bias out again.
+    # The first bias's gradient is rounding noise: batch norm cancels the bias.
     largest = max(gradient.norm() for gradient in expected)
     errors = [float((got - wanted).norm() / largest) for got, wanted in zip(found, expected, strict=True)]
     if all(error < 0.01 for error in errors):  # which a NaN is not

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 MEMORY = "not enough memory: give train.py a smaller --batch_size or --size, or --device cpu if another device is full"
-# What to say of a failure of the machine, by what torch says of it.
+# Our message for a machine failure, by a part of torch's message.
 FAILURES = {
     "DefaultCPUAllocator": MEMORY,
     "out of memory": MEMORY,  # of CUDA, MPS
@@ -21,14 +21,14 @@ FAILURES = {
     "busy or unavailable": "another program has reserved the GPU: wait for it, or give another --device",
     "NCCL built in": "this PyTorch lacks NCCL, which several GPUs need: train on one without torchrun",
     "CUBLAS_WORKSPACE_CONFIG": "--deterministic True needs a new process: restart the notebook's kernel",
-    "does not have a deterministic implementation": "the --student can't be trained with --deterministic True",
+    "does not have a deterministic implementation": "leave --deterministic out: the --student can't use it",
     "finished reduction in the prior iteration": "a weight of the --student gets no gradient: freeze or remove it",
     "torch.compile is not supported": "torch.compile does not work with this Python: leave --compile out",
 }
 
 
 class UserError(Exception):
-    """Something the user can mend; shown as one line, exit code 2."""
+    """Something the user can fix; shown as one line, exit code 2."""
 
 
 class Stopped(Exception):
@@ -85,8 +85,8 @@ def exit_code(main: Callable[[], None]) -> int:
     Full memory counts as a UserError. If the reader of stdout has gone, it ends as SIGPIPE would, without a word.
     """
     try:
-        with contextlib.suppress(AttributeError):  # a notebook's stream takes every sign
-            sys.stdout.reconfigure(errors="replace")  # a terminal in ASCII loses a sign, not the table
+        with contextlib.suppress(AttributeError):  # a notebook's stream can't do this
+            sys.stdout.reconfigure(errors="replace")  # an ASCII terminal prints ?, not a traceback
         main()
         sys.stdout.flush()
     except ReportedElsewhere as error:
@@ -110,7 +110,7 @@ def exit_code(main: Callable[[], None]) -> int:
 
 
 def known_failure(error: Exception) -> str | None:
-    """What to say of a failure of the machine that the user can do something about; None for a bug."""
+    """The message for a machine failure that the user can fix; None for a bug."""
     if isinstance(error, MemoryError):
         return MEMORY
     if isinstance(error, RuntimeError):
@@ -133,6 +133,6 @@ def known_failure(error: Exception) -> str | None:
 
 
 def discard_output() -> None:
-    """Let the interpreter's last flush of what could not be printed go nowhere."""
+    """Point stdout at the null device, for the interpreter's last flush."""
     with contextlib.suppress(OSError):  # a notebook's stream has no file
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

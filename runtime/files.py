@@ -74,7 +74,7 @@ def save_arrays(path: Path, key: str, **arrays: np.ndarray) -> None:
 
 
 def load_arrays(path: Path, key: str) -> dict[str, np.ndarray]:
-    """What `save_arrays` wrote with this key; ValueError that says why not if it is missing, damaged or another's."""
+    """What `save_arrays` wrote with this key; ValueError with the reason if missing, damaged or of another key."""
     try:
         with np.load(path) as stored:  # which verifies the checksums
             if str(stored["key"]) == key:

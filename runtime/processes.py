@@ -87,7 +87,7 @@ def process_group(runtime: Runtime, world_size: int):
             raise ReportedElsewhere(2 if isinstance(error, UserError) else 128 + error.args[0]) from error
         raise
     except RuntimeError as error:
-        # A process that waited for one that ended so has lost its peer: it has nothing to add.
+        # This process lost a peer that reports the error itself: nothing to add.
         if store.add("failed", 0) > 0:
             raise ReportedElsewhere(2) from error
         raise

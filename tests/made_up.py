@@ -82,10 +82,10 @@ def draw(path: Path, seed: int) -> None:
 
 def lay_out(root: Path) -> Path:
     """A folder of three classes, 20 and 4 different pictures of each, for --dataset folder."""
-    for half, count in (("train", 20), ("test", 4)):
+    for split, count in (("train", 20), ("test", 4)):
         for label, name in enumerate(FOLDER_CLASSES):
             for i in range(count):
-                draw(root / half / name / f"{i}.png", seed=1000 * label + i + 500 * (half == "test"))
+                draw(root / split / name / f"{i}.png", seed=1000 * label + i + 500 * (split == "test"))
     return root
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import assert_one_line, run_script, snapshot
-from damages import QUICK, checkpoint_of, flip_bit, hostile, in_weights, link_data
+from damage import QUICK, checkpoint_of, flip_bit, hostile, in_weights, link_data
 
 import config
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a CUDA machine has to show, in ten minutes, in this order. Run it again to go on where it ended.
+# Checks for a CUDA machine, in this order, within ten minutes. Rerun it to resume where it ended.
 #
 #     bash tools/gpu_check.sh                          all parts
 #     DATA=/tmp/data bash tools/gpu_check.sh resume    one part: resume, cifar10, speed or cifar100
@@ -13,7 +13,7 @@ LIMIT=${LIMIT:-580} # seconds in all
 export OMP_NUM_THREADS=4 PYTHONUNBUFFERED=1
 mkdir -p "$OUT" "$RUNS"
 
-within() { # SECONDS COMMAND...: stopped by SIGTERM, so that it resumes, after so many seconds or at the limit
+within() { # SECONDS COMMAND...: SIGTERM, which train.py can resume from, after SECONDS or at LIMIT
   local left=$((LIMIT - SECONDS < $1 ? LIMIT - SECONDS : $1))
   timeout -s TERM -k 10 "$((left > 0 ? left : 1))" "${@:2}"
 }

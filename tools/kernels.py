@@ -30,7 +30,7 @@ STEPS = 60
 
 
 def measure(words: list[str], folder: Path) -> tuple[float, float, float]:
-    """Images per second, kernels per step, and multiply-add operations (FLOP) per image of train.py's loop."""
+    """Images per second, kernels per step, and FLOP per image (2 per multiply-add) of train.py's loop."""
     options = config.parse_train([*words, "--views", "16", "--num_epochs", "100000"])
     with start(options.device, options.precision) as runtime:
         (run_config,) = plan(options, DATA_SETS["cifar10"], runtime.precision, 1)
@@ -67,7 +67,7 @@ def main() -> None:
             share = f"{100 * speed * flop / (peak * 1e12):.1f}%" if peak else ""
             rows.append([f"{role} {' '.join(words)}", f"{speed:,.0f}", f"{kernels:.0f}", share])
             print(rows[-1], flush=True)
-    print(table(["training", "img/s", "kernels per step", "of the peak"], rows))
+    print(table(["training", "img/s", "kernels per step", "% of peak"], rows))
 
 
 if __name__ == "__main__":

@@ -33,27 +33,27 @@ def dkd(student: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor, tem
     binary, among = [], []
     for logits in (teacher, student):
         log_p = F.log_softmax(logits / temp, dim=1)
-        of_others = log_p.gather(1, others)
-        of_any_other = of_others.logsumexp(1, keepdim=True)
-        binary.append(torch.cat((log_p.gather(1, targets[:, None]), of_any_other), dim=1))
-        among.append(of_others - of_any_other)
+        log_p_others = log_p.gather(1, others)
+        log_p_rest = log_p_others.logsumexp(1, keepdim=True)
+        binary.append(torch.cat((log_p.gather(1, targets[:, None]), log_p_rest), dim=1))
+        among.append(log_p_others - log_p_rest)
     return temp**2 * divergence(*binary).mean(), temp**2 * divergence(*among).mean()
 
 
-def to_softened_teacher(student: torch.Tensor, teacher: torch.Tensor, temp: float) -> torch.Tensor:
+def kl_to_softened_teacher(student: torch.Tensor, teacher: torch.Tensor, temp: float) -> torch.Tensor:
     """KL(teacher_T || student_1) of each image (B,)."""
     return divergence(F.log_softmax(teacher / temp, dim=1), F.log_softmax(student, dim=1))
 
 
 def ttm(student: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor, temp: float) -> Terms:
     """Transformed teacher matching: KL(teacher_T || student_1) (Zheng & Yang, ICLR 2024, section 3)."""
-    return (to_softened_teacher(student, teacher, temp).mean(),)
+    return (kl_to_softened_teacher(student, teacher, temp).mean(),)
 
 
 def wttm(student: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor, temp: float) -> Terms:
     """TTM, each image weighted by the sum of its teacher's probabilities to the 1/T (the same, section 4)."""
     weight = (F.log_softmax(teacher, dim=1) / temp).exp().sum(1)
-    return ((weight * to_softened_teacher(student, teacher, temp)).mean(),)
+    return ((weight * kl_to_softened_teacher(student, teacher, temp)).mean(),)
 
 
 LOSSES: dict[str, Callable[..., Terms]] = {"ls": ls, "dkd": dkd, "ttm": ttm, "wttm": wttm}

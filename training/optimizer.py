@@ -89,17 +89,17 @@ def is_vector(weight: torch.Tensor) -> bool:
 
 
 def is_depthwise(weight: torch.Tensor) -> bool:
-    """Whether a weight (O, 1, H, W) holds one filter per channel, which have nothing to do with each other."""
+    """Whether a weight (O, 1, H, W) is depthwise: one independent filter per channel."""
     return weight.ndim == 4 and weight.shape[1] == 1 and not is_vector(weight)
 
 
 class Muon(torch.optim.Optimizer):
     """SGD with orthogonalised steps, whose size does not depend on the gradient's (docs/recipe.md).
 
-    A weight is seen as a matrix, of a convolution (out, in * 3 * 3), and its step is the nearest orthogonal matrix; of
-    a depthwise one each filter's step is brought to norm 1. A convolution before a batch norm, which takes its scale
-    out again, is first brought to norm sqrt(out). Where no batch norm follows, the step's norm is that of the weight at
-    the start. The last layer's steps and vectors' have root mean square 1, times the rate.
+    A weight is viewed as a matrix, (out, in * 3 * 3) for a convolution, and its step is the nearest orthogonal matrix;
+    a depthwise convolution's step has norm 1 per filter. A weight before a batch norm, which cancels its scale, is
+    first scaled to norm sqrt(out). Where no batch norm follows, the step has the weight's initial norm. Steps of the
+    last layer and of vectors have root mean square 1. The learning rate multiplies all.
     """
 
     def __init__(self, groups: list[dict], dtype: torch.dtype, lr: float) -> None:
@@ -109,7 +109,7 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for weight in group["params"]:
                 self.state[weight]["momentum"] = torch.zeros_like(weight)
-                if group.get("relative"):  # to the norm at the start; of zeros, to that of numbers of a hundredth
+                if group.get("relative"):  # to the initial norm; zero weights count as 0.01 each
                     self.state[weight]["norm"] = weight.detach().norm().item() or 0.01 * weight.numel() ** 0.5
 
     @torch.no_grad()
@@ -156,8 +156,8 @@ def weights_before_batch_norm(model: nn.Module) -> set[nn.Parameter]:
 def make_optimizer(model: nn.Module, run: RunConfig, dtype: torch.dtype) -> torch.optim.Optimizer:
     """Muon or SGD, as the run says, for a model whose last linear layer gives the logits.
 
-    SGD's weight decay spares biases and batch norm (He et al., 2019, section 3.1), Muon's all but the last layer;
-    `dtype` is that of its orthogonalisation.
+    SGD's weight decay skips biases and batch norm (He et al., 2019, section 3.1), Muon's is for the last layer only;
+    `dtype` is that of Muon's products.
     """
     is_muon = run.optimizer == "muon"
     head, has_free_scale = last_linear(model), weights_before_batch_norm(model)
@@ -171,10 +171,10 @@ def make_optimizer(model: nn.Module, run: RunConfig, dtype: torch.dtype) -> torc
         {"params": [head.bias], "lr_scale": run.head_lr},
         {"params": [p for p in matrices if p not in has_free_scale], "weight_decay": decay, "relative": True},
     ]
-    usual = {"lr_scale": 1.0, "keeps_norm": False}
+    defaults = {"lr_scale": 1.0, "keeps_norm": False}
     for group in groups:
         group["params"] = [p for p in group["params"] if p is not None and p.requires_grad]
-    groups = [usual | group for group in groups if group["params"]]
+    groups = [defaults | group for group in groups if group["params"]]
     if not is_muon:
         return torch.optim.SGD(groups, lr=run.lr, momentum=MOMENTUM, nesterov=True)
     for group in groups:

@@ -4,7 +4,7 @@ from dataclasses import asdict, replace
 
 from data_sets import DataSet
 from training.recipes import RECIPE_FIELDS, ce_weight_of, recipe_of, temps_of
-from training.runs import DEFAULT_SEED, RunConfig, RunName, loss_function, usual_weights
+from training.runs import DEFAULT_SEED, RunConfig, RunName, default_weights, loss_function
 
 
 def name_of(options) -> RunName:
@@ -42,7 +42,7 @@ def resolve(name: RunName, options, data: DataSet, precision: str, processes: in
     if not (options.all and name.role == "teacher"):  # with --all these options are the students'
         recipe |= {f: getattr(options, f) for f in RECIPE_FIELDS if getattr(options, f) is not None}
     recipe["views"] = recipe["views"] or data.views
-    kd_weights, ce_weight = usual_weights(name.loss) if name.kd else ((), 1.0)
+    kd_weights, ce_weight = default_weights(name.loss) if name.kd else ((), 1.0)
     if name.kd and options.alpha is not None:
         kd_weights, ce_weight = (options.alpha,), ce_weight_of(options.alpha)
     if name.kd and options.kd_weight is not None:

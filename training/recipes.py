@@ -19,7 +19,7 @@ class Recipe:
 
 RECIPE_FIELDS = tuple(f.name for f in fields(Recipe))
 OPTIMIZERS = ("muon", "sgd")
-OF_DIGITS = {"made_for": 5000, "most": 10}  # images, and times as many epochs: 30, as with CIFAR's recipe
+DIGITS_SCALING = {"made_for": 5000, "most": 10}  # images; up to 10 times the epochs: 30, as in CIFAR's recipe
 CIFAR = {
     ("teacher", "muon"): Recipe(num_epochs=16, lr=0.1, head_lr=0.003, norm_lr=0.11),
     ("student", "muon"): Recipe(num_epochs=30, lr=0.1, head_lr=0.2, norm_lr=0.11, views=16),
@@ -41,7 +41,7 @@ def recipe_of(dataset: str, role: str, optimizer: str, train_images: int, studen
     """
     recipe = (DIGITS if dataset == "digits" else CIFAR)[role, optimizer]
     images = student_images or (train_images if dataset == "folder" else None)
-    return scale_recipe(recipe, images, **(OF_DIGITS if dataset == "digits" else {})) if images else recipe
+    return scale_recipe(recipe, images, **(DIGITS_SCALING if dataset == "digits" else {})) if images else recipe
 
 
 def scale_recipe(recipe: Recipe, images: int, made_for: int = 50_000, most: float = 4) -> Recipe:

@@ -65,7 +65,7 @@ def load_model(content: dict, runtime: Runtime, student: str | None = None) -> t
     if run.student and run.student != student:
         raise UserError(f"{content['path']} is a student of {run.student}: give --student {run.student} to run that")
     model = checkpoint.load_weights(build_model_of(run), content)
-    use_products(model, runtime.product_map)
+    use_products(model, runtime.max_product_side)
     return model.to(runtime.device, memory_format=runtime.memory_format).eval().requires_grad_(False)
 
 
@@ -105,7 +105,7 @@ class Run:
         self.total_steps = self.steps * config.num_epochs
         torch.manual_seed(config.seed)  # of the initial weights
         self.model = build_model_of(config)
-        use_products(self.model, 0 if config.compile else runtime.product_map)
+        use_products(self.model, 0 if config.compile else runtime.max_product_side)
         if config.sync_bn:
             self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.model.to(runtime.device, memory_format=runtime.memory_format)
@@ -206,7 +206,7 @@ class Run:
         return time.monotonic() - self.saved_at > max(1.0, self.save_seconds / SAVING_SHARE)
 
     def is_time_to_agree(self) -> bool:
-        """Whether the processes talk after this step; with several GPUs, of which they are ahead, every 4th."""
+        """Whether the processes agree after this step; with several GPUs, which lag behind them, every 4th."""
         several_gpus = self.runtime.world_size > 1 and self.runtime.device.type == "cuda"
         return not several_gpus or self.step % 4 == 0 or self.step == self.steps
 

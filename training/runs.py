@@ -56,15 +56,15 @@ class RunName:
         return f"{len(self.omit)} classes {hashlib.sha256(words.encode()).hexdigest()[:8]}"
 
     @property
-    def trial(self) -> str:
-        """What file names end with if the images are other ones than all of the usual size."""
+    def images_suffix(self) -> str:
+        """What the choice of images adds to file names; all at the default size, nothing."""
         omitted = self.omitted.replace(" ", "_")
         parts = {"size": self.size if self.size != SIDE else None, "subset": self.subset, "holdout": self.holdout}
         parts |= {"omit_": omitted, "images": self.student_images}
         return "".join(f"_{name}{value}" for name, value in parts.items() if value)
 
     @property
-    def own(self) -> str:
+    def student_suffix(self) -> str:
         """What a user's own student adds to file names."""
         return f"_{self.student.replace(':', '.')}" if self.student else ""
 
@@ -74,7 +74,7 @@ class RunName:
         kd = f"_{self.loss}_t{format_number(self.temp)}" if self.kd else ""
         seed = "" if self.seed == DEFAULT_SEED else f"_seed{self.seed}"
         dataset = "" if self.dataset == "cifar10" else f"{self.dataset}_"
-        return f"{dataset}{self.role}{self.own}{kd}{seed}{self.trial}"
+        return f"{dataset}{self.role}{self.student_suffix}{kd}{seed}{self.images_suffix}"
 
     @property
     def title(self) -> str:
@@ -135,7 +135,7 @@ class RunConfig(RunName):
         """The name's title, with weights of the loss other than the default ones, and what is unknown."""
         unknown = ", images unknown" if self.images == UNKNOWN else ""
         unknown = ", teacher's images unknown" if self.teacher_unknown else unknown
-        if not self.kd or (self.loss == "kd" and (self.kd_weights, self.ce_weight) == usual_weights("kd")):
+        if not self.kd or (self.loss == "kd" and (self.kd_weights, self.ce_weight) == default_weights("kd")):
             return super().title + unknown
         terms = {"kd": ("KL",), "dkd": ("TCKD", "NCKD")}.get(loss_function(self.loss), (self.loss.upper(),))
         weighted = zip((*self.kd_weights, self.ce_weight), (*terms, "CE"), strict=True)
@@ -153,7 +153,7 @@ def loss_function(loss: str) -> str:
     return LOSS_DEFAULTS[loss].function
 
 
-def usual_weights(loss: str) -> tuple[tuple[float, ...], float]:
+def default_weights(loss: str) -> tuple[tuple[float, ...], float]:
     """The default weights of a loss: of its terms, and of the cross-entropy."""
     return LOSS_DEFAULTS[loss].kd_weights, LOSS_DEFAULTS[loss].ce_weight
 
@@ -171,10 +171,10 @@ def differences(run: RunConfig, other: RunConfig, ignoring: set[str] = frozenset
 def describe_differences(run: RunConfig, other: RunConfig, ignoring: set[str] = frozenset()) -> str:
     """In what `run` differs from another, in words: `num_epochs 30, not 16`."""
     names = differences(run, other, ignoring)
-    return "; ".join(f"{say(run, name)}, not {say(other, name, '')}" for name in names)
+    return "; ".join(f"{field_text(run, name)}, not {field_text(other, name, '')}" for name in names)
 
 
-def say(run: RunConfig, name: str, label: str | None = None) -> str:
+def field_text(run: RunConfig, name: str, label: str | None = None) -> str:
     """A field in words."""
     value = getattr(run, name)
     is_hash = name in ("teacher", "images", "student_layers") and len(value or "") == 16
@@ -197,12 +197,12 @@ def why_no_baseline(run: RunConfig, others: list[RunConfig]) -> str:
     return f"the nearest student without KD has {describe_differences(nearest, run, KD_FIELDS)}"
 
 
-def is_plain_kd_beside(run: RunConfig, other: RunConfig) -> bool:
-    """Whether `run` is plain KD, at its usual weights or those of the other loss, and `other` another loss."""
+def is_kd_baseline_of(run: RunConfig, other: RunConfig) -> bool:
+    """Whether `run`, plain KD at default or matched weights, is the baseline of `other`, with another loss."""
     if not (run.kd and other.kd) or loss_function(other.loss) == "kd" or differences(run, other, LOSS_FIELDS):
         return False
-    usual = run.loss == "kd" and (run.kd_weights, run.ce_weight) == usual_weights("kd")
-    return usual or run.loss == f"kd_as_{other.loss}"
+    is_default = run.loss == "kd" and (run.kd_weights, run.ce_weight) == default_weights("kd")
+    return is_default or run.loss == f"kd_as_{other.loss}"
 
 
 def saw_held_out(run: RunConfig, name: RunName, train_images: int) -> bool:
@@ -224,5 +224,5 @@ def labels(runs: list[RunConfig]) -> list[str]:
         rivals = [other for other in runs if other.title == run.title]
         names = {name for rival in rivals for name in differences(run, rival, {"seed"})}
         apart = [f.name for f in fields(RunConfig) if f.name in names]
-        found.append(", ".join([run.title, *(say(run, name) for name in apart)]))
+        found.append(", ".join([run.title, *(field_text(run, name) for name in apart)]))
     return found

@@ -55,7 +55,7 @@ class TeacherLogits:
         return self.content is None or self.content["run"]["images"] == UNKNOWN
 
     def missing(self, count: int) -> list[int]:
-        """Of which of the first `count` views there are no logits."""
+        """Which of the first `count` views have no logits yet."""
         names = {k: f"{k:02}.npz" for k in range(count)}
         return [k for k in names if names[k] not in self.in_memory and not (self.folder / names[k]).exists()]
 
@@ -68,7 +68,7 @@ class TeacherLogits:
                 f"{missing[0]:02}.npz: write them (docs/own.md), or give a smaller --views"
             )
 
-    def of_view(self, k: int, views: Views, rows: torch.Tensor) -> torch.Tensor:
+    def view_logits(self, k: int, views: Views, rows: torch.Tensor) -> torch.Tensor:
         """Logits (N, C) float16 on the device: row i is training image i in its k-th view, for all i in `rows`."""
         count = int(rows.max()) + 1
 
@@ -79,9 +79,9 @@ class TeacherLogits:
             self.view_seconds = time.monotonic() - start
             return found
 
-        return self.kept(f"{k:02}.npz", count, compute).to(self.runtime.device)
+        return self.cached(f"{k:02}.npz", count, compute).to(self.runtime.device)
 
-    def of_test_images(self, images: Images, holdout: int = 0) -> torch.Tensor:
+    def test_logits(self, images: Images, holdout: int = 0) -> torch.Tensor:
         """Logits (N, C) float64 on the CPU of the first N test images, or with `holdout` of these held-out images.
 
         UserError if they have to be computed, and only a folder of logits was given.
@@ -89,11 +89,11 @@ class TeacherLogits:
         if holdout and self.model is None:
             raise UserError(f"{self.folder} has no logits of held-out images: give a checkpoint as --teacher")
         compute = partial(held_out_logits, self.model, images, self.spec, self.runtime)
-        # Those of held-out images are not kept: they depend on --subset, too.
-        return compute().half().double() if holdout else self.kept("test.npz", len(images), compute).double()
+        # Those of held-out images are not cached: they depend on --subset, too.
+        return compute().half().double() if holdout else self.cached("test.npz", len(images), compute).double()
 
-    def kept(self, name: str, count: int, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """The first `count` logits, float16, of a file, or else computed and kept: in the file or, if not, in memory.
+    def cached(self, name: str, count: int, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The first `count` logits, float16, read from a file, or else computed and stored there or in memory.
 
         UserError if they have to be computed, and only a folder of logits was given.
         """
@@ -105,7 +105,7 @@ class TeacherLogits:
                 if self.model is None:
                     raise UserError(f"can't use {path}: {error}; write it again, or give another --teacher") from error
                 logits = None
-        if self.runtime.agree(logits is None)[0]:  # of one process: then all compute
+        if self.runtime.agree(logits is None)[0]:  # if one lacks them, all compute
             logits = self.in_memory[name] = compute().half().numpy()
             try:
                 if self.runtime.is_main:
@@ -142,7 +142,7 @@ def describe_logits(folder: Path, spec: DataSet, key: str) -> None:
 
 
 def description(spec: DataSet) -> dict:
-    """What has to be equal of logits and of the data that they are used for."""
+    """What must match between logits and the data they are used for."""
     return {"classes": list(spec.classes), "images": spec.fingerprint, "flip": spec.flip, "version": VERSION}
 
 
@@ -176,11 +176,11 @@ def load_teacher(
     if not path.exists():
         folders = options.folders("data_path", "skip_broken", "flip", "weights_path", "plots_path")
         train = name.command("train.py", **folders)
-        raise UserError(f"no teacher {path}: train one with `{train}`, or name another one by --teacher")
+        raise UserError(f"no teacher {path}: train one with `{train}`, or name another with --teacher")
     if content is None and not path.is_dir():
         content = checkpoint.load_any(path)
         is_known = not is_state_dict(content)
-        content = checkpoint.accept(content, path) if is_known else made_up_checkpoint(path, content, student, spec)
+        content = checkpoint.accept(content, path) if is_known else wrap_state_dict(path, content, student, spec)
     if content and (why := teacher_mismatch(content, student, spec)):
         raise UserError(f"the teacher {path} {why}: choose another one with --teacher or --weights_path")
     return TeacherLogits(path, spec, runtime, options.weights_path, content)
@@ -191,8 +191,8 @@ def is_state_dict(content) -> bool:
     return isinstance(content, dict) and isinstance(content.get("classifier.weight"), torch.Tensor)
 
 
-def made_up_checkpoint(path: Path, state: dict, student: RunConfig, spec: DataSet) -> dict:
-    """A state dict with the teacher's keys as a checkpoint of a run of which nothing is known."""
+def wrap_state_dict(path: Path, state: dict, student: RunConfig, spec: DataSet) -> dict:
+    """Wrap a state dict with the teacher's keys as a checkpoint of an unknown run."""
     unknown = {"images": UNKNOWN, "num_epochs": 0, "kd_weights": (), "ce_weight": 1.0, "student_layers": ""}
     unknown |= {"teacher": None, "teacher_unknown": False}
     run = replace(student, **asdict(student.teacher_name), **unknown)
@@ -201,7 +201,7 @@ def made_up_checkpoint(path: Path, state: dict, student: RunConfig, spec: DataSe
 
 
 def teacher_mismatch(content: dict, student: RunName, spec: DataSet) -> str:
-    """Why a checkpoint can't teach a student on these images, in words, or nothing."""
+    """Why a checkpoint can't teach a student on these images, or "" if it can."""
     if "metrics" not in content:
         return "is an unfinished run"
     return "is a student" if content["run"]["role"] != "teacher" else mismatch(content, student, spec)

@@ -24,7 +24,7 @@ def read(path: Path, **options) -> np.ndarray:
         return read_picture(path, **options)
 
 
-def refused(path: Path, words: str, **options) -> None:
+def assert_rejected(path: Path, words: str, **options) -> None:
     """Check that a file is refused in one line with its name and these words."""
     with pytest.raises(UserError, match=words) as error:
         read(path, **options)
@@ -94,7 +94,7 @@ def test_values_of_unknown_range_are_refused(tmp_path):
     bits = [struct.pack("<HHII", 258, 3, 1, count) for count in (16, 12)]
     (tmp_path / "12 bits.tif").write_bytes((tmp_path / "12 bits.tif").read_bytes().replace(*bits))
     for name, mode in {"float": "F", "32 bits": "I", "signed 16 bits": "I", "12 bits": "I;16"}.items():
-        refused(tmp_path / f"{name}.tif", f"mode {mode} has no known range of values")
+        assert_rejected(tmp_path / f"{name}.tif", f"mode {mode} has no known range of values")
 
 
 def test_a_png_with_a_long_text_or_profile_is_read_and_pillows_limit_restored(tmp_path):
@@ -117,7 +117,7 @@ def test_a_jpeg_may_lack_its_end_marker_but_no_image_data(tmp_path, options):
     assert np.array_equal(read(path), read(tmp_path / "whole.jpg"))
     for missing in (20, len(data) // 2):
         path.write_bytes(data[:-missing])
-        refused(path, "damaged")
+        assert_rejected(path, "damaged")
 
 
 def test_an_iphone_photo_names_the_package_it_needs_and_is_read_with_it(tmp_path, monkeypatch):
@@ -128,8 +128,8 @@ def test_an_iphone_photo_names_the_package_it_needs_and_is_read_with_it(tmp_path
     Image.init()  # registers all formats, before the table is replaced
     monkeypatch.setattr(Image, "OPEN", {name: row for name, row in Image.OPEN.items() if name not in ("AVIF", "HEIF")})
     monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name in Image.OPEN])
-    refused(tmp_path / "photo.heic", "HEIC/HEIF pictures need another package: pip install .*pillow-heif")
-    refused(tmp_path / "photo.avif", "AVIF pictures need another package")
+    assert_rejected(tmp_path / "photo.heic", "HEIC/HEIF pictures need another package: pip install .*pillow-heif")
+    assert_rejected(tmp_path / "photo.avif", "AVIF pictures need another package")
 
     opener = ("HEIF", lambda file, name: COLOURS.copy(), lambda start: start[4:12] == b"ftypheic")
     package = SimpleNamespace(register_heif_opener=lambda: Image.register_open(*opener))
@@ -145,7 +145,7 @@ def test_a_damaged_file_is_one_line_in_every_format(tmp_path, name):
     data = (tmp_path / name).read_bytes()
     for length in random.integers(len(data) - 100, size=20):
         (tmp_path / name).write_bytes(data[:length])
-        refused(tmp_path / name, "damaged, or not a picture")
+        assert_rejected(tmp_path / name, "damaged, or not a picture")
     for i in range(150):  # some of these decode
         flipped = bytearray(data)
         flipped[random.integers(300) if i % 3 else -random.integers(1, 20)] ^= 1 << random.integers(8)
@@ -159,7 +159,7 @@ def test_other_files_are_one_line(tmp_path):
     Image.new("1", (20_000, 5_000)).save(tmp_path / "bomb.png")
     Image.new("L", (100, 7)).save(tmp_path / "flat.png")
     for name, words in {"text": "damaged, or not a picture", "bomb": "89 million pixels"}.items():
-        refused(tmp_path / f"{name}.png", words)
-    refused(tmp_path / "missing.png", "not an existing file")
-    refused(tmp_path / "flat.png", "100 x 7 pixels: the picture must have at least 8 x 8")
+        assert_rejected(tmp_path / f"{name}.png", words)
+    assert_rejected(tmp_path / "missing.png", "not an existing file")
+    assert_rejected(tmp_path / "flat.png", "100 x 7 pixels: the picture must have at least 8 x 8")
     assert read(tmp_path / "flat.png", smallest=1).shape == (32, 32, 3)

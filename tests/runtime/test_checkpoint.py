@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from damages import Hostile, hostile
+from damage import Hostile, hostile
 from made_up import tiny_student
 
 from models import build_model

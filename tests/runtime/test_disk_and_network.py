@@ -5,7 +5,7 @@ import threading
 
 import pytest
 from conftest import assert_one_line, snapshot
-from damages import QUICK, link_data
+from damage import QUICK, link_data
 
 
 class BreaksOff(socketserver.StreamRequestHandler):

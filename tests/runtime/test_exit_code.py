@@ -124,7 +124,7 @@ INTERRUPT = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise Syste
     [
         (INTERRUPT, 130, "interrupted\n"),
         ("raise OSError(30, 'Read-only')", 2, ": error: can't start: [Errno 30] Read-only; set TMPDIR to a folder "),
-        ("raise ImportError('No torch')", 2, ": error: can't start: No torch; install what it needs with `pip "),
+        ("raise ImportError('No torch')", 2, ": error: can't start: No torch; install the packages with `pip "),
     ],
 )
 def test_what_happens_during_the_imports_is_one_line(script, happens, code, tells, tmp_path):

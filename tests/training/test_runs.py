@@ -24,7 +24,7 @@ from training.runs import (
     describe_differences,
     differences,
     is_baseline_of,
-    is_plain_kd_beside,
+    is_kd_baseline_of,
     labels,
     row_order,
     run_from,
@@ -219,14 +219,14 @@ def test_differences_in_words():
 def test_plain_kd_beside_another_loss_is_of_the_same_teacher_and_recipe():
     dkd = run_of("--kd --loss dkd")
     for command in ("--kd", "--kd --temp 20", "--kd --loss kd_as_dkd", "--kd --loss kd_as_dkd --temp 1"):
-        assert is_plain_kd_beside(run_of(command), dkd), command
-        assert not is_plain_kd_beside(dkd, run_of(command)), command
-        assert not is_plain_kd_beside(run_of(command, teacher="c" * 16), dkd), command
-        assert not is_plain_kd_beside(run_of(f"{command} --seed 7"), dkd), command
+        assert is_kd_baseline_of(run_of(command), dkd), command
+        assert not is_kd_baseline_of(dkd, run_of(command)), command
+        assert not is_kd_baseline_of(run_of(command, teacher="c" * 16), dkd), command
+        assert not is_kd_baseline_of(run_of(f"{command} --seed 7"), dkd), command
     for command in ("", "--kd --alpha 0.5", "--kd --loss kd_as_ls", "--kd --loss ls", "--kd --loss dkd --temp 2"):
-        assert not is_plain_kd_beside(run_of(command), dkd), command
-    assert not is_plain_kd_beside(run_of("--kd"), run_of("--kd --temp 20"))
-    assert not is_plain_kd_beside(run_of("--kd"), run_of("--kd --loss kd_as_dkd"))
+        assert not is_kd_baseline_of(run_of(command), dkd), command
+    assert not is_kd_baseline_of(run_of("--kd"), run_of("--kd --temp 20"))
+    assert not is_kd_baseline_of(run_of("--kd"), run_of("--kd --loss kd_as_dkd"))
 
 
 @pytest.mark.parametrize(

@@ -45,11 +45,11 @@ def test_logits_are_the_models_in_evaluation_mode_in_half_precision(make, monkey
     teacher = make()
     before = {name: value.clone() for name, value in teacher.model.state_dict().items()}
     for k in (0, 7, 161):
-        logits = teacher.of_view(k, VIEWS, ROWS)
+        logits = teacher.view_logits(k, VIEWS, ROWS)
         expected = teacher.model(VIEWS.images(ROWS, k))
         assert logits.dtype == torch.float16 and logits.shape == (COUNT, 10) and not expected.requires_grad
         torch.testing.assert_close(logits.float(), expected, rtol=2**-11, atol=1e-6)
-    tested = teacher.of_test_images(IMAGES[:5])
+    tested = teacher.test_logits(IMAGES[:5])
     expected = teacher.model(Normaliser(SPEC, CPU.device)(IMAGES.pixels[:5]))
     torch.testing.assert_close(tested.float(), expected, rtol=2**-11, atol=1e-6)
     assert {len(images) for images in teacher.model.seen} == {10, COUNT, 5}, "full batches, and those of this test"
@@ -57,14 +57,14 @@ def test_logits_are_the_models_in_evaluation_mode_in_half_precision(make, monkey
 
 
 def test_a_view_is_computed_once_and_a_subset_reads_the_logits_of_the_full_set(make, tmp_path):
-    few = make().of_view(0, VIEWS, ROWS[:9])
-    computed = [make().of_view(k, VIEWS, ROWS) for k in range(3)]
+    few = make().view_logits(0, VIEWS, ROWS[:9])
+    computed = [make().view_logits(k, VIEWS, ROWS) for k in range(3)]
     assert len(few) == 9 and torch.equal(computed[0][:9], few) and len(computed[0]) == COUNT, "computed again"
     before = snapshot(tmp_path)
     assert sorted(Path(path).name for path in before) == ["00.npz", "01.npz", "02.npz", "teacher.json"]
     again = make()
-    assert all(torch.equal(again.of_view(k, VIEWS, ROWS), computed[k]) for k in range(3))
-    assert torch.equal(again.of_view(1, VIEWS, ROWS[:9]), computed[1][:9])
+    assert all(torch.equal(again.view_logits(k, VIEWS, ROWS), computed[k]) for k in range(3))
+    assert torch.equal(again.view_logits(1, VIEWS, ROWS[:9]), computed[1][:9])
     assert not again.model.seen and snapshot(tmp_path) == before
     assert not torch.equal(computed[0], computed[1])
 
@@ -76,7 +76,7 @@ def test_the_key_changes_with_all_that_logits_depend_on(make):
     made = [make(), make(weights=1), make(runtime=bf16), *(make(spec=spec) for spec in (pixels, mean, std, flip))]
     assert len({teacher.folder for teacher in made}) == len(made)
     for teacher in made:
-        teacher.of_view(0, Views(IMAGES, teacher.spec, CPU.device), ROWS)
+        teacher.view_logits(0, Views(IMAGES, teacher.spec, CPU.device), ROWS)
         assert teacher.model.seen, "no other's logits are read"
     assert make().folder == made[0].folder
 
@@ -105,13 +105,13 @@ FOREIGN = {
 @pytest.mark.parametrize("damage", FOREIGN)
 def test_a_damaged_or_foreign_file_is_computed_again(damage, make):
     teacher = make()
-    expected = teacher.of_view(3, VIEWS, ROWS)
+    expected = teacher.view_logits(3, VIEWS, ROWS)
     path = teacher.folder / "03.npz"
     whole = path.read_bytes()
     FOREIGN[damage](path, teacher.key)
     assert path.read_bytes() != whole
     again = make()
-    assert torch.equal(again.of_view(3, VIEWS, ROWS), expected) and again.model.seen
+    assert torch.equal(again.view_logits(3, VIEWS, ROWS), expected) and again.model.seen
     assert path.read_bytes() == whole and [p.name for p in path.parent.iterdir() if p.name[0] == "."] == []
 
 
