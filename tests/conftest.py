@@ -17,10 +17,12 @@ import made_up
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torchvision
 
 import models
-from evaluation import inference
+import utils
+from evaluation import figures, inference, results
 from utils import load_images
 
 torch.set_num_threads(1)  # as in the processes that tests start: bits may depend on it
@@ -66,16 +68,25 @@ def tiny_models(monkeypatch):
 
 
 @pytest.fixture
-def learn(request, digits, tiny_models, tmp_path, monkeypatch):
+def no_figures(monkeypatch):
+    """Nothing is drawn of a run, its report and its table."""
+    import train
+
+    monkeypatch.setattr(train, "plot_curves", lambda *_: [])
+    monkeypatch.setattr(results, "plot_comparison", lambda contents, path: path)
+    for name in ("plot_confusion", "plot_reliability"):
+        monkeypatch.setattr(figures, name, lambda numbers, labels, title, path: path)
+
+
+@pytest.fixture
+def learn(request, digits, tiny_models, no_figures, tmp_path, monkeypatch):
     """A function that runs train.py over 40 digits for one epoch in the test's folder; its exit code.
 
     Further options are those that the test's module calls LEARN.
     """
     import train
-    from evaluation import results
 
-    monkeypatch.setattr(train, "plot_curves", lambda *_: [])
-    monkeypatch.setattr(results, "plot_comparison", lambda contents, path: path)
+    monkeypatch.setattr(utils, "DIGITS_IMAGES", {"train": 100, "test": 20})
     monkeypatch.chdir(tmp_path)
     options = ["--dataset=digits", f"--data_path={digits}", "--device=cpu", "--precision=fp32"]
     options += ["--subset=40", "--batch_size=8", "--num_epochs=1", *getattr(request.module, "LEARN", [])]
@@ -170,6 +181,24 @@ def forked(tmp_path_factory):
         return Script(process, outputs).end()
 
     return run
+
+
+def run_together(count: int, target, arguments_of, folders) -> tuple[list[int], str, str]:
+    """Fork `target` with its arguments and a folder, as torchrun starts `count` processes: exit codes, stdout, stderr."""
+    environments = [{}]
+    if count > 1:  # as with torchrun, the store where they meet outlives them
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
+        shared |= {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        environments = [shared | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(count)]
+    scripts = []
+    for i, environment in enumerate(environments):
+        arguments = (*arguments_of(i), outputs := folders.mktemp("outputs"))
+        process = FORKS.Process(target=target, args=arguments, kwargs={"environment": environment})
+        process.start()
+        scripts.append(Script(process, outputs))
+    done = [script.end(240) for script in scripts]
+    return [d.returncode for d in done], "".join(d.stdout for d in done), "".join(d.stderr for d in done)
 
 
 def without_override() -> None:

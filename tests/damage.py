@@ -15,9 +15,10 @@ QUICK = "--dataset digits --subset 40 --batch_size 8 --num_epochs 1 --device cpu
 Prepare = Callable[[Path], object]  # changes a file, or the folder of a test
 
 
-def flip_bit(path: Path) -> None:
+def flip_bit(path: Path, place: int | None = None) -> None:
+    """Flip a bit in the middle of a file, or at a place."""
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
+    content[len(content) // 2 if place is None else place] ^= 1
     path.write_bytes(content)
 
 

@@ -29,6 +29,11 @@ def read_log(path: Path) -> tuple[dict, list[dict]]:
     return parse_log(path.read_text())
 
 
+def cells(text: str) -> list[list[str]]:
+    """The rows of the Markdown tables in a text."""
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+
+
 def runs_of(command: str = "", spec: DataSet | None = None, **changes) -> list[RunConfig]:
     """The plan of `train.py COMMAND`, in one process in float32, with `changes`."""
     options = parse_train(["--precision=fp32", *shlex.split(command)])

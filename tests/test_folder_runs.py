@@ -12,7 +12,7 @@ from made_up import draw, lay_out
 
 import test as test_script
 import train
-from evaluation import figures, results
+import utils
 from runtime import checkpoint
 
 WORDS = ["--dataset=folder", "--data_path=my $pictures", "--device=cpu", "--precision=fp32"]
@@ -20,13 +20,9 @@ SIZE = ["--num_epochs=1", "--batch_size=12", "--views=2"]
 
 
 @pytest.fixture
-def root(tiny_models, tmp_path, monkeypatch):
+def root(tiny_models, no_figures, tmp_path, monkeypatch):
     """Sixty pictures of three classes; the scripts run beside them, with tiny models and without figures."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "plot_curves", lambda *_: [])
-    monkeypatch.setattr(results, "plot_comparison", lambda contents, path: path)
-    for name in ("plot_confusion", "plot_reliability"):
-        monkeypatch.setattr(figures, name, lambda logits, labels, title, path: path)
     return lay_out(tmp_path / "my $pictures")
 
 
@@ -44,6 +40,7 @@ def test_the_commands_work_and_only_training_needs_the_folder(root, tmp_path, mo
     output = capfd.readouterr().out
     assert output.count("60 training and 12 test images of 3 classes") == 1, "it is read once for all runs"
     assert "top5" not in output and "Top 5" not in output and "Top 1 Accuracy" in output
+    assert len(utils.plot_curves(tmp_path / "plots" / "folder_student.jsonl", tmp_path)) == 2
     assert evaluate(*WORDS[:2], "--kd", "--json=r.json") == 0
     told = capfd.readouterr().out
     assert told.startswith("test loss ") and "top5" not in told and "top-5" not in told

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import one_line
-from made_up import CPU, TinyTeacher, content_of, random_images, read_log, run_of, tiny_student
+from made_up import CPU, TinyTeacher, cells, content_of, random_images, read_log, run_of, tiny_student
 from PIL import Image
 
 import config
@@ -23,11 +23,12 @@ import test as test_script
 import train
 from data_sets import DATA_SETS
 from evaluation import comparison, figures
+from evaluation.measures import bias_correction
 from runtime import checkpoint
 from training.plan import name_of
 from training.run import describe_data
 from training.teacher_logits import describe_logits, write_logits
-from utils import Data, load_images
+from utils import Data, held_out_logits, load_images
 
 KEYS = {
     "checkpoint", "role", "images", "loss", "top1", "top5", "top1_ci", "per_class", "confusion", "ece",
@@ -48,7 +49,7 @@ DATA = made_up_data("cifar10")
 
 
 @pytest.fixture
-def evaluate(tiny_models, tmp_path, monkeypatch):
+def evaluate(tiny_models, no_figures, tmp_path, monkeypatch):
     """A function that runs test.py in a folder over made-up images, with tiny models; its exit code."""
     read = []
 
@@ -58,8 +59,6 @@ def evaluate(tiny_models, tmp_path, monkeypatch):
 
     monkeypatch.setattr(test_script, "load_images", load)
     monkeypatch.setattr(test_script, "PUBLISHED", tmp_path / "published")
-    monkeypatch.setattr(figures, "plot_reliability", lambda logits, labels, title, path: path)
-    monkeypatch.setattr(figures, "plot_confusion", lambda numbers, classes, title, path: path)
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments) -> int:
@@ -140,6 +139,9 @@ def test_a_student_with_omitted_classes_is_reported_before_and_after_the_correct
     numbers, output = report_of("--omit", "3", "dog"), capfd.readouterr().out
     corrected = {f"corrected_{name}" for name in ("top1", "top1_omitted", "top1_others", "per_class")}
     assert set(numbers) == KEYS | corrected | {"top1_omitted", "top1_others", "bias"}
+    model = checkpoint.load_weights(tiny_student(), checkpoint.load(Path("weights/student_omit_cat_dog.pt"))).eval()
+    logits = held_out_logits(model, DATA.train, DATA.spec, CPU)
+    assert numbers["bias"] == pytest.approx(bias_correction(logits, DATA.train.labels, [3, 5])[[3, 5]].tolist())
     assert re.search(r"Top-1 without cat, dog in training \| +as it is \| after the bias correction \|", output)
     cat, dog = numbers["bias"]
     assert f"added to the logits: cat {cat:+.2f}, dog {dog:+.2f}\n" in output
@@ -383,7 +385,7 @@ def test_compare_shows_of_each_checkpoint_the_numbers_of_its_report(report_of, c
     rows, labels, output = compare()
     assert "left out" not in output and "plots/comparison_cifar10" in output
     assert labels == [TEACHER, STUDENT, KD]
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in output.splitlines() if line.startswith("|")]
+    lines = cells(output)
     titles = "Gain of KD|ECE|NLL|Agreement|KL|MACs|Training|Size|Latency|Images/s"
     assert "|".join(lines[0][5:]) == titles
     for row, expected, line in zip(rows, reports, lines[2:], strict=True):
@@ -449,12 +451,15 @@ def test_what_cannot_be_compared_is_named_and_left_out(compare):
     Path("weights/a.pt").write_text("notes")
     Path("weights/b.pt").mkdir()
     Path("weights/c.pt").symlink_to("nowhere")
+    unfinished = content_of(run_of("--tto"))
+    del unfinished["metrics"]
+    checkpoint.save(Path("weights/f.pt"), unfinished)
     checkpoint.save(Path("weights/d.pt"), content_of(run_of("--seed=7"), model=torch.nn.Linear(2, 2)))
     save("--seed=8", "e.pt", images="c" * 16)
     _, labels, output = compare()
     lines = [line for line in output.splitlines() if line.startswith("left out: ")]
-    assert labels == [STUDENT] and len(lines) == 5
-    assert sorted(re.search(r"weights/(\w)\.pt", line)[1] for line in lines) == [*"abcde"]
+    assert labels == [STUDENT] and len(lines) == 6
+    assert sorted(re.search(r"weights/(\w)\.pt", line)[1] for line in lines) == [*"abcdef"]
 
 
 def test_only_runs_of_the_same_images_are_compared(compare):

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data_sets import SIDE
 from models import build_model, use_products
 from models.convolution import Conv3x3
 from runtime import device
@@ -50,21 +49,9 @@ def test_gradients_in_bfloat16_are_those_of_a_convolution():
         assert (a - b).norm() < 0.01 * a.norm()
 
 
-def test_a_training_step_of_the_teacher_is_the_same():
-    """Loss and all gradients of VGG19 in float32 and channels_last."""
-    torch.manual_seed(0)
-    plain = build_model("teacher").to(memory_format=torch.channels_last)
-    products = use_products(copy.deepcopy(plain), 4)
-    images = torch.randn(16, 3, SIDE, SIDE).to(memory_format=torch.channels_last)
-    losses = []
-    for model in (plain, products):
-        losses.append(F.cross_entropy(model(images), torch.arange(16) % 10))
-        losses[-1].backward()
-    torch.testing.assert_close(losses[0], losses[1])
-    for (name, a), b in zip(plain.named_parameters(), products.parameters(), strict=True):
-        if a.grad is not None:
-            assert (a.grad - b.grad).norm() <= 1e-4 * a.grad.norm() + 1e-6, name
-    assert list(plain.state_dict()) == list(products.state_dict())
+def test_all_convolutions_of_a_model_are_switched():
+    model = use_products(build_model("teacher"), 4)
+    assert {module.product_up_to for module in model.modules() if isinstance(module, Conv3x3)} == {4}
 
 
 @pytest.mark.parametrize(

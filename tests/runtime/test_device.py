@@ -13,7 +13,7 @@ from conftest import FORKS
 
 import runtime.device
 from runtime import processes
-from runtime.device import Runtime, device_title, machine, pick_device, training_error
+from runtime.device import PRECISIONS, Runtime, device_title, machine, pick_device, training_error
 from runtime.errors import StopSignal, UserError
 from runtime.processes import pick_precision, start
 
@@ -124,6 +124,13 @@ def settings() -> dict:
         "products": torch.get_float32_matmul_precision(), "gradients": torch.is_grad_enabled(),
         "inference": torch.is_inference_mode_enabled(), "autocast": torch.is_autocast_enabled("cpu"),
     }  # fmt: skip
+
+
+def test_channels_last_is_for_cpus_and_half_precision_on_cuda():
+    """On MPS, batch norm's gradients are wrong in it."""
+    found = {(kind, word) for kind in ("cpu", "cuda", "mps") for word, dtype in PRECISIONS.items()
+             if Runtime(torch.device(kind), dtype).memory_format is torch.channels_last}  # fmt: skip
+    assert found == {("cpu", word) for word in PRECISIONS} | {("cuda", "bf16"), ("cuda", "fp16")}
 
 
 @pytest.fixture(params=[True, False])

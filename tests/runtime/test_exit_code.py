@@ -38,7 +38,7 @@ def raising(error: Exception):
         (RuntimeError("Distributed package doesn't have NCCL built in"), 2, "this PyTorch lacks NCCL"),
         (RuntimeError("torch.compile is not supported on Python 3.99+"), 2, "leave --compile out"),
         (RuntimeError("Expected to have finished reduction in the prior iteration before"), 2, "gets no gradient"),
-        (RuntimeError("x_cuda does not have a deterministic implementation, but you"), 2, "with --deterministic True"),
+        (RuntimeError("x_cuda does not have a deterministic implementation, but you"), 2, "leave --deterministic out"),
         (RuntimeError("Deterministic behavior [...] set CUBLAS_WORKSPACE_CONFIG=:4096:8"), 2, "restart the notebook"),
         (MemoryError(), 2, "not enough memory"),
         (PermissionError(errno.EACCES, "Permission denied", "w/a.pt"), 2, "can't use w/a.pt: Permission denied; "),

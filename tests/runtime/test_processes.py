@@ -16,8 +16,7 @@ from pathlib import Path
 import conftest
 import pytest
 import torch
-import torch.distributed as dist
-from conftest import FORKS, REPOSITORY, Script, run_as_main
+from conftest import REPOSITORY, run_as_main, run_together
 from made_up import CPU, read_log, tiny_student
 from torch import nn
 
@@ -65,20 +64,7 @@ def pair(tmp_path_factory, tmp_path):
     """A function that runs train.py in two processes, as torchrun does: exit codes, stdout and stderr of both."""
 
     def run(arguments: list[str], student=tiny_student) -> tuple[list[int], str, str]:
-        # As with torchrun, the store where they meet outlives them.
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}
-        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
-        scripts = []
-        for rank in ("0", "1"):
-            outputs, environment = tmp_path_factory.mktemp("outputs"), shared | {"RANK": rank, "LOCAL_RANK": rank}
-            process = FORKS.Process(
-                target=train_in_fork, args=(student, arguments, tmp_path, outputs), kwargs={"environment": environment}
-            )
-            process.start()
-            scripts.append(Script(process, outputs))
-        done = [script.end(240) for script in scripts]
-        return [d.returncode for d in done], "".join(d.stdout for d in done), "".join(d.stderr for d in done)
+        return run_together(2, train_in_fork, lambda _: (student, arguments, tmp_path), tmp_path_factory)
 
     return run
 

@@ -139,6 +139,11 @@ def test_layers_of_other_models_take_steps_relative_to_their_weights_at_the_star
     wide = moves["wide.weight"].flatten(1)
     assert torch.linalg.svdvals(wide / wide.norm()).std() < 0.15, "nearly orthogonal"
     assert torch.linalg.svdvals(steps[0][[*start].index("wide.weight")].flatten(1)).std() > 0.5
+    token = model.token.detach().clone()
+    for p, gradient in zip(model.parameters(), steps[1], strict=True):
+        p.grad = torch.empty_like(p).copy_(gradient)
+    optimizer.step()
+    assert (model.token - token).norm().item() == pytest.approx(LR * 0.01 * 8**0.5, rel=1e-4), "of its initial norm"
 
 
 def test_a_model_of_a_single_linear_layer_has_an_optimizer():

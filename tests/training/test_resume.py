@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from conftest import FORKS, Script, run_as_main
+from conftest import run_as_main, run_together
 from made_up import TinyTeacher, read_log
 
 import training.run
@@ -69,21 +68,10 @@ def run(digits, tmp_path_factory):
     command = [*SIZE.split(), f"--data_path={digits}"]
 
     def run(folder: Path, processes: int = 1, moment: str = "", number: int = KILL, words=command, more=()):
-        environments = [{}]
-        if processes > 1:  # as with torchrun, the store where they meet outlives them
-            store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-            shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
-            shared |= {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-            environments = [shared | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(processes)]
-        scripts = []
-        for environment in environments:
-            outputs = tmp_path_factory.mktemp("outputs")
-            arguments = (moment if not scripts else "", number, [*words, *more], folder, outputs)
-            process = FORKS.Process(target=train_until, args=arguments, kwargs={"environment": environment})
-            process.start()
-            scripts.append(Script(process, outputs))
-        done = [script.end(240) for script in scripts]
-        return [d.returncode for d in done], "".join(d.stdout for d in done), "".join(d.stderr for d in done)
+        def arguments_of(i: int) -> tuple:
+            return moment if i == 0 else "", number, [*words, *more], folder
+
+        return run_together(processes, train_until, arguments_of, tmp_path_factory)
 
     folder = tmp_path_factory.mktemp("teacher")
     assert run(folder, words=[*command, "--tto"])[0] == [0]
@@ -96,6 +84,7 @@ def result(folder: Path) -> dict:
     content = checkpoint.load(folder / "weights" / f"{STEM}.pt")
     header, lines = read_log(folder / "plots" / f"{STEM}.jsonl")
     assert content["log"] == (folder / "plots" / f"{STEM}.jsonl").read_text()
+    assert content["seconds"] == sum(line["seconds"] for line in lines)
     lines = [{name: value for name, value in line.items() if "second" not in name} for line in lines]
     logits = {path.name: np.load(path)["logits"] for path in sorted(folder.rglob("*.npz"))}
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if ".tmp" not in str(path)}  # of a SIGKILL
@@ -127,7 +116,7 @@ def uninterrupted(run, tmp_path_factory):
 @pytest.mark.parametrize(
     "processes, moment, number",
     [*((1, moment, KILL) for moment in ("save", "log line", "end", "epoch", "view")), (1, "epoch", TERM),
-     (1, "epoch", INT), (1, "view", TERM), *((2, "epoch", number) for number in (KILL, TERM, INT)), (2, "view", KILL)],
+     (1, "epoch", INT), (1, "view", TERM), (2, "epoch", KILL), (2, "epoch", TERM), (2, "view", TERM)],
 )  # fmt: skip
 def test_an_interrupted_run_resumes_bit_exactly(processes, moment, number, run, uninterrupted, tmp_path):
     codes, output, errors = run(tmp_path, processes, moment, number)

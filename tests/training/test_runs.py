@@ -136,9 +136,10 @@ def test_with_all_the_recipe_options_are_the_students(optimizer):
     typed = dict(zip(RECIPE_FIELDS, (1, 9.0, 0.7, 7.0, 3, 0.1, 2), strict=True))
     shared = f"--dataset=digits --optimizer={optimizer} --subset=40 --holdout=8"
     words = " ".join(f"--{name}={value}" for name, value in typed.items())
-    teacher, *students = runs_of(f"--all --seed=43 --alpha=0.5 --temp 20 {shared} {words}", DIGITS)
-    assert [teacher] == runs_of(f"--tto {shared}", DIGITS)
-    assert [(student.seed, student.kd_weights) for student in students] == [(43, ()), (43, (0.5,))]
+    for weights in ("--kd_weight=0.5 --ce_weight=0.5", "--alpha=0.5"):
+        teacher, *students = runs_of(f"--all --seed=43 {weights} --temp 20 {shared} {words}", DIGITS)
+        assert [teacher] == runs_of(f"--tto {shared}", DIGITS)
+        assert [(run.seed, run.kd_weights, run.ce_weight) for run in students] == [(43, (), 1.0), (43, (0.5,), 0.5)]
     for student in students:
         assert {name: getattr(student, name) for name in typed} == typed
 
@@ -288,12 +289,12 @@ def test_a_resumed_epochs_sums_are_shared_out_among_its_processes(before, after,
     run.write_log(json.dumps(run.header()) + "\n")
     for right in (4, 6):
         step(run, right)
-    own = run.totals.clone()
+    run.seconds, own = 7.0, run.totals.clone()
     run.save()
     assert torch.equal(run.totals, own), "a save adds nothing to a process's own sums"
     again = make_run(after)
     again.restore()
-    assert (again.epoch, again.step) == (0, 2)
+    assert (again.epoch, again.step, again.seconds) == (0, 2, 7.0)
     assert again.runtime.total(again.totals).tolist() == [32, 16, 8, 10, 16]
     assert "loss 2.000 top1 62.50%" in train.progress_text(again)
     step(again, 8)
@@ -342,6 +343,8 @@ def test_float16_skips_a_step_whose_gradients_overflow_and_its_scale_is_resumed(
         with run.runtime.autocast():
             logits = run.forward(torch.linspace(-1, 1, 8 * 3 * 32 * 32).view(8, 3, 32, 32))
         run.update(logits.float().square().mean() * factor)
+        rates = [group["lr"] for group in run.optimizer.param_groups]
+        assert rates == pytest.approx([run.lr * group["lr_scale"] for group in run.optimizer.param_groups])
         run.step += 1
         momenta = [state["momentum"] for state in run.optimizer.state.values()]
         return [tensor.clone() for tensor in (*run.model.parameters(), *momenta)]

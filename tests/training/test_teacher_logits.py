@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, disk, snapshot
+from damage import flip_bit
 from made_up import CPU, TinyTeacher, content_of, random_images, run_of
 
 import utils
@@ -69,7 +70,7 @@ def test_a_view_is_computed_once_and_a_subset_reads_the_logits_of_the_full_set(m
     assert not torch.equal(computed[0], computed[1])
 
 
-def test_the_key_changes_with_all_that_logits_depend_on(make):
+def test_the_key_changes_with_all_that_logits_depend_on(make, monkeypatch):
     bf16 = Runtime(CPU.device, torch.bfloat16)
     pixels, mean = replace(SPEC, fingerprint="b" * 16), replace(SPEC, mean=(0.5, 0.5, 0.5))
     std, flip = replace(SPEC, std=(0.2, 0.2, 0.2)), replace(SPEC, flip=False)
@@ -79,12 +80,8 @@ def test_the_key_changes_with_all_that_logits_depend_on(make):
         teacher.view_logits(0, Views(IMAGES, teacher.spec, CPU.device), ROWS)
         assert teacher.model.seen, "no other's logits are read"
     assert make().folder == made[0].folder
-
-
-def flip_bit(path: Path, place: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[place] ^= 1
-    path.write_bytes(content)
+    monkeypatch.setattr("training.teacher_logits.VERSION", 2)
+    assert make().folder != made[0].folder
 
 
 ONES = np.ones((COUNT, 10), np.float16)
@@ -192,6 +189,9 @@ def test_a_folder_of_logits_teaches_like_the_checkpoint(mine, learn, monkeypatch
     expected, found = student_in("weights"), student_in("weights/mine")
     assert_bit_equal(found, expected)
     assert found["run"]["teacher"] == "resnet18-1" != expected["run"]["teacher"] and snapshot(mine) == before
+    assert learn("--all", "--temp", "5", f"--teacher={mine}", "--name=all") == 0
+    rows = json.loads(Path("plots/all/results_digits_subset40/results.json").read_text())["rows"]
+    assert len(rows) == 2 and all("agreement" in row for row in rows)
 
 
 def describe(folder: Path, **changes) -> None:
@@ -204,9 +204,8 @@ WRONG = {
     "00.npz: it is damaged; write it again": lambda folder: flip_bit(folder / "00.npz", 300),
     "00.npz: it has the logits of 24 images, not 40": lambda folder: write_logits(folder, "00.npz", ONES, "resnet18-1"),
     "it has another key": lambda folder: describe(folder, key="resnet18-2"),
-    "has logits of other data than digits here (other classes)": lambda folder: describe(
-        folder, classes=["cat", "dog"]
-    ),
+    "here (other classes)": lambda folder: describe(folder, classes=["cat", "dog"]),
+    "(other version)": lambda folder: describe(folder, version=0),
     "has logits of other data than digits here (other images)": lambda folder: describe(folder, images="b" * 16),
     "has logits of other data than digits here (other flip)": lambda folder: describe(folder, flip=True),
     "is no folder of logits: can't read": lambda folder: (folder / "teacher.json").unlink(),
