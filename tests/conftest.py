@@ -184,7 +184,7 @@ def forked(tmp_path_factory):
 
 
 def run_together(count: int, target, arguments_of, folders) -> tuple[list[int], str, str]:
-    """Fork `target` `count` times, as torchrun does, each with its arguments and a folder: exit codes, stdout, stderr."""
+    """Fork `target` `count` times, as torchrun does, with arguments and a folder: exit codes, stdout, stderr."""
     environments = [{}]
     if count > 1:  # as with torchrun, the store where they meet outlives them
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
