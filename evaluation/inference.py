@@ -75,8 +75,7 @@ def export_model(model: torch.nn.Module, path: Path, data: dict) -> float:
     for module in use_products(model, 0).modules():
         if isinstance(module, Float32Linear):  # all of it is float32
             module.__class__ = torch.nn.Linear
-    size = data.get("size", SIDE)  # older checkpoints don't say
-    images = torch.randn(5, 3, size, size, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(5, 3, data["size"], data["size"], generator=torch.Generator().manual_seed(0))
     try:
         program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
     except (RuntimeError, ValueError) as error:  # of a student of the user's own

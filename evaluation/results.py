@@ -71,9 +71,7 @@ def collect(contents: list[dict]) -> dict:
 
 def teacher_softness(row: list[dict]) -> dict[str, float]:
     """The mean softness of the teacher's outputs at the temperature of a row, in the first epochs of its logs."""
-    found = [parse_log(content["log"])[1][0].get("teacher") for content in row]
-    if None in found:  # a log of an earlier version
-        return {}
+    found = [parse_log(content["log"])[1][0]["teacher"] for content in row]
     return {f"teacher_{key}": statistics.mean(numbers[key] for numbers in found) for key in found[0]}
 
 

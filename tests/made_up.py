@@ -55,10 +55,10 @@ def content_of(
     spec = DATA_SETS[run.dataset]
     metrics = {"loss": 1.0, "ce": 1.0, "top1": 0.0, "top5": 90.0} | ({"kl": 0.5} if run.kd else {})
     header = {"run": asdict(run), "machine": {"torch": "2.14", "device": "a CPU"}, "title": run.title}
-    lines = [header | {"split": run.split}]
+    lines, softened = [header | {"split": run.split}], {"teacher": {"entropy": 1.0}} if run.kd else {}
     for i, top1 in enumerate(tops):
         held_out = {"loss": 1.1, "top1": top1, "top5": 95.0}
-        lines.append({"epoch": i + 1, "train": metrics, run.split: held_out, "lr": 0.1, "seconds": 1.0})
+        lines.append({"epoch": i + 1, "train": metrics, run.split: held_out, "lr": 0.1, "seconds": 1.0} | softened)
     log = "".join(f"{json.dumps(line)}\n" for line in lines)
     model = model or build_model(run.role, run.num_classes)
     described = {"data": describe_data(spec), "epoch": len(tops), "log": log, "metrics": held_out, "seconds": 1.0}

@@ -20,7 +20,8 @@ from runtime.cli import typed
 from training.recipes import LOSS_DEFAULTS
 from training.run import load_model, spec_of
 from training.runs import RunConfig, is_baseline_of, run_from
-from utils import evaluate, kd_loss, load_images
+from training.teacher_logits import TeacherLogits
+from utils import Views, accuracies, evaluate, kd_loss, load_images
 
 RESULTS = REPOSITORY / "results"
 PAGES = {page.name: page.read_text() for page in (REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md"))}
@@ -131,8 +132,7 @@ def test_the_quoted_commands_plan_the_published_runs(dataset):
     found, planned = {run.stem: replace(run, teacher=None) for run in logs_of(dataset)}, {}
     first = next(iter(found.values()))
     for command in re.findall(r"^`?python train\.py ([^`\n]+)`?$", SECTIONS[dataset], re.MULTILINE):
-        # Published with norm_lr 0.15 and steps of RMS 0.72, where norm_lr is 0.11 now and steps have RMS 1.
-        for run in runs_of(command, images=first.images, precision=first.precision, norm_lr=first.norm_lr):
+        for run in runs_of(command, images=first.images, precision=first.precision):
             planned.setdefault(run.stem, run)  # --all uses the teacher that was trained before
     assert planned == found
 
@@ -166,6 +166,16 @@ def test_the_published_students_are_as_accurate_as_their_logs_say(cifar10):
         assert content["run"]["images"] == data.spec.fingerprint
         found = evaluate(load_model(content, CPU), data.test[:1000], spec_of(content), CPU)
         assert 100 * found["top1"] == pytest.approx(content["metrics"]["top1"], abs=2.5)  # of a tenth of the images
+
+
+def test_the_published_logits_are_the_published_teachers(cifar10):
+    data = load_images("cifar10", cifar10, CPU)
+    teacher = TeacherLogits(RESULTS / "cifar10" / "teacher_logits", data.spec, CPU, REPOSITORY / "weights", None)
+    teacher.check_views(8)
+    views = Views(data.train, data.spec, CPU.device)
+    assert all(len(teacher.view_logits(k, views, torch.arange(50_000))) == 50_000 for k in range(8))
+    top1 = 100 * accuracies(teacher.test_logits(data.test), data.test.labels)["top1"]
+    assert top1 == pytest.approx(published("cifar10/results")["rows"][0]["top1"], abs=0.02)  # in half precision
 
 
 @pytest.mark.parametrize("dataset, heading", [("cifar10", "## CIFAR-10"), ("digits", "## Digits")])
