@@ -86,7 +86,7 @@ def find_checkpoint(options: config.TestOptions, runtime: Runtime) -> dict:
 
 
 def finished(content: dict) -> dict:
-    """A finished run's checkpoint; UserError if the run has not ended."""
+    """A finished run's checkpoint; UserError if the run is unfinished."""
     if "metrics" not in content:
         raise UserError(f"{content['path']} is an unfinished run: rerun its command to finish it")
     return content
@@ -203,11 +203,11 @@ def find_checkpoints(options: config.TestOptions, runtime: Runtime) -> list[dict
 
     def is_shown(content: dict) -> bool:
         run = run_from(content["run"])
-        images = run.dataset, run.size, run.subset, run.holdout
-        if not options.teacher or run.role == "student":
-            fits = images == (options.dataset, options.size, options.subset, options.holdout)
-            return fits and (not options.teacher or run.teacher in fingerprints)
-        return content["path"] == options.teacher
+        if options.teacher and run.role == "teacher":
+            return content["path"] == options.teacher
+        images = options.dataset, options.size, options.subset, options.holdout
+        fits = (run.dataset, run.size, run.subset, run.holdout) == images
+        return fits and (not options.teacher or run.teacher in fingerprints)
 
     found = [content for content in contents if is_shown(content)]
     return sorted(found, key=lambda content: row_order(run_from(content["run"])))

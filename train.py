@@ -200,7 +200,7 @@ def train_all(options: config.TrainOptions) -> None:
         views, teacher, last = Views(data.train, data.spec, runtime.device), None, runs[-1]
         finished = {run.stem: find_finished(run, options, data.spec) for run in runs}
         if options.all:
-            runtime.print(f"{len(runs)} runs, {len(list(filter(None, finished.values())))} of them finished")
+            runtime.print(f"{len(runs)} runs, {sum(map(bool, finished.values()))} of them finished")
 
         def finish(run: RunConfig, later: list[RunConfig]) -> dict:
             """The checkpoint of a run, which is trained unless it has finished."""
