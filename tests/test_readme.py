@@ -10,7 +10,7 @@ import options_page
 import pytest
 import torch
 from conftest import REPOSITORY
-from made_up import CPU, runs_of
+from made_up import CPU, cells, runs_of
 
 import config
 from evaluation.measures import paired_gain
@@ -52,8 +52,7 @@ def one_line(text: str) -> str:
 
 def table(text: str) -> dict[str, dict[str, str]]:
     """The first table of models in a text: for each first cell its row by column."""
-    lines = re.search(r"^\| Model .*\n(\|.*\n)+", text, re.MULTILINE)[0].splitlines()
-    head, _, *rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines]
+    head, _, *rows = cells(re.search(r"^\| Model .*\n(\|.*\n)+", text, re.MULTILINE)[0])
     return {row[0]: dict(zip(head, row, strict=True)) for row in rows}
 
 
@@ -75,11 +74,7 @@ def logs_of(dataset: str) -> dict[RunConfig, list[dict]]:
     return runs
 
 
-def minutes_of(dataset: str) -> dict[str, float]:
-    return {run.stem: sum(line["seconds"] for line in lines) / 60 for run, lines in logs_of(dataset).items()}
-
-
-@pytest.mark.parametrize("name", [*(f"{name}/results" for name in SECTIONS), "losses/cifar10", "losses/digits"])
+@pytest.mark.parametrize("name", [*(f"{name}/results" for name in SECTIONS), "losses/digits"])
 def test_a_published_table_shows_its_numbers(name):
     assert (RESULTS / f"{name}.md").read_text() == results_text(published(name))
 
@@ -106,8 +101,8 @@ def test_the_curves_on_the_page_are_the_published_ones():
             lines["training images"] = (f"{row[key]:,}" for row in without)
             for title, of_line in (("without KD", without), ("with KD, T = 5", with_kd)):
                 lines[title] = (f"{row['top1']:.2f} ± {row['top1_sd']:.2f}" for row in of_line)
-        for title, cells in lines.items():
-            assert f"\n| {title} | {' | '.join(cells)} |\n" in CURVES[dataset]
+        for title, texts in lines.items():
+            assert f"\n| {title} | {' | '.join(texts)} |\n" in CURVES[dataset]
 
 
 @pytest.mark.parametrize("dataset", SECTIONS)
@@ -139,7 +134,7 @@ def test_the_quoted_commands_plan_the_published_runs(dataset):
 
 def test_the_times_and_accuracies_in_the_text_are_those_of_the_logs():
     for dataset, prefix in (("cifar10", ""), ("cifar100", "cifar100_")):
-        minutes = minutes_of(dataset)
+        minutes = {run.stem: sum(line["seconds"] for line in lines) / 60 for run, lines in logs_of(dataset).items()}
         teacher = minutes.pop(f"{prefix}teacher")
         said = f"The teacher took {teacher:.0f} minutes, the nine students {sum(minutes.values()) / 60:.1f} hours"
         assert said in one_line(TABLES[dataset])
@@ -150,10 +145,8 @@ def test_the_times_and_accuracies_in_the_text_are_those_of_the_logs():
     biases = ["{:+.2f}".format(*row["bias"]) for row in published("digits_omit/results")["rows"][1:]]
     assert "Corrected by {1} (T = 5) and {2} (T = 20)".format(*biases) in (page := one_line(PAGES["paper.md"]))
     assert f"the correction, {biases[0]}, costs the other classes more" in page
-    assert all(
-        points(gain) in one_line(section("results.md", "## CIFAR-100"))
-        for gain in published("cifar100/results")["gains"]
-    )
+    page = one_line(section("results.md", "## CIFAR-100"))
+    assert all(points(gain) in page for gain in published("cifar100/results")["gains"])
     assert f"this one has {tops['Teacher (VGG19 with BN)']:.2f} % after 16" in one_line(PAGES["results.md"])
 
 
@@ -178,24 +171,20 @@ def test_the_published_logits_are_the_published_teachers(cifar10):
     assert top1 == pytest.approx(published("cifar10/results")["rows"][0]["top1"], abs=0.02)  # in half precision
 
 
-@pytest.mark.parametrize("dataset, heading", [("cifar10", "## CIFAR-10"), ("digits", "## Digits")])
-def test_the_comparison_of_losses_is_the_published_one(dataset, heading):
-    text, known = section("losses.md", heading), table((RESULTS / "losses" / f"{dataset}.md").read_text())
+def test_the_comparison_of_losses_is_the_published_one():
+    text, known = section("losses.md", "## Digits"), table((RESULTS / "losses" / "digits.md").read_text())
     teacher, without_kd, *others = known.items()
     assert f"a teacher of {teacher[1]['Top 1 Accuracy'][:-1]} %" in text
     assert f"without KD the student has {without_kd[1]['Top 1 Accuracy'].partition('%')[0]} %" in one_line(text)
     assert len(others) == 10
-    over_kd = published(f"losses/{dataset}")["gains_over_kd"]
+    over_kd = published("losses/digits")["gains_over_kd"]
     assert not any(gain["significant"] and gain["mean"] > 0 for gain in over_kd), "no loss is better than plain KD"
-    found = re.findall(r"([\d.]+) points \(([-+][\d.]+) to ([-+][\d.]+)\)", one_line(text))
-    assert len(found) == {"cifar10": 2, "digits": 1}[dataset]
-    for gain in found:
-        assert "+{} ({} to {})".format(*gain) in map(points, over_kd)
+    (said,) = re.findall(r"([\d.]+) points \(([-+][\d.]+) to ([-+][\d.]+)\)", one_line(text))
+    assert "+{} ({} to {})".format(*said) in map(points, over_kd)
 
 
 def test_the_table_of_losses_has_their_defaults():
-    rows = [[cell.strip(" `") for cell in line[1:-1].split("|")] for line in PAGES["losses.md"].splitlines()]
-    rows = [row for row in rows if row[0] in LOSS_DEFAULTS and len(row) == 6]
+    rows = [row for row in cells(PAGES["losses.md"].replace("`", "")) if row[0] in LOSS_DEFAULTS and len(row) == 6]
     said = {name: (temp.split()[0], kd, ce) for name, _, temp, kd, ce, _ in rows}
     for name, row in LOSS_DEFAULTS.items():
         defaults = row.temps[0], row.kd_weights, row.ce_weight
