@@ -72,7 +72,7 @@ class Options:
 
     @property
     def weights_folder(self) -> Path:
-        """Where the runs' checkpoints are; the teacher and its logits are always in --weights_path itself."""
+        """Where the runs' checkpoints are; the students' teacher and its logits are in --weights_path itself."""
         return self.weights_path / (self.name or "")
 
     @property
@@ -137,7 +137,7 @@ class TestOptions(Options):
     checkpoint: Path | None = option(
         WHAT, "any checkpoint; its settings are read from the file (default: the run that the options name)", file_name
     )
-    compare: bool = option(WHAT, "evaluate all checkpoints in --weights_path: one table, one figure", boolean, False)
+    compare: bool = option(WHAT, "evaluate all checkpoints in --weights_path, in one table", boolean, False)
     image: tuple[Path, ...] | None = option(WHAT, "classify these pictures instead of the test images", file_name)
     soften: tuple[float, ...] | None = option(
         WHAT, "draw the probabilities of --image or of four test images at these temperatures", TEMPERATURE
@@ -229,6 +229,8 @@ def parse_train(argv: list | None = None) -> TrainOptions:
     """The options of train.py from `argv` (None: the command line); a wrong one exits with code 2."""
     parser, options = parse("train.py", TrainOptions, argv)
     check_weights(parser, options)
+    if options.all and not options.resume:
+        parser.error("--all True trains what has not finished: give another --name, not --resume False")
     if options.matched and all(loss_function(loss) == "kd" for loss in options.loss or ("kd",)):
         parser.error("--matched requires a --loss other than kd: give one, or leave --matched out")
     if (options.seed or 0) + options.seeds - 1 > LARGEST:

@@ -5,14 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from made_up import content_of, run_of
-from torch import nn
 
 from runtime import checkpoint
 
 QUICK = "--dataset digits --subset 40 --batch_size 8 --num_epochs 1 --device cpu --precision fp32 --data_path {digits}"
-
-Prepare = Callable[[Path], object]  # changes a file, or the folder of a test
 
 
 def flip_bit(path: Path, place: int | None = None) -> None:
@@ -33,22 +29,12 @@ def hostile(path: Path) -> None:
     torch.save({"format": checkpoint.FORMAT, "model": Hostile()}, path)
 
 
-def in_weights(name: str, write: Prepare) -> Prepare:
-    """Lets `write` make a file of that name in the folder of the checkpoints."""
+def damaged(name: str) -> Callable[[Path], None]:
+    """Lets a test write a checkpoint, a bit of it flipped, into the folder of the checkpoints."""
 
     def prepare(folder: Path) -> None:
-        (folder / "weights").mkdir()
-        write(folder / "weights" / name)
-
-    return prepare
-
-
-def checkpoint_of(command: str, then: Prepare = lambda path: None) -> Prepare:
-    """Writes the checkpoint of `train.py COMMAND`, with weights that fit no model, and damages it."""
-
-    def prepare(path: Path) -> None:
-        checkpoint.save(path, content_of(run_of(command), model=nn.Linear(100, 100)))
-        then(path)
+        checkpoint.save(folder / "weights" / name, {"model": {"weight": torch.zeros(10_000)}})
+        flip_bit(folder / "weights" / name)
 
     return prepare
 

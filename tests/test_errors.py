@@ -1,43 +1,37 @@
 """What a user gets wrong: exit code 2, one line on stderr, and every file as it was."""
 
+import os
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import assert_one_line, run_script, snapshot
-from damage import QUICK, checkpoint_of, flip_bit, hostile, in_weights, link_data
+from conftest import REPOSITORY, assert_one_line, snapshot
+from damage import QUICK, damaged, flip_bit, hostile, link_data
 
 import config
 
 
-def each(command: str, *options: str, tells: str) -> list:
-    """The command with each of several options, and what the line tells of it after its name."""
-    return [(f"{command} --{option}", f"--{option.split()[0]} {tells}") for option in options]
+def each(command: str, *options: str, tells: str = "") -> list:
+    """The command with each of several options, and what the line tells: the option's name, then `tells`."""
+    return [(f"{command} --{option}", f"--{option.split()[0]}{tells}") for option in options]
 
 
-def values(command: str, *wrong: str) -> list:
-    """The command with each wrong value of its last option."""
-    return [(f"{command} {value}", command.split()[-1]) for value in wrong]
-
-
-NEED_KD, NEED_ALL, CLASH = "requires --kd True or --all True", "requires --all True", "can't be combined"
+NEED_KD, NEED_ALL, CLASH = " requires --kd True or --all True", " requires --all True", " can't be combined"
 WRONG_OPTIONS = [
     # What can't be combined, or lacks what it needs.
-    ("train.py --tto True --kd True", "--tto and --kd can't be combined"),
-    ("test.py --tto True --kd True", "--tto and --kd can't be combined"),
-    ("test.py --tto --student a:b", "--tto and --student can't be combined"),
-    ("train.py --all True --kd True", "--kd and --all can't be combined"),
-    ("train.py --all True --tto True", "--tto and --all can't be combined"),
+    *each("train.py --tto True", "kd True", "all True", "omit 3", "student_images 40", tells=CLASH),
+    *each("test.py --tto True", "kd True", "student a:b", tells=CLASH),
+    *each("train.py --kd True", "all True", tells=CLASH),
     *[(f"test.py --{option}", f"unrecognized arguments: --{option}") for option in ("flip True", "resume True", "all")],
     *each("train.py", "temp 5", "alpha 0.5", "loss ls", "kd_weight 9", "ce_weight 1", "teacher t.pt", tells=NEED_KD),
-    *each("train.py --tto True", "temp 20", tells=NEED_KD),
     *each("train.py --kd False", "temp 5", tells=NEED_KD),
     *each("train.py --kd True", "seeds 2", "matched True", tells=NEED_ALL),
     *each("train.py --kd True --alpha 0.5", "kd_weight 2", "ce_weight 2", tells=CLASH),
-    *each("test.py --tto True", "temp 20", "loss ls", tells="requires --kd True"),
+    *each("test.py --tto True", "temp 20", "loss ls", tells=" requires --kd True"),
     *each("test.py --checkpoint my.pt", "tto True", "kd True", "seed 7", "dataset digits", "subset 40", "holdout 8",
-          "compare True", "name a05", "size 64", tells=CLASH),
+          "compare True", "name a05", "size 64", "omit 3", "student_images 40", tells=CLASH),
     *each("test.py --compare True", "tto True", "kd True", "seed 7", "image cat.png", "soften 5", "json r.json",
           "export s.pt2", tells=CLASH),
     *each("test.py --image cat.png", "subset 40", "holdout 8", "json r.json", "export s.pt2", "data_path d",
@@ -45,14 +39,11 @@ WRONG_OPTIONS = [
     *each("test.py --soften 1 5", "json r.json", "export s.pt2", tells=CLASH),
     ("test.py --soften 5 --teacher my.pt", "--soften shows one model: give --tto True"),
     ("test.py --tto True --teacher my.pt --seed 7", "--teacher names the teacher to evaluate: leave --seed out"),
-    ("train.py --skip_broken True", "--skip_broken requires --dataset folder"),
-    ("test.py --skip_broken True", "--skip_broken requires --dataset folder"),
+    *[(f"{script} --skip_broken", "--skip_broken requires --dataset folder") for script in ("train.py", "test.py")],
     # The student's images.
     ("train.py --omit kat", "--omit: no class is called 'kat': give one of airplane, automobile, "),
     ("test.py --dataset digits --omit 10", "--omit: no class is called '10': give one of 0, 1, 2"),
     ("train.py --dataset digits --omit 0 1 2 3 4 5 6 7 8 9", "--omit names all classes"),
-    *each("train.py --tto True", "omit 3", "student_images 40", tells=CLASH),
-    *each("test.py --checkpoint my.pt", "omit 3", "student_images 40", tells=CLASH),
     ("train.py --student_images 40 50", "--student_images takes one value without --all True, not 2"),
     # Losses and their weights.
     ("train.py --kd True --temp 5 20", "--temp takes one value without --all True, not 2"),
@@ -69,19 +60,15 @@ WRONG_OPTIONS = [
         "", " --loss kd kd_as_ls")],
     ("train.py --all True --loss ls --matched True --kd_weight 9", "--matched and --kd_weight can't be combined"),
     # Values.
-    *values("train.py --kd True --temp", "0", "nan", "inf", "abc", "1001", "''"),
-    *values("test.py --soften", "0"),
-    *values("train.py --kd True --alpha", "2", "-0.1"),
-    *values("train.py --kd True --kd_weight", "-1"),
-    *values("train.py --kd True --ce_weight", "-1"),
-    *values("train.py --kd True --loss", "KD"),
-    *values("train.py --num_epochs", "0", "2.5", "1" + 400 * "0", "2147483648", ""),
-    *[(f"train.py --{name} 0", name) for name in (
-        "batch_size", "lr", "head_lr", "norm_lr", "subset", "student_images", "seeds", "views")],
-    *[(f"train.py --{name} -1", name) for name in ("weight_decay", "holdout", "seed")],
-    *[(f"train.py --{name} other", name) for name in (
-        "dataset", "device", "precision", "resume", "optimizer", "epochs")],
-    *[(f"train.py --{name} ''", name) for name in ("weights_path", "name")],
+    *each("train.py --kd True", "temp 0", "temp nan", "temp inf", "temp abc", "temp 1001", "temp ''", "alpha 2",
+          "alpha -0.1", "kd_weight -1", "ce_weight -1", "loss KD"),
+    *each("train.py", "num_epochs 0", "num_epochs 2.5", f"num_epochs 1{400 * '0'}", "num_epochs 2147483648",
+          "num_epochs", "batch_size 0", "lr 0", "head_lr 0", "norm_lr 0", "subset 0", "student_images 0", "views 0",
+          "weight_decay -1", "holdout -1", "seed -1", "dataset other", "device other", "precision other",
+          "resume other", "optimizer other", "epochs other", "seeds 0", "weights_path ''", "name ''", "name ..",
+          "name a/b", "name 'a b'"),
+    *each("test.py", "soften 0", "image ''", "checkpoint .", "json ..", "json weights/student.pt", "export model.onnx"),
+    ("train.py --all True --resume False", "--all True trains what has not finished: give another --name"),
     ("train.py --all True --seed 2147483647 --seeds 2", "--seed 2147483647 is too large for 2 --seeds"),
     ("train.py --dataset digits --views 82", "--views: an image of digits has 81 views: give at most"),
     ("train.py --flip False --views 82", "an image of cifar10 has 81 views: give"),
@@ -89,11 +76,6 @@ WRONG_OPTIONS = [
     ("train.py --size 48 --dataset digits", "--size: invalid choice: 48"),
     ("train.py --size 64", "--size: the images of cifar10 have 32 x 32 pixels: leave it out"),
     ("train.py --student resnet8", "--student: expected MODULE:FUNCTION, as in my_models:resnet8, not 'resnet8'"),
-    *values("train.py --name", "..", "a/b", "'a b'"),
-    *values("test.py --image", "''"),
-    *values("test.py --checkpoint", "."),
-    *values("test.py --json", "..", "weights/student.pt"),
-    *values("test.py --export", "model.onnx"),
     ("train.py weights", "weights"),
 ]  # fmt: skip
 
@@ -108,7 +90,7 @@ def test_a_wrong_option_is_one_line(command, tells, capsys):
     assert not out
 
 
-TRAIN, KD = f"train.py {QUICK}", f"train.py {QUICK} --kd True"
+TRAIN, KD, STEM = f"train.py {QUICK}", f"train.py {QUICK} --kd True", "digits_student_subset40"
 NO_CIFAR10 = "no complete CIFAR10 in data, and the download from https://www.cs.toronto.edu/.* failed: "
 # A command, a pattern that its error line must match, and what is done to its folder before.
 WRONG_INPUTS = {
@@ -125,12 +107,9 @@ WRONG_INPUTS = {
     "no teacher": (f"{KD} --holdout 8 --weights_path w --seed 7",
                    "no teacher w/digits_teacher_subset40_holdout8.pt: train one with `python train.py --tto True "
                    "--dataset digits --subset 40 --holdout 8 --data_path .* --weights_path w`"),
-    "a damaged teacher": (f"{KD} --teacher weights/my.pt", "weights/my.pt is damaged",
-                          in_weights("my.pt", checkpoint_of("--tto", flip_bit))),
-    "a damaged finished run": (TRAIN, "digits_student_subset40.pt is damaged",
-                               in_weights("digits_student_subset40.pt", checkpoint_of("", flip_bit))),
-    "a damaged resume state": (TRAIN, "digits_student_subset40.last.pt is damaged",
-                               in_weights("digits_student_subset40.last.pt", checkpoint_of("", flip_bit))),
+    "a damaged teacher": (f"{KD} --teacher weights/my.pt", "weights/my.pt is damaged", damaged("my.pt")),
+    "a damaged finished run": (TRAIN, f"{STEM}.pt is damaged", damaged(f"{STEM}.pt")),
+    "a damaged resume state": (TRAIN, f"{STEM}.last.pt is damaged", damaged(f"{STEM}.last.pt")),
     "never trained": ("test.py --weights_path w",
                       "no checkpoint w/student.pt: train it with `python train.py --weights_path w`, or give"),
     "no teacher to test": ("test.py --tto True --teacher my.pt", "error: no teacher my.pt: check the name"),
@@ -174,6 +153,10 @@ def test_a_damaged_or_missing_file_of_the_data_is_one_line(name, damage, refuse,
 
 
 def test_code_in_a_checkpoint_never_runs_in_a_process_that_a_user_starts(tmp_path):
-    in_weights("teacher.pt", hostile)(tmp_path)
-    assert_one_line(run_script("test.py", "--tto", cwd=tmp_path), "weights/teacher.pt holds Python objects")
+    (tmp_path / "weights").mkdir()
+    hostile(tmp_path / "weights" / "teacher.pt")
+    notebook = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}  # as one sets it for its shell
+    command = [sys.executable, REPOSITORY / "test.py", "--tto"]
+    done = subprocess.run(command, cwd=tmp_path, env=notebook, capture_output=True, text=True, timeout=300)
+    assert_one_line(done, "weights/teacher.pt holds Python objects")
     assert not (tmp_path / "hacked").exists()

@@ -3,8 +3,8 @@
 from data_sets import DataSet
 from runtime import checkpoint
 from runtime.errors import UserError
-from training.run import RunFiles
-from training.runs import RunConfig, RunName, describe_differences, differences, run_from
+from training.run import RunFiles, check_same
+from training.runs import RunConfig, RunName
 from training.teacher_logits import teacher_mismatch
 
 
@@ -18,12 +18,14 @@ def files_of(run: RunName, options) -> RunFiles:
 def find_finished(run: RunConfig, options, spec: DataSet) -> dict | None:
     """The checkpoint of this run if it has finished and is to be kept, else None.
 
-    UserError if training would replace another finished run. With --all, whose options are the students', any teacher
-    that fits is kept.
+    UserError if training would replace another finished run, or would have to resume another one. With --all, whose
+    options are the students', any teacher that fits is kept.
     """
     files, is_shared = files_of(run, options), options.all and run.role == "teacher"
-    is_kept = is_shared or (options.resume and not files.resume.exists())
-    if not (is_kept and files.checkpoint.exists()):
+    is_unfinished = files.resume.exists() and not is_shared
+    if is_unfinished and options.all:
+        check_same(checkpoint.load(files.resume), run)  # now, not when its turn comes
+    if is_unfinished or not (options.resume and files.checkpoint.exists()):
         return None
     content = checkpoint.load(files.checkpoint)
     if not is_shared:
@@ -31,13 +33,3 @@ def find_finished(run: RunConfig, options, spec: DataSet) -> dict | None:
     elif why := teacher_mismatch(content, run, spec):
         raise UserError(f"the teacher {files.checkpoint} {why}: give another --weights_path and --plots_path")
     return content
-
-
-def check_same(content: dict, run: RunConfig) -> None:
-    """UserError if a finished run is another one than `run`, whose teacher may not be known yet."""
-    found, ignoring = run_from(content["run"]), set() if run.teacher else {"teacher", "teacher_unknown"}
-    if differences(found, run, ignoring):
-        raise UserError(
-            f"{content['path']} is a finished run with {describe_differences(found, run, ignoring)}: keep both with "
-            "--name WORD, or replace it with --resume False (not with --all)"
-        )

@@ -88,6 +88,18 @@ def mismatch(content: dict, name: RunName, spec: DataSet, same_images: bool = Tr
     return ""
 
 
+def check_same(content: dict, run: RunConfig) -> None:
+    """UserError if a file is of another run than `run`, whose teacher may not be known yet."""
+    found, ignoring = run_from(content["run"]), set() if run.teacher else {"teacher", "teacher_unknown"}
+    kind, advice = "a finished run", "keep both with --name WORD, or replace it with --resume False (not with --all)"
+    if "metrics" not in content:
+        ignoring |= {"processes", "sync_bn"}  # sync_bn is False for a single process
+        kind = "an unfinished run"
+        advice = "rerun it with its own options to resume it, delete it, or restart it with --resume False (not --all)"
+    if differences(found, run, ignoring):
+        raise UserError(f"{content['path']} is {kind} with {describe_differences(found, run, ignoring)}: {advice}")
+
+
 class Run:
     """Model, optimizer, log and position of one training on `images` images."""
 
@@ -225,13 +237,8 @@ class Run:
         """Continue where the resume state was saved; UserError if its run had other options, or it is damaged."""
         path = self.files.resume
         state = checkpoint.load(path)
+        check_same(state, self.config)
         before = run_from(state["run"])
-        may_change = {"processes", "sync_bn"}  # sync_bn is False for a single process
-        if differences(before, self.config, may_change):
-            raise UserError(
-                f"{path} is an unfinished run with {describe_differences(before, self.config, may_change)}: rerun "
-                f"it with its own options to resume it, delete it, or restart it with --resume False (not with --all)"
-            )
         checkpoint.load_weights(self.model, state)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])

@@ -5,6 +5,7 @@ a RunConfig holds every value that shapes the run's result. training/plan.py lea
 """
 
 import hashlib
+import re
 from dataclasses import dataclass, fields
 
 from data_sets import SIDE
@@ -137,7 +138,8 @@ class RunConfig(RunName):
         unknown = ", teacher's images unknown" if self.teacher_unknown else unknown
         if not self.kd or (self.loss == "kd" and (self.kd_weights, self.ce_weight) == default_weights("kd")):
             return super().title + unknown
-        terms = {"kd": ("KL",), "dkd": ("TCKD", "NCKD")}.get(loss_function(self.loss), (self.loss.upper(),))
+        default_terms = (self.loss.upper(),) * len(self.kd_weights)
+        terms = {"kd": ("KL",), "dkd": ("TCKD", "NCKD")}.get(loss_function(self.loss), default_terms)
         weighted = zip((*self.kd_weights, self.ce_weight), (*terms, "CE"), strict=True)
         sum_of_terms = " + ".join(f"{format_number(weight)} {term}" for weight, term in weighted)
         return super().title.replace(")", f", {sum_of_terms})", 1) + unknown
@@ -177,7 +179,7 @@ def describe_differences(run: RunConfig, other: RunConfig, ignoring: set[str] = 
 def field_text(run: RunConfig, name: str, label: str | None = None) -> str:
     """A field in words."""
     value = getattr(run, name)
-    is_hash = name in ("teacher", "images", "student_layers") and len(value or "") == 16
+    is_hash = name in ("teacher", "images", "student_layers") and re.fullmatch("[0-9a-f]{16}", value or "")
     value = value[:8] if is_hash else value
     value = typed(value) or "none" if isinstance(value, (tuple, float)) else value
     return f"{name if label is None else label} {value}".strip()

@@ -107,14 +107,17 @@ class TeacherLogits:
                 logits = None
         if self.runtime.agree(logits is None)[0]:  # if one lacks them, all compute
             logits = self.in_memory[name] = compute().half().numpy()
+            failed = False
             try:
                 if self.runtime.is_main:
                     write_logits(self.folder, name, logits, self.key)
                     describe_logits(self.folder, self.spec, self.key)
-                    del self.in_memory[name]
             except UserError as error:
+                failed = True
                 if len(self.in_memory) == 1:
                     print(f"{error}; the teacher's logits stay in memory", flush=True)
+            if not self.runtime.agree(failed)[0]:
+                del self.in_memory[name]
         return torch.from_numpy(logits[:count])
 
 

@@ -149,13 +149,19 @@ def test_it_distils_the_teacher_that_is_there_and_replaces_no_students_of_anothe
     assert f"teacher {teacher[:8]}, not " in error and "--name" in error and "--resume False" in error
     assert error.count("\n") == 1 and load("student_kd_t5")["run"]["teacher"] == teacher
     Path("weights/digits_teacher_subset40.last.pt").write_text("a longer training, interrupted")
-    assert learn(*ALL, "--resume=False", "--num_epochs=3") == 0
-    assert load("teacher")["run"]["num_epochs"] == 1, "--all replaces students alone"
-    assert load("student")["run"]["num_epochs"] == 3 and load("student_kd_t5")["run"]["teacher"] != teacher
-    assert learn("--seed=44", "--num_epochs=2") == 0
-    before = snapshot(tmp_path)
-    assert learn(*ALL, "--seeds=3", "--num_epochs=3") == 2, "seed 44 has finished otherwise"
-    assert snapshot(tmp_path) == before, "told before seed 43 is trained"
+    new = [*ALL, "--name=new", "--num_epochs=3"]
+    assert learn(*new) == 0
+    assert load("teacher")["run"]["num_epochs"] == 1 and load("student", folder="weights/new")["run"]["num_epochs"] == 3
+    assert load("student_kd_t5", folder="weights/new")["run"]["teacher"] != teacher
+    assert learn("--seed=44", "--num_epochs=2", "--name=new") == 0
+    state = load("student_seed44", folder="weights/new")
+    for _ in ("finished", "unfinished"):
+        before = snapshot(tmp_path)
+        assert learn(*new, "--seeds=3") == 2, "seed 44 has other options"
+        assert snapshot(tmp_path) == before, "told before seed 43 is trained"
+        state["path"].unlink(missing_ok=True)
+        state.pop("metrics", None)
+        checkpoint.save(state["path"].with_suffix(".last.pt"), {k: v for k, v in state.items() if k != "path"})
 
 
 def test_a_name_is_of_the_students_and_a_holdout_of_the_teacher_too(learn, tmp_path):

@@ -17,7 +17,7 @@ from data_sets import DATA_SETS
 from runtime.device import Runtime
 from runtime.errors import UserError
 from training.plan import name_of, plan
-from training.recipes import CIFAR, OPTIMIZERS, RECIPE_FIELDS, recipe_of, scale_recipe
+from training.recipes import CIFAR, LOSS_DEFAULTS, OPTIMIZERS, RECIPE_FIELDS, LossDefaults, recipe_of, scale_recipe
 from training.run import Run, RunFiles
 from training.runs import (
     RunConfig,
@@ -27,7 +27,6 @@ from training.runs import (
     is_kd_baseline_of,
     labels,
     row_order,
-    run_from,
     saw_held_out,
 )
 from utils import Data
@@ -65,14 +64,6 @@ def test_each_run_has_a_file_name_a_title_and_a_command_that_both_scripts_unders
         assert typed[:2] == ["python", script]
         options = parse(typed[2:])
         assert name_of(options) == name and str(options.weights_path) == "my weights"
-
-
-def test_a_student_learns_from_the_teacher_of_the_same_images_whatever_its_seed():
-    for words, stem in {
-        "": "teacher", "--omit 3 --student_images 40": "teacher",
-        "--dataset=digits --subset=40 --holdout=8": "digits_teacher_subset40_holdout8",
-    }.items():  # fmt: skip
-        assert run_of(f"--kd --seed=7 {words}").teacher_name.stem == stem
 
 
 @pytest.mark.parametrize("options", ["--seed 7", "--dataset folder --skip_broken --name a", "--flip False"])
@@ -116,7 +107,7 @@ def test_all_plans_every_run_once_and_in_order():
     assert run_of("--kd --dataset cifar100").temp == 2.0 and run_of("--kd --dataset cifar100 --loss dkd").temp == 4.0
 
 
-def test_each_loss_has_its_own_temperatures_and_weights():
+def test_each_loss_has_its_own_temperatures_and_weights(monkeypatch):
     runs = runs_of("--all --loss kd ls dkd --matched")
     assert [(run.stem, run.kd_weights, run.ce_weight) for run in runs[2:]] == [
         ("student_kd_t5", (0.9,), 0.1), ("student_kd_t20", (0.9,), 0.1), ("student_ls_t2", (9.0,), 0.1),
@@ -129,6 +120,9 @@ def test_each_loss_has_its_own_temperatures_and_weights():
     assert run_of("--kd --alpha=0.3") == run_of("--kd --kd_weight=0.3 --ce_weight=0.7")
     assert run_of("--kd --alpha=0.9") == run_of("--kd"), "1 - 0.9 is 0.1"
     assert run_of("--kd --ce_weight=0.5").title == "Student (with KD, Temp = 5, 0.9 KL + 0.5 CE)"
+    monkeypatch.setitem(LOSS_DEFAULTS, "mine", LossDefaults("mine", (4.0,), (1.0, 2.0), 1.0))
+    mine = replace(run_of("--kd"), loss="mine", kd_weights=(1.0, 2.0), ce_weight=1.0)
+    assert mine.title == "Student (with MINE, Temp = 5, 1 MINE + 2 MINE + 1 CE)"
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -150,16 +144,6 @@ def test_one_run_typed_in_two_ways_is_one_run():
     one, two = (plan(options, SPEC, "fp32", processes)[0] for processes in (1, 2))
     assert one == run_of("") and not one.sync_bn, "there is nothing to synchronise in one process"
     assert two.sync_bn and differences(one, two) == ["sync_bn", "processes"]
-
-
-def test_a_run_is_plain_values():
-    run = run_of("--kd --loss dkd --subset 40 --omit 3 5")
-    values = json.loads(json.dumps(asdict(run)))
-    assert run_from(values) == run
-    with pytest.raises(TypeError, match="unexpected"):
-        run_from(values | {"unexpected": 1})
-    with pytest.raises(TypeError, match="lr"):
-        run_from({name: value for name, value in values.items() if name != "lr"})
 
 
 def test_recipes_are_scaled_to_a_folder_within_bounds():
@@ -303,9 +287,7 @@ def test_a_resumed_epochs_sums_are_shared_out_among_its_processes(before, after,
 
 
 def test_processes_must_share_a_batch_evenly(make_run):
-    with pytest.raises(
-        UserError, match="a batch of 8 can't be split over 3 processes: give a --batch_size that is a multiple of 3"
-    ):
+    with pytest.raises(UserError, match="of 8 can't be split over 3 processes: give a --batch_size that is a multiple"):
         make_run(3)
     with pytest.raises(UserError, match="a batch of 40 can't be split over 64 processes"):
         make_run(64, "--batch_size=64")  # of 40 images
