@@ -70,7 +70,7 @@ class Bench:
     def ours(self, role: str, loss: str | None = None) -> Job:
         """A short epoch, images per second; with a loss of distillation the teacher's logits are at hand."""
         run_config, device = self.config(role, loss), self.runtime.device
-        rows = torch.arange(self.steps[role] * self.batch_size)
+        rows = torch.arange(self.steps[role] * self.batch_size) % IMAGES
         views = Views(self.images[: len(rows)], self.spec, device)
         folder = self.options[role].weights_path
         run = Run(run_config, self.runtime, self.spec, len(rows), RunFiles(folder, folder, run_config.stem))

@@ -42,7 +42,7 @@ QUICK_IMAGES = {"teacher": 1_000, "student": 4_000}
 # Peak learning rates: 0.1 for every network in both repositories that baseline_loop.py follows, and half of it for VGGs
 # in chengyangfu/pytorch-vgg-cifar10. Sixteen layers without shortcuts may learn nothing without a warm-up.
 BASELINE_LR, BASELINE_WARM_UP = {"teacher": 0.05, "student": 0.1}, {"teacher": 0.1, "student": 0.0}
-SETTLED = ("--tto", "--kd", "--all", "--nu", "--sub", "--hold", "--weights", "--plot", "--size", "--omit", "--student_")
+SETTLED = ("--tto", "--kd", "--all", "--nu", "--sub", "--hold", "--weights", "--plot", "--size", "--omit", "--student")
 SIDES = {"ours": "ours", "baseline": "baseline loop"}
 Curve = list[tuple[float, float]]  # seconds and top-1 (%), from short to long trainings
 

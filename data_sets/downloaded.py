@@ -29,7 +29,11 @@ def read_torchvision(spec: DataSet, folder: Path) -> dict[str, tuple[np.ndarray,
                 found = dataset_class(folder, download=False, **which)
             except RuntimeError:  # missing or incomplete
                 found = dataset_class(folder, download=True, **which)
-        except (OSError, RuntimeError, EOFError, ImportError) as error:  # a network, a disk, an archive, no SciPy
+            check_memory(len(found), spec.size)
+            arrays[split] = as_arrays(found, spec.size)
+        except ImportError as error:  # SciPy
+            raise UserError(f"{spec.source} needs another package: {error}") from error
+        except (OSError, RuntimeError, EOFError) as error:  # a network, a disk, an archive
             url = getattr(dataset_class, "url", "its source")
             why = str(error).splitlines()[0] if str(error) else type(error).__name__
             archive = f"put {dataset_class.filename} into {folder}, " if hasattr(dataset_class, "filename") else ""
@@ -37,8 +41,6 @@ def read_torchvision(spec: DataSet, folder: Path) -> dict[str, tuple[np.ndarray,
                 f"no complete {spec.source} in {folder}, and the download from {url} "
                 f"failed: {why}; rerun with a network, {archive}or give its folder with --data_path"
             ) from error
-        check_memory(len(found), spec.size)
-        arrays[split] = as_arrays(found, spec.size)
     return arrays
 
 

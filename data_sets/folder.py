@@ -21,7 +21,8 @@ from runtime.progress import Progress
 VERSION = 1  # of the packed file: raise it with every change to its contents
 LAYOUT = "--data_path must name a folder with train/<class>/<pictures> and, if you have one, test/<class>/<pictures>"
 VALIDATION = ("val", "valid", "validation")  # folders used for testing where there is no test folder
-SYSTEM_FILES = ("thumbs.db", "desktop.ini", "__macosx")  # left out, as are names that begin with a dot
+# Left out, as are names that begin with a dot.
+SYSTEM_FILES = ("thumbs.db", "desktop.ini", "__macosx", "icon\r", "@eadir")
 HELD_OUT = 10  # without a test split, one in ten images of each class is held out
 SHOWN = 3  # broken files named in an error
 
@@ -46,7 +47,7 @@ def read_folder(
         packed = load_arrays(root / "packed.npz", key)
     except ValueError:  # missing, damaged or out of date
         packed = None
-    if packed is None:
+    if packed is None or (len(packed["errors"]) and not skip_broken):  # perhaps a drive failed for a moment
         packed = pack(files, size, show_progress, stop)
         try:
             save_arrays(root / "packed.npz", key, **packed)

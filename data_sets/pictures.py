@@ -23,14 +23,15 @@ HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 AVIF_BRANDS = (b"avif", b"avis")
 BOMB = (Image.DecompressionBombWarning, Image.DecompressionBombError)
 # What Pillow raises for damaged files, depending on the format. UnidentifiedImageError is an OSError.
-DAMAGED = (OSError, ValueError, SyntaxError, RuntimeError, KeyError, TypeError, AttributeError, struct.error)
+DAMAGED = (OSError, EOFError, ValueError, SyntaxError, RuntimeError, KeyError, TypeError, AttributeError, struct.error)
 
 
 def square(picture: Image.Image, size: int = SIDE) -> np.ndarray:
     """A picture's centre square (size, size, 3) uint8: upright by its EXIF, transparency on white; see `eight_bits`."""
     tiff_tags = getattr(picture, "tag_v2", {})
     picture.load()
-    picture.getexif()  # is kept: the orientation is read, and other tags, which may be wrong, are not encoded again
+    with contextlib.suppress(SyntaxError, ValueError):  # EXIF that can't be read gives no orientation
+        picture.getexif()  # is kept: the orientation is read, and other tags, which may be wrong, are not encoded again
     picture.info.pop("exif", None)
     picture.info.pop("Raw profile type exif", None)
     picture = eight_bits(ImageOps.exif_transpose(picture), picture.format, tiff_tags)

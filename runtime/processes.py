@@ -1,4 +1,4 @@
-"""One process, or several under torchrun: how they begin and end. The host's settings are restored."""
+"""One process, or several under torchrun: how they begin and end. The host's settings of torch are restored."""
 
 import contextlib
 import os

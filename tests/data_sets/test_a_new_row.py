@@ -7,7 +7,6 @@ import torchvision
 from conftest import REPOSITORY
 from made_up import CPU
 from PIL import Image
-from torchvision.datasets import VisionDataset
 
 import test as test_script
 import train
@@ -16,11 +15,10 @@ from runtime import checkpoint
 from utils import load_images
 
 
-class DrawnSVHN(VisionDataset):
+class DrawnSVHN:
     """Torchvision's SVHN without its files: splits by name, pixels (N, 3, 32, 32), labels and no targets."""
 
-    def __init__(self, root, split="train", transform=None, target_transform=None, download=False):
-        super().__init__(root, transform=transform, target_transform=target_transform)
+    def __init__(self, root, split="train", download=False):
         if not download:
             raise RuntimeError("Dataset not found or corrupted. You can use download=True to download it")
         generator = np.random.default_rng(split == "test")
@@ -45,8 +43,6 @@ def test_a_row_is_all_it_takes(tiny_models, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     words = ["--dataset=svhn", "--device=cpu", "--precision=fp32"]
     assert train.main([*words, "--all", "--temp", "5", "--num_epochs=1", "--batch_size=20"]) == 0
-    names = {"svhn_teacher.pt", "svhn_student.pt", "svhn_student_kd_t5.pt"}
-    assert names < {path.name for path in (tmp_path / "weights").iterdir()}
     assert checkpoint.load(tmp_path / "weights" / "svhn_student.pt")["data"]["classes"] == list("0123456789")
     assert test_script.main([*words, "--kd"]) == 0
     assert test_script.main([*words, "--compare"]) == 0

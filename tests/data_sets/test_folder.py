@@ -66,7 +66,7 @@ def test_names_and_their_order_do_not_matter(root):
 
 def test_system_files_are_left_out_and_links_followed_and_unicode_forms_are_one_class(root):
     before = contents(root)
-    for name in (".ipynb_checkpoints", "__MACOSX", "bee/.trash", "bee/__MACOSX"):
+    for name in (".ipynb_checkpoints", "__MACOSX", "bee/.trash", "bee/__MACOSX", "@eaDir"):
         draw(root / "train" / name / "x.bmp", seed=1000)
     for name in (".DS_Store", "bee/.DS_Store", "bee/Thumbs.db", "bee/desktop.ini", "notes.txt"):
         (root / "train" / name).write_text("x")
@@ -145,6 +145,9 @@ def test_broken_files_are_named_and_counted_or_left_out(root, decoded):
     assert [f"{bee / name}:" in str(error.value) for name in ("a.png", "b.png", "c.png", "d.png")] == [1, 1, 1, 0]
     assert f"left out 4 files that can't be read, the first: {bee}/a.png" in read_folder(root, skip_broken=True)[2][1]
     assert contents(root, skip_broken=True) == before and len(decoded) == 40
+    with pytest.raises(UserError):
+        read_folder(root)
+    assert len(decoded) == 80, "a drive may have failed for a moment"
     for path in bee.glob("?.bmp"):
         path.unlink()
     with pytest.raises(UserError, match="bee has no picture that can be read"):

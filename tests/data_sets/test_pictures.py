@@ -58,6 +58,8 @@ def test_pictures_are_turned_upright_by_their_exif(tmp_path):
     odd = struct.pack("<4sIH HHIHH HHII IQ", b"II*\0", 8, 2, 0x0112, 3, 1, 6, 0, 0x0131, 5, 1, 38, 0, 1)
     COLOURS.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "odd.png", exif=b"Exif\0\0" + odd)
     assert np.array_equal(read(tmp_path / "odd.png"), square(COLOURS)), "the software's name is a fraction"
+    COLOURS.save(tmp_path / "wrong.png", exif=b"Exif\0\0no TIFF header")
+    assert np.array_equal(read(tmp_path / "wrong.png"), square(COLOURS))
 
 
 def test_transparency_is_put_on_white(tmp_path):
