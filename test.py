@@ -32,6 +32,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
+from data_sets import DATA_SETS
 from data_sets.pictures import read_picture, reject_decompression_bombs
 from evaluation import figures, inference, report, results
 from evaluation.comparison import TOPS, as_trained, measure_all, measure_checkpoint
@@ -42,6 +43,7 @@ from runtime.errors import UserError, exit_code
 from runtime.files import make_folder, write_json
 from runtime.processes import start
 from training.plan import name_of
+from training.recipes import LOSS_DEFAULTS
 from training.run import load_model, mismatch, spec_of
 from training.runs import row_order, run_from
 from training.teacher_logits import is_state_dict, load_teacher
@@ -64,6 +66,9 @@ def find_checkpoint(options: config.TestOptions, runtime: Runtime) -> dict:
         return finished(content)
     name = name_of(options)
     path = options.weights_folder / f"{name.stem}.pt"
+    shared = options.weights_path / path.name  # the teacher of --all
+    if options.tto and shared.exists() and not path.exists():
+        path = shared
     if options.tto and options.teacher:
         path = options.teacher
     if path == options.teacher and not path.exists():
@@ -86,9 +91,12 @@ def find_checkpoint(options: config.TestOptions, runtime: Runtime) -> dict:
 
 
 def finished(content: dict) -> dict:
-    """A finished run's checkpoint; UserError if the run is unfinished."""
+    """A finished run's checkpoint; UserError if the run is unfinished, or of other code than this."""
     if "metrics" not in content:
         raise UserError(f"{content['path']} is an unfinished run: rerun its command to finish it")
+    for name, known in {"dataset": DATA_SETS, "loss": (None, *LOSS_DEFAULTS)}.items():
+        if content["run"][name] not in known:
+            raise UserError(f"{content['path']} has the {name} {content['run'][name]}, which this code lacks")
     return content
 
 
@@ -128,7 +136,7 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
         with skip_teacher_errors(options, notes.append):
             teacher = load_teacher(run, options, data.spec, runtime)
             imitation = fidelity(logits, teacher.test_logits(images, run.holdout), images.labels)
-            if run.kd and run.teacher != teacher.fingerprint:
+            if run.kd and teacher.model and run.teacher != teacher.fingerprint:  # a folder has one of its own
                 notes.append(f"{teacher.path} is not the teacher that this student learned from")
             if teacher.model and runtime.is_main:
                 teacher_cost = inference.measure_cost(teacher.model, teacher.path, runtime, run.size)
@@ -228,8 +236,9 @@ def classify(options: config.TestOptions, runtime: Runtime) -> None:
             contents.append(load_teacher(run, options, spec, runtime).content)
     answers = {}
     for content in contents:
-        its_run, model = run_from(content["run"]), load_model(content, runtime, options.student)
+        its_run = run_from(content["run"])
         in_training = as_trained(runtime, its_run, options.precision)
+        model = load_model(content, in_training, options.student)
         logits = held_out_logits(model, images, spec_of(content), in_training)
         for temp in options.soften or (1.0,):
             label = f"{its_run.title}, T = {format_number(temp)}" if options.soften else its_run.title
@@ -254,6 +263,8 @@ def read_pictures(options: config.TestOptions, content: dict, runtime: Runtime) 
     data = load_images(run.dataset, options.data_path, runtime, skip_broken=options.skip_broken, size=run.size)
     if why := mismatch(content, run, data.spec, same_images=False):
         raise UserError(f"{content['path']} {why}")
+    for note in data.notes:
+        runtime.print(note)
     images = data.held_out(run.subset, run.holdout)
     labels = images.labels.tolist()
     rows = sorted(labels.index(label) for label in set(labels))[:4]

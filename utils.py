@@ -164,7 +164,7 @@ def epoch_view(count: int, flip: bool, seed: int, epoch: int) -> int:
     """Which of its `count` views every image shows in an epoch, a function of (seed, epoch).
 
     All views are shown once, in random order, before one comes again. With `flip`, views 0, 2, 4, ... alternate with
-    1, 3, 5, ..., so that an image is mirrored in every other epoch (docs/recipe.md).
+    1, 3, 5, ..., so that with an even `count` an image is mirrored in every other epoch (docs/recipe.md).
     """
     cycle, place = divmod(epoch, count)
     views = torch.randperm(count, generator=seeded_generator("views", seed, cycle))
@@ -356,7 +356,9 @@ def save_figure(axes, path: Path) -> Path:
     """Write the figure of `axes`, whose labels are its legend, to `path` as PNG, atomically."""
     handles, labels = axes.get_legend_handles_labels()
     if len(axes.figure.axes) > 1 and labels:
-        columns = 2 if max(map(len, labels)) < 50 else 1
+        half = (len(labels) + 1) // 2
+        characters = sum(max(map(len, column), default=0) for column in (labels[:half], labels[half:]))
+        columns = 2 if characters < 88 else 1
         more_rows = max(len(labels) // columns - 2, 0)
         axes.figure.set_figheight(axes.figure.get_figheight() + 0.17 * more_rows)
         axes.figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9)

@@ -80,10 +80,10 @@ def measure_all(
                 raise UserError(f"{content['path']} {why}")
             in_training = as_trained(runtime, run, precision)
             model = load_model(content, in_training, student)
+            logits, numbers = measure_checkpoint(model, content, images, data, in_training)
         except UserError as error:
             runtime.print(f"left out: {error}")
             continue
-        logits, numbers = measure_checkpoint(model, content, images, data, in_training)
         numbers["parameters"] = count_parameters(model)
         if run.role == "teacher":
             teachers[checkpoint.fingerprint(content["model"])] = logits

@@ -28,7 +28,7 @@ ACCURACIES = {
 def collect(contents: list[dict]) -> dict:
     """Rows, gains and notes from measured checkpoints; accuracies in percent.
 
-    Several seeds give means, of top-1 and top-5 a sample standard deviation too, and the gain of KD over the same-seed
+    Several seeds give means, of accuracies a sample standard deviation too, and the gain of KD over the same-seed
     baseline without it, which has the same initial weights, order and views. The gain of another loss over plain KD is
     paired like that, too, and judged with Holm's correction over all those comparisons.
     """
@@ -97,7 +97,8 @@ def points(gain: dict) -> str:
 
 def gain_text(gain: dict) -> str:
     """A gain of KD in a sentence."""
-    text = f"{gain['model']} gains {gain['mean']:+.2f} points of top-1 over the same-seed baseline without KD"
+    mean = round(gain["mean"], 2) + 0.0  # not -0.00
+    text = f"{gain['model']} gains {mean:+.2f} points of top-1 over the same-seed baseline without KD"
     if "ci" not in gain:
         return f"{text} (one pair, no interval: --seeds 3 gives one)"
     low, high = gain["ci"]

@@ -169,9 +169,8 @@ def test_a_teacher_that_cannot_be_used_is_left_out_and_a_named_one_is_an_error(r
             Path("weights/teacher.pt").symlink_to(file.name)
         assert set(report_of()) == KEYS
         output = capfd.readouterr().out
-        assert (
-            f"not compared with the teacher: {tells.replace(name, 'teacher.pt')}" in output and "Fidelity" not in output
-        )
+        told = tells.replace(name, "teacher.pt")
+        assert f"not compared with the teacher: {told}" in output and "Fidelity" not in output
         Path("report.json").unlink()
         assert evaluate(f"--teacher={file}", "--json=report.json") == 2
         assert tells in one_line(capfd) and not Path("report.json").exists()
@@ -179,7 +178,7 @@ def test_a_teacher_that_cannot_be_used_is_left_out_and_a_named_one_is_an_error(r
 
 def test_a_folder_of_logits_is_a_teacher_without_a_cost(report_of, evaluate, capfd):
     teacher = save("--tto", weights=3)
-    save("--kd", weights=2, teacher="mine")
+    save("--kd", weights=2, teacher="of its model")
     beside_its_model = report_of("--kd", f"--teacher={teacher}")
     assert "ratio |" in capfd.readouterr().out
     model = TinyTeacher()
@@ -270,6 +269,7 @@ def test_each_run_is_found_by_its_options_and_by_its_file(report_of, evaluate):
         losses.add(by_options["loss"])
     assert len(losses) == len(commands)
     assert report_of("--name=a05")["checkpoint"] == "weights/a05/student.pt"
+    assert report_of("--name=new", "--tto")["checkpoint"] == "weights/teacher.pt", "--all shares it"
     assert evaluate("--checkpoint=none.pt") == 2
 
 
@@ -456,10 +456,13 @@ def test_what_cannot_be_compared_is_named_and_left_out(compare):
     checkpoint.save(Path("weights/f.pt"), unfinished)
     checkpoint.save(Path("weights/d.pt"), content_of(run_of("--seed=7"), model=torch.nn.Linear(2, 2)))
     save("--seed=8", "e.pt", images="c" * 16)
+    of_a_branch = content_of(run_of("--kd"))
+    of_a_branch["run"]["loss"] = "mine"
+    checkpoint.save(Path("weights/g.pt"), of_a_branch)
     _, labels, output = compare()
     lines = [line for line in output.splitlines() if line.startswith("left out: ")]
-    assert labels == [STUDENT] and len(lines) == 6
-    assert sorted(re.search(r"weights/(\w)\.pt", line)[1] for line in lines) == [*"abcdef"]
+    assert labels == [STUDENT] and len(lines) == 7
+    assert sorted(re.search(r"weights/(\w)\.pt", line)[1] for line in lines) == [*"abcdefg"]
 
 
 def test_only_runs_of_the_same_images_are_compared(compare):

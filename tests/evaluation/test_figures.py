@@ -26,8 +26,7 @@ def drawn(monkeypatch) -> list:
 
 def plot_comparison(path: Path, runs: dict[str, tuple]) -> Path:
     """The comparison of runs, given by their commands and a test top-1 (%) per epoch."""
-    contents = [content_of(run_of(command), tops, tiny_student()) for command, tops in runs.items()]
-    contents = [content | {"path": "student.pt"} for content in contents]
+    contents = [content_of(run_of(c), tops, tiny_student()) | {"path": "student.pt"} for c, tops in runs.items()]
     return figures.plot_comparison(contents, path / "comparison.png")
 
 
@@ -53,14 +52,18 @@ def test_a_run_of_one_epoch_is_a_point_and_of_held_out_images_says_so(tmp_path, 
     assert drawn[0].figure.get_suptitle() == "Accuracy and loss on the held-out images of cifar10"
 
 
-def test_a_legend_of_many_long_rows_fits_and_no_two_rows_look_alike(tmp_path, drawn):
-    losses = ["--kd"] + [f"--kd --loss={loss} --temp={temp}" for loss in ("ls", "dkd", "wttm") for temp in (2, 4, 8)]
-    plot_comparison(tmp_path, dict.fromkeys(losses, (50.0,)))
+LOSSES = ["--kd"] + [f"--kd --loss={loss} --temp={temp}" for loss in ("ls", "dkd", "wttm") for temp in (2, 4, 8)]
+TEMPS = [f"--kd --temp={temp} --seed={seed}" for temp in (1, 2, 4, 8, 16, 32) for seed in (1, 2)]
+
+
+@pytest.mark.parametrize("commands, rows", [(LOSSES, 10), (TEMPS, 6)])
+def test_a_legend_of_many_long_rows_fits_and_no_two_rows_look_alike(commands, rows, tmp_path, drawn):
+    plot_comparison(tmp_path, dict.fromkeys(commands, (50.0,)))
     figure = drawn[0].figure
     figure.draw_without_rendering()
     box, (width, height) = figure.legends[0].get_window_extent(), figure.canvas.get_width_height()
     assert box.x0 >= 0 and box.x1 <= width and box.y0 >= 0 and drawn[0].get_window_extent().height > height / 3
-    assert len({(line.get_color(), line.get_linestyle()) for line in drawn[0].lines}) == len(losses)
+    assert len({(line.get_color(), line.get_linestyle()) for line in drawn[0].lines}) == rows
 
 
 def test_confusion_and_reliability_show_the_numbers(drawn, tmp_path):

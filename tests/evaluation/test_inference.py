@@ -1,10 +1,13 @@
 """A trained model's cost, its logits, the class of a picture, and its exported program."""
 
-import json
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import REPOSITORY
 from made_up import CPU, random_images
 
 from data_sets import DATA_SETS
@@ -48,15 +51,14 @@ def test_processes_share_the_batches_and_logits_are_in_the_order_of_images():
     assert [int(share.any(1).sum()) for share in shares] == [EVALUATION_BATCH, EVALUATION_BATCH, 7]
 
 
-def test_export_runs_without_the_project(tmp_path):
-    model = build_model("student").to(memory_format=torch.channels_last).eval()
-    assert inference.export_model(model, tmp_path / "student.pt2", describe_data(SPEC)) < 1e-4
-    files = {"preprocessing.json": ""}
-    program = torch.export.load(tmp_path / "student.pt2", extra_files=files).module()
+def test_an_exported_model_runs_without_the_project_by_the_code_on_the_page(tmp_path):
+    model, path = build_model("student").to(memory_format=torch.channels_last).eval(), tmp_path / "weights/student.pt2"
+    assert inference.export_model(model, path, describe_data(SPEC)) < 1e-4
     images = torch.randn(3, 3, 32, 32)
-    torch.testing.assert_close(program(images), model(images), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.export.load(path).module()(images), model(images), rtol=1e-4, atol=1e-5)
+    (code,) = re.findall("```python\n(.*?)```", (REPOSITORY / "docs" / "commands.md").read_text(), re.DOTALL)
+    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert sum(map(done.stdout.count, SPEC.classes)) == 8, done.stderr
     model.forward = lambda images: images if images.sum() > 0 else -images
     with pytest.raises(UserError, match="can't export this model: .+"):
-        inference.export_model(model, tmp_path / "student.pt2", describe_data(SPEC))
-    preprocessing = json.loads(files["preprocessing.json"])
-    assert preprocessing["classes"] == list(SPEC.classes) and preprocessing["mean"] == list(SPEC.mean)
+        inference.export_model(model, path, describe_data(SPEC))

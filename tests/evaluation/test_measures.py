@@ -32,6 +32,7 @@ def test_measure_against_a_case_worked_by_hand():
     assert numbers["loss"] == pytest.approx((3 * math.log(2) + math.log(4)) / 4)
     assert numbers["ece"] == pytest.approx(0.25)  # one bin: accuracy 3/4, confidence 1/2
     assert numbers["top1_ci"] == list(measures.wilson(3, 4))
+    assert measures.measure(logits, torch.tensor([0, 0, 0, 0]))["per_class"] == [0.75, None, None], "no image of two"
 
 
 def test_confusion_agrees_with_top1_on_ties():
@@ -44,10 +45,6 @@ def test_confusion_agrees_with_top1_on_ties():
     assert (confusion.sum(1) == 50).all()
     predicted = measures.predictions(logits, labels)
     assert (logits.gather(1, predicted[:, None])[:, 0] == logits.max(1).values).all()
-
-
-def test_a_class_without_images_has_no_accuracy():
-    assert measures.measure(one_hot([0, 2]), torch.tensor([0, 0]))["per_class"] == [0.5, None, None]
 
 
 def test_calibration_error_against_loops_over_bins():

@@ -37,10 +37,8 @@ def test_publish_writes_the_table_its_numbers_the_figure_and_all_logs(tmp_path, 
     assert rows[3][:2] == [STUDENT, "70.33% ± 0.58"]
     assert rows[4][:2] == [KD, "72.33% ± 1.53"]
     assert [row[5] for row in rows[2:]] == ["", "", "+2.00 (-0.48 to +4.48)"]
-    assert (
-        f"{KD} gains +2.00 points of top-1 over the same-seed baseline without KD (n = 3, sd 1.00, 95% interval "
-        "-0.48 to +4.48), within seed noise" in table
-    )
+    told = "over the same-seed baseline without KD (n = 3, sd 1.00, 95% interval -0.48 to +4.48), within seed noise"
+    assert f"{KD} gains +2.00 points of top-1 {told}" in table
     results = json.loads((tmp_path / "results" / "results.json").read_text())
     assert results["gains"][0]["mean"] == pytest.approx(2) and results["gains"][0]["pairs"] == 3
     assert results["rows"][1]["top1_of_seeds"] == [70.0, 71.0, 70.0] and results["rows"][1]["seeds"] == [42, 43, 44]
