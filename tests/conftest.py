@@ -1,6 +1,5 @@
 """The real data, and the scripts as a user runs them: in processes of their own."""
 
-import contextlib
 import ctypes
 import hashlib
 import multiprocessing
@@ -10,7 +9,6 @@ import resource
 import runpy
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import made_up
@@ -29,7 +27,6 @@ torch.set_num_threads(1)  # as in the processes that tests start: bits may depen
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Nothing may be downloaded by a test: no proxy listens there, so the network is always "missing".
 NO_NETWORK = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "no_proxy": "127.0.0.1"}
-NOTEBOOK = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}  # as notebooks set it for their shell
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
@@ -93,30 +90,12 @@ def learn(request, digits, tiny_models, no_figures, tmp_path, monkeypatch):
     return lambda *words: train.main([*options, *words])
 
 
-def run_script(name: str, *arguments: str, timeout: float = 300, **keywords) -> subprocess.CompletedProcess:
-    """`python NAME ARGUMENTS`, as typed, with one thread and no network; `keywords` go to subprocess.run."""
-    environment = {**os.environ, **NOTEBOOK, **NO_NETWORK, **ONE_THREAD}
-    command = [sys.executable, REPOSITORY / name, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, **keywords)
-
-
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory) -> Path:
     """A folder with the drawn data set, so that a run which gets as far as the data does so at once."""
     folder = tmp_path_factory.mktemp("digits")
     load_images("digits", folder, made_up.CPU)
     return folder
-
-
-@contextlib.contextmanager
-def disk(size: int):
-    """Within the block, a write beyond `size` bytes of a file fails as on a full disk (Python ignores SIGXFSZ)."""
-    _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def snapshot(folder: Path) -> dict[str, str]:
@@ -153,52 +132,41 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["conftest", "train", "test", "matplotlib.backends.backend_agg", "matplotlib.figure"])
 
 
-@dataclass
-class Script:
-    """A script under way in a process of its own."""
-
-    process: multiprocessing.Process
-    outputs: Path
-
-    def end(self, timeout: float = 1200) -> subprocess.CompletedProcess:
-        """Wait for its end; the exit code is negative where a signal ended it."""
-        self.process.join(timeout)
-        code, (out, err) = self.process.exitcode, [(self.outputs / name).read_text() for name in ("stdout", "stderr")]
-        self.process.kill()
-        assert code is not None, f"still running after {timeout} s: {out}"
-        return subprocess.CompletedProcess([], code, out, err)
-
-
 @pytest.fixture(scope="module")
 def forked(tmp_path_factory):
-    """Like `run_script`, in a fork; `folder` is where it runs, and `changes` are those of `run_as_main`."""
+    """A function like `python NAME WORDS` in a fork; `folder` is where it runs, and `changes` are run_as_main's."""
 
-    def run(name: str, *arguments: str, folder: Path, **changes) -> subprocess.CompletedProcess:
-        outputs = tmp_path_factory.mktemp("outputs")
-        words = [str(argument) for argument in arguments]
-        process = FORKS.Process(target=run_as_main, args=(name, words, folder, outputs), kwargs=changes)
-        process.start()
-        return Script(process, outputs).end()
+    def run(name: str, *words: str, folder: Path, **changes) -> subprocess.CompletedProcess:
+        arguments = name, [*words], folder
+        (code,), out, err = run_together(1, run_as_main, lambda _: arguments, tmp_path_factory, **changes)
+        return subprocess.CompletedProcess([], code, out, err)
 
     return run
 
 
-def run_together(count: int, target, arguments_of, folders) -> tuple[list[int], str, str]:
-    """Fork `target` `count` times, as torchrun does, with arguments and a folder: exit codes, stdout, stderr."""
+def run_together(count: int, target, arguments_of, folders, **changes) -> tuple[list[int], str, str]:
+    """Fork `target` `count` times, as torchrun does: exit codes (negative: of a signal), stdout, stderr together."""
     environments = [{}]
     if count > 1:  # as with torchrun, the store where they meet outlives them
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
         shared |= {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
         environments = [shared | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(count)]
-    scripts = []
-    for i, environment in enumerate(environments):
-        arguments = (*arguments_of(i), outputs := folders.mktemp("outputs"))
-        process = FORKS.Process(target=target, args=arguments, kwargs={"environment": environment})
+    forks = []
+    for i, own in enumerate(environments):
+        outputs = folders.mktemp("outputs")
+        process = FORKS.Process(target=target, args=(*arguments_of(i), outputs), kwargs=changes | {"environment": own})
         process.start()
-        scripts.append(Script(process, outputs))
-    done = [script.end(240) for script in scripts]
-    return [d.returncode for d in done], "".join(d.stdout for d in done), "".join(d.stderr for d in done)
+        forks.append((process, outputs))
+    codes, out, err = [], "", ""
+    for process, outputs in forks:
+        process.join(600)
+        codes.append(process.exitcode)
+        process.kill()
+        out += (outputs / "stdout").read_text()
+        err += (outputs / "stderr").read_text()
+    assert None not in codes, f"still running after 600 s: {out}"
+    return codes, out, err
 
 
 def without_override() -> None:

@@ -76,22 +76,10 @@ def random_images(count: int, seed: int = 0, size: int = SIDE) -> Images:
     return Images(pixels, torch.randint(0, CLASSES, (count,), generator=generator))
 
 
-FOLDER_CLASSES = ("$\\frac$ & x", "naïve chat", "日本")  # in the order of their names
-
-
 def draw(path: Path, seed: int) -> None:
     """A picture of noise."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(path)
-
-
-def lay_out(root: Path) -> Path:
-    """A folder of three classes, 20 and 4 different pictures of each, for --dataset folder."""
-    for split, count in (("train", 20), ("test", 4)):
-        for label, name in enumerate(FOLDER_CLASSES):
-            for i in range(count):
-                draw(root / split / name / f"{i}.png", seed=1000 * label + i + 500 * (split == "test"))
-    return root
 
 
 class TinyTeacher(nn.Module):

@@ -5,25 +5,26 @@ import re
 import shutil
 
 import pytest
-import torch
 from conftest import one_line, snapshot
-from made_up import FOLDER_CLASSES as CLASSES
-from made_up import draw, lay_out
+from made_up import draw
 
 import test as test_script
 import train
 import utils
-from runtime import checkpoint
 
+CLASSES = ("$\\frac$ & x", "naïve chat", "日本")  # in the order of their names
 WORDS = ["--dataset=folder", "--data_path=my $pictures", "--device=cpu", "--precision=fp32"]
 SIZE = ["--num_epochs=1", "--batch_size=12", "--views=2"]
 
 
 @pytest.fixture
 def root(tiny_models, no_figures, tmp_path, monkeypatch):
-    """Sixty pictures of three classes; the scripts run beside them, with tiny models and without figures."""
+    """20 training and 4 test pictures of each class; the scripts run beside them, with tiny models and no figures."""
     monkeypatch.chdir(tmp_path)
-    return lay_out(tmp_path / "my $pictures")
+    for label, name in enumerate(CLASSES):
+        for i in range(24):
+            draw(tmp_path / "my $pictures" / ("test" if i > 19 else "train") / name / f"{i}.png", seed=100 * label + i)
+    return tmp_path / "my $pictures"
 
 
 def learn(*words: str) -> int:
@@ -57,10 +58,6 @@ def test_the_commands_work_and_only_training_needs_the_folder(root, tmp_path, mo
     assert "Teacher" in (told := capfd.readouterr().out) and any(name in told for name in CLASSES)
     assert evaluate(student, "--export=s.pt2") == 0
     assert "not evaluated, because there is no data/train" in capfd.readouterr().out
-    files = {"preprocessing.json": ""}
-    torch.export.load("s.pt2", extra_files=files)
-    said, data = json.loads(files["preprocessing.json"]), checkpoint.load("weights/folder_student_kd_t5.pt")["data"]
-    assert tuple(said["classes"]) == CLASSES and said["mean"] == data["mean"] and "EXIF" in said["pictures"]
     assert evaluate(*WORDS[:2], "--kd", "--export=s.pt2", "--json=r.json") == 2
     assert "--data_path must name a folder" in capfd.readouterr().err
 

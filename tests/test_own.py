@@ -11,11 +11,8 @@ from conftest import one_line
 from made_up import TinyTeacher, draw
 
 import test as test_script
-import train
 from data_sets import pictures
 from models import build_own
-from runtime import checkpoint
-from runtime.errors import Stopped
 
 LEARN = ["--views=2"]
 MODULE = """
@@ -126,24 +123,6 @@ def test_its_logits_are_float32_whatever_the_precision(mine):
         model = build_own(f"my_models:{name}", 10, 32)
         with torch.autocast("cpu", torch.bfloat16):
             assert model.training and model(torch.randn(2, 3, 32, 32)).dtype == torch.float32
-
-
-def test_dropout_resumes_bit_exactly(mine, monkeypatch):
-    words = ["--student=my_models:net", "--num_epochs=2"]
-    assert mine(*words, "--name=whole") == 0
-
-    def stop(run, real=train.save_or_stop):
-        real(run)
-        if (run.epoch, run.step) == (1, 2):
-            raise Stopped(15)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "save_or_stop", stop)
-        assert mine(*words) == 128 + 15
-    assert mine(*words) == 0
-    name = "digits_student_my_models.net_subset40.pt"
-    whole, resumed = (checkpoint.load(Path(folder, name))["model"] for folder in ("weights/whole", "weights"))
-    assert all(torch.equal(resumed[key], value) for key, value in whole.items())
 
 
 def test_a_plain_state_dict_teaches_and_its_images_are_unknown(learn, capfd):

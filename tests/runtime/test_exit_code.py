@@ -8,19 +8,13 @@ import runpy
 import signal
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
 from conftest import REPOSITORY
 
 from runtime.errors import ReportedElsewhere, Stopped, StopSignal, UserError, exit_code, known_failure
-
-
-def raising(error: Exception):
-    def work():
-        raise error
-
-    return work
 
 
 @pytest.mark.parametrize(
@@ -45,7 +39,7 @@ def raising(error: Exception):
     ],
 )
 def test_each_ending_has_its_exit_code_and_at_most_one_line(error, code, tells, capsys):
-    assert exit_code(raising(error)) == code
+    assert exit_code(Mock(side_effect=error)) == code
     told = capsys.readouterr().err
     assert tells in told and told.count("\n") == bool(tells)
 
@@ -56,7 +50,7 @@ def test_success_is_zero_and_a_bug_is_raised(capsys):  # with a stdout that has 
     for bug in (ValueError("x"), RuntimeError("x"), KeyError("x"), missing, unknown):
         assert known_failure(bug) is None
         with pytest.raises(type(bug)):
-            exit_code(raising(bug))
+            exit_code(Mock(side_effect=bug))
 
 
 def test_memory_that_really_runs_out_is_known():

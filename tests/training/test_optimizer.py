@@ -9,18 +9,7 @@ from made_up import run_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import build_model
-from training.optimizer import (
-    COEFFICIENTS,
-    MOMENTUM,
-    MUON_MOMENTUM,
-    NEWTON_SCHULZ_STEPS,
-    Muon,
-    learning_rate,
-    make_optimizer,
-    orthogonalise,
-    set_learning_rate,
-    set_norms,
-)
+from training import optimizer as opt
 from training.recipes import OPTIMIZERS
 
 LR, HEAD_LR, NORM_LR, WEIGHT_DECAY = 0.2, 0.1, 3.0, 0.3
@@ -31,7 +20,7 @@ RATES = [0.2, 0.1, 0.05]
 
 @pytest.mark.parametrize("total", [1, 2, 3, 10, 1000])
 def test_learning_rate_warms_up_and_decays_to_nearly_zero(total):
-    rates = [learning_rate(step, total, 0.4) for step in range(total)]
+    rates = [opt.learning_rate(step, total, 0.4) for step in range(total)]
     peak = rates.index(max(rates))
     assert all(0 < rate <= 0.4 for rate in rates) and max(rates) == 0.4
     assert rates[: peak + 1] == sorted(rates[: peak + 1])
@@ -44,10 +33,10 @@ def test_learning_rate_warms_up_and_decays_to_nearly_zero(total):
 
 def by_singular_values(matrix: torch.Tensor) -> torch.Tensor:
     """The quintic a s + b s^3 + c s^5 on the singular values of a matrix of norm 1, step after step, in float64."""
-    a, b, c = COEFFICIENTS
+    a, b, c = opt.COEFFICIENTS
     u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
     s = s / s.square().sum().sqrt().clamp(min=1e-300)
-    for _ in range(NEWTON_SCHULZ_STEPS):
+    for _ in range(opt.NEWTON_SCHULZ_STEPS):
         s = a * s + b * s**3 + c * s**5
     return u @ torch.diag(s) @ v
 
@@ -62,8 +51,8 @@ def test_orthogonalise_is_the_quintic_of_the_singular_values(dtype, tolerance, s
     matrices = [scale * torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES]
     matrices.append(torch.zeros(5, 12, dtype=torch.float64))
     expected = [by_singular_values(matrix) for matrix in matrices]
-    set_norms(matrices, [1.0] * len(matrices))
-    orthogonalise(matrices, getattr(torch, dtype))
+    opt.set_norms(matrices, [1.0] * len(matrices))
+    opt.orthogonalise(matrices, getattr(torch, dtype))
     for matrix, wanted in zip(matrices, expected, strict=True):
         torch.testing.assert_close(matrix, wanted, rtol=0, atol=tolerance)
     assert not matrices[-1].any() and not expected[-1].any()
@@ -86,7 +75,7 @@ def take_steps(model: torch.nn.Module, optimizer, steps: list[list[torch.Tensor]
     for values, rate in zip(steps, rates, strict=True):
         for p, gradient in zip(model.parameters(), values, strict=True):
             p.grad = torch.empty_like(p).copy_(gradient)  # in the weight's order in memory, as autograd leaves it
-        set_learning_rate(optimizer, rate)
+        opt.set_learning_rate(optimizer, rate)
         optimizer.step()
 
 
@@ -115,11 +104,11 @@ class Inside(torch.nn.Module):
 def test_layers_of_other_models_take_steps_relative_to_their_weights_at_the_start():
     model = Inside().to(memory_format=torch.channels_last)
     steps, before = gradients(model, 2), copy.deepcopy(model)
-    optimizer = make_optimizer(model, RUNS["muon"], torch.float32)
+    optimizer = opt.make_optimizer(model, RUNS["muon"], torch.float32)
     for p, gradient in zip(model.parameters(), steps[0], strict=True):
         p.grad = torch.empty_like(p).copy_(gradient)
     model.unused.requires_grad_(True).zero_grad()
-    set_learning_rate(optimizer, LR)
+    opt.set_learning_rate(optimizer, LR)
     optimizer.step()
     start = dict(before.named_parameters())
     moves = {name: (start[name] - p).detach() for name, p in model.named_parameters()}
@@ -129,9 +118,8 @@ def test_layers_of_other_models_take_steps_relative_to_their_weights_at_the_star
         assert moves[name].norm().item() == pytest.approx(LR * norm, rel=1e-4), name
     for name in ("norm.bias", "wide.bias", "scale", "layer_norm.weight", "attention.in_proj_bias"):
         assert moves[name].square().mean().sqrt().item() == pytest.approx(LR * NORM_LR, rel=1e-4), name
-    for name, weight in (("alone.weight", start["alone.weight"]), ("depthwise.weight", None)):
-        if weight is None:  # batch norm follows: its norm is sqrt(8) first
-            weight = start[name] / start[name].norm() * 8**0.5
+    scaled = start["depthwise.weight"] / start["depthwise.weight"].norm() * 8**0.5  # batch norm follows
+    for name, weight in (("alone.weight", start["alone.weight"]), ("depthwise.weight", scaled)):
         step = (weight - dict(model.named_parameters())[name]).detach().flatten(1)
         gradient = steps[0][[*start].index(name)].flatten(1)
         cosine = torch.cosine_similarity(step, gradient, dim=1)
@@ -140,16 +128,14 @@ def test_layers_of_other_models_take_steps_relative_to_their_weights_at_the_star
     assert torch.linalg.svdvals(wide / wide.norm()).std() < 0.15, "nearly orthogonal"
     assert torch.linalg.svdvals(steps[0][[*start].index("wide.weight")].flatten(1)).std() > 0.5
     token = model.token.detach().clone()
-    for p, gradient in zip(model.parameters(), steps[1], strict=True):
-        p.grad = torch.empty_like(p).copy_(gradient)
-    optimizer.step()
+    take_steps(model, optimizer, steps[1:], [LR])
     assert (model.token - token).norm().item() == pytest.approx(LR * 0.01 * 8**0.5, rel=1e-4), "of its initial norm"
 
 
 def test_a_model_of_a_single_linear_layer_has_an_optimizer():
     for optimizer in OPTIMIZERS:
         model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 10, bias=False))
-        made = make_optimizer(model, RUNS[optimizer], torch.float32)
+        made = opt.make_optimizer(model, RUNS[optimizer], torch.float32)
         assert [len(group["params"]) for group in made.param_groups] == [1]
         take_steps(model, made, gradients(model, 1), [0.1])
 
@@ -157,11 +143,11 @@ def test_a_model_of_a_single_linear_layer_has_an_optimizer():
 def test_muon_against_a_plain_computation():
     model = tiny_model()
     steps, before = gradients(model, len(RATES)), copy.deepcopy(model)
-    optimizer = make_optimizer(model, RUNS["muon"], torch.float32)
+    optimizer = opt.make_optimizer(model, RUNS["muon"], torch.float32)
     take_steps(model, optimizer, steps, RATES)
     for place, (name, weight) in enumerate(before.named_parameters()):
         weight, momentum = weight.detach().double(), 0.0
-        beta = MUON_MOMENTUM if weight.ndim == 4 else MOMENTUM
+        beta = opt.MUON_MOMENTUM if weight.ndim == 4 else opt.MOMENTUM
         decay = WEIGHT_DECAY if name == "classifier.weight" else 0.0
         for values, rate in zip(steps, RATES, strict=True):
             gradient = values[place].double()
@@ -186,9 +172,9 @@ def test_muon_against_a_plain_computation():
 def test_each_parameter_of_the_real_models_has_its_own_decay_rate_and_momentum(optimizer, role):
     with torch.device("meta"):
         model = build_model(role)
-    made = make_optimizer(model, RUNS[optimizer], torch.float32)
-    set_learning_rate(made, 0.5 * LR)
-    assert type(made) is {"muon": Muon, "sgd": torch.optim.SGD}[optimizer]
+    made = opt.make_optimizer(model, RUNS[optimizer], torch.float32)
+    opt.set_learning_rate(made, 0.5 * LR)
+    assert type(made) is {"muon": opt.Muon, "sgd": torch.optim.SGD}[optimizer]
     found = {id(p): group for group in made.param_groups for p in group["params"]}
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     assert sum(len(group["params"]) for group in made.param_groups) == len(found) == len(trained)
@@ -197,11 +183,11 @@ def test_each_parameter_of_the_real_models_has_its_own_decay_rate_and_momentum(o
         assert group["lr"] == 0.5 * LR * lr_scale_of(name, p), name
         decays = p.ndim > 1 and (head or optimizer == "sgd")  # Muon keeps the norm of a convolution
         assert group["weight_decay"] == (WEIGHT_DECAY if decays else 0.0), name
-        momentum = MUON_MOMENTUM if p.ndim == 4 else MOMENTUM
+        momentum = opt.MUON_MOMENTUM if p.ndim == 4 else opt.MOMENTUM
         if optimizer == "muon":
             assert (group["momentum"], group["keeps_norm"]) == (momentum, p.ndim == 4), name
         else:
-            assert (group["momentum"], group["nesterov"]) == (MOMENTUM, True), name
+            assert (group["momentum"], group["nesterov"]) == (opt.MOMENTUM, True), name
 
 
 class CountLaunches(TorchDispatchMode):
@@ -221,7 +207,7 @@ class CountLaunches(TorchDispatchMode):
 def test_a_step_launches_few_kernels(role, most):
     with torch.device("meta"):
         model = build_model(role).to(memory_format=torch.channels_last)
-        optimizer = make_optimizer(model, RUNS["muon"], torch.bfloat16)
+        optimizer = opt.make_optimizer(model, RUNS["muon"], torch.bfloat16)
         for p in model.parameters():
             p.grad = torch.empty_like(p)
         with CountLaunches() as launches:

@@ -11,11 +11,12 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import conftest
 import numpy as np
 import pytest
 import torch
 from conftest import run_as_main, run_together
-from made_up import TinyTeacher, read_log
+from made_up import TinyTeacher, read_log, tiny_student
 
 import training.run
 import utils
@@ -53,9 +54,17 @@ MOMENTS = {
 }
 
 
+def with_dropout(num_classes: int) -> torch.nn.Module:
+    """A student that draws numbers in training, which a resumed run has to repeat."""
+    student = tiny_student(num_classes)
+    student.features.append(torch.nn.Dropout(0.5))
+    return student
+
+
 def train_until(moment: str, number: int, *arguments, **keywords) -> None:
     """In a fork: train.py, which saves after each step and gets a signal at a moment, if there is one."""
     Run.save_is_due = lambda run: True
+    conftest.TINY_MODELS["student"] = with_dropout
     utils.EVALUATION_BATCH = 16
     if moment:
         MOMENTS[moment](lambda: os.kill(os.getpid(), number))

@@ -5,6 +5,7 @@ That a student is bit-equal whether they were computed or read, after a kill too
 
 import json
 import re
+import resource
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, disk, snapshot
-from damage import flip_bit
+from conftest import REPOSITORY, snapshot
+from damage import Hostile, flip_bit
 from made_up import CPU, TinyTeacher, content_of, random_images, run_of
 
 import utils
@@ -96,11 +97,13 @@ FOREIGN = {
     "another type": lambda path, key: write_logits(path.parent, path.name, ONES.astype(np.float32), key),
     "too few": lambda path, key: write_logits(path.parent, path.name, ONES[:-1], key),
     "not finite": lambda path, key: write_logits(path.parent, path.name, ONES * np.inf, key),
+    "code": lambda path, key: np.savez(path, key=key, logits=np.array([Hostile()], object)),
 }
 
 
 @pytest.mark.parametrize("damage", FOREIGN)
-def test_a_damaged_or_foreign_file_is_computed_again(damage, make):
+def test_a_damaged_or_foreign_file_is_computed_again(damage, make, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     teacher = make()
     expected = teacher.view_logits(3, VIEWS, ROWS)
     path = teacher.folder / "03.npz"
@@ -109,7 +112,8 @@ def test_a_damaged_or_foreign_file_is_computed_again(damage, make):
     assert path.read_bytes() != whole
     again = make()
     assert torch.equal(again.view_logits(3, VIEWS, ROWS), expected) and again.model.seen
-    assert path.read_bytes() == whole and [p.name for p in path.parent.iterdir() if p.name[0] == "."] == []
+    assert path.read_bytes() == whole and not Path("hacked").exists()
+    assert [p.name for p in path.parent.iterdir() if p.name[0] == "."] == []
 
 
 LEARN = ["--num_epochs=2"]
@@ -147,8 +151,12 @@ def test_a_full_disk_costs_the_files_alone(learn, tmp_path, monkeypatch, capfd):
     shutil.rmtree(folder)
 
     def write_to_a_full_disk(*arguments, real=write_logits):
-        with disk(100):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # Python ignores SIGXFSZ: a write beyond it fails
+        try:
             real(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     monkeypatch.setattr("training.teacher_logits.write_logits", write_to_a_full_disk)
     capfd.readouterr()
