@@ -160,7 +160,7 @@ def plot_omitted(contents: list[dict], path: Path) -> Path | None:
     classes = rows[0][1][0]["data"]["classes"]
     ticks = range(0, len(classes), math.ceil(len(classes) / NAMES_SHOWN))
     names = drawable([classes[i] for i in ticks], [f"class {i}" for i in ticks])
-    figure = new_figure(0.8 + 1.7 * len(rows))
+    figure = new_figure(1 + 1.7 * len(rows))
     seen, never = (COLOURS[5], COLOURS[0]), (COLOURS[4], COLOURS[1])
     for axes, (title, row) in zip(figure.subplots(len(rows), squeeze=False)[:, 0], rows, strict=True):
         omit = run_from(row[0]["run"]).omit
@@ -177,7 +177,7 @@ def plot_omitted(contents: list[dict], path: Path) -> Path | None:
         axes.grid(axis="y", alpha=0.3)
     said = [f"{which}, {when}" for which in ("seen", "never seen") for when in ("uncorrected", "corrected")]
     patches = [Patch(color=colour, label=label) for colour, label in zip((*seen, *never), said, strict=True)]
-    figure.legend(handles=patches, loc="outside upper center", ncols=4, fontsize=9)
+    figure.legend(handles=patches, loc="outside upper center", ncols=2, fontsize=9)
     return save_figure(figure.axes[0], path)
 
 

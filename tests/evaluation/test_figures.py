@@ -18,10 +18,19 @@ PIXELS = np.zeros((2, 32, 32, 3), np.uint8)
 
 @pytest.fixture
 def drawn(monkeypatch) -> list:
-    """The axes that are drawn and saved, in order."""
-    axes = []
-    monkeypatch.setattr(figures, "save_figure", lambda of, path: axes.append(of) or save_figure(of, path))
-    return axes
+    """The axes that are drawn and saved, in order; their legends fit into the figure."""
+    drawn = []
+
+    def save(axes, path: Path) -> Path:
+        drawn.append(axes)
+        saved = save_figure(axes, path)
+        axes.figure.draw_without_rendering()
+        for box in (legend.get_window_extent() for legend in axes.figure.legends):
+            assert box.x0 >= 0 and box.x1 <= axes.figure.bbox.width and box.y0 >= 0
+        return saved
+
+    monkeypatch.setattr(figures, "save_figure", save)
+    return drawn
 
 
 def plot_comparison(path: Path, runs: dict[str, tuple]) -> Path:
@@ -59,10 +68,7 @@ TEMPS = [f"--kd --temp={temp} --seed={seed}" for temp in (1, 2, 4, 8, 16, 32) fo
 @pytest.mark.parametrize("commands, rows", [(LOSSES, 10), (TEMPS, 6)])
 def test_a_legend_of_many_long_rows_fits_and_no_two_rows_look_alike(commands, rows, tmp_path, drawn):
     plot_comparison(tmp_path, dict.fromkeys(commands, (50.0,)))
-    figure = drawn[0].figure
-    figure.draw_without_rendering()
-    box, (width, height) = figure.legends[0].get_window_extent(), figure.canvas.get_width_height()
-    assert box.x0 >= 0 and box.x1 <= width and box.y0 >= 0 and drawn[0].get_window_extent().height > height / 3
+    assert drawn[0].get_window_extent().height > drawn[0].figure.bbox.height / 3
     assert len({(line.get_color(), line.get_linestyle()) for line in drawn[0].lines}) == rows
 
 
@@ -126,7 +132,8 @@ def test_a_confusion_of_many_classes_stays_readable(count, named, numbers, tmp_p
 def test_of_many_classes_the_likeliest_are_shown_beside_a_picture(drawn, tmp_path):
     classes, generator = tuple(f"${i}" for i in range(100)), torch.Generator().manual_seed(0)
     answers = torch.rand(8, 1, 100, generator=generator)  # more than there are colours
-    by_title = {f"T = {i}": answer for i, answer in enumerate(answers)}
+    student = "Student my_models:resnet8 (with KD, Temp = 5)"
+    by_title = {f"{student}, T = {i}": answer for i, answer in enumerate(answers)}
     figures.plot_pictures(PIXELS, ["a.png"], by_title, classes, tmp_path / "p.png")
     beside = drawn[0].figure.axes[1]
     likeliest = sorted(answers[0, 0].argsort(descending=True)[:10].tolist())
