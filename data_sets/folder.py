@@ -80,8 +80,8 @@ def find_files(root: Path) -> tuple[tuple[str, ...], list[File], list[str]]:
         parent = root.resolve().parent
         advice = f"; give {parent} instead" if parent / "train" == root.resolve() else ""
         raise UserError(f"no folder {train}: {LAYOUT}{advice}")
-    folders = {"train": class_folders(train)}
-    classes = tuple(sorted(folders["train"]))
+    found = {"train": files_by_class(train)}
+    classes = tuple(sorted(found["train"]))
     if len(classes) < 2:
         raise UserError(f"{train} must have two or more class folders and has {', '.join(classes) or 'none'}: {LAYOUT}")
     for validation in (root / name for name in VALIDATION):
@@ -91,34 +91,33 @@ def find_files(root: Path) -> tuple[tuple[str, ...], list[File], list[str]]:
             notes.append(f"no folder {test}: {validation} is the test set")
             test = validation
     if test.is_dir():
-        folders["test"] = class_folders(test)
-        if unknown := set(folders["test"]) - set(classes):
+        found["test"] = files_by_class(test)
+        if unknown := set(found["test"]) - set(classes):
             raise UserError(f"{test / min(unknown)} is not a class of {train}: rename or remove it")
+        if not any(found["test"].values()):
+            raise UserError(f"{test} has no <class>/<pictures>: add some, or remove it")
+    if empty := [name for name in classes if not found["train"][name]]:
+        raise UserError(f"{train / empty[0]} has no pictures: add some, or remove it")
     files = [
         (split, label, path)
-        for split, found in folders.items()
+        for split, files_of in found.items()
         for label, name in enumerate(classes)
-        for folder in found.get(name, [])
-        for path in files_below(folder)
+        for path in files_of.get(name, [])
     ]
-    if missing := set(range(len(classes))) - {label for split, label, _ in files if split == "train"}:
-        raise UserError(f"{train / classes[min(missing)]} has no pictures: add some, or remove it")
-    if "test" in folders and files[-1][0] == "train":
-        raise UserError(f"{test} has no <class>/<pictures>: add some, or remove it")
     return classes, files, notes
 
 
-def is_listed(name: str) -> bool:
-    """Whether a name is neither hidden nor the operating system's."""
-    return not name.startswith(".") and name.lower() not in SYSTEM_FILES
+def listed(folder: Path) -> list[Path]:
+    """What is in a folder, in order, unless it is hidden or the operating system's; OSError."""
+    return [path for path in sorted(folder.iterdir()) if path.name[0] != "." and path.name.lower() not in SYSTEM_FILES]
 
 
-def class_folders(folder: Path) -> dict[str, list[Path]]:
-    """The folders in a folder by class name: their own name, in one Unicode form; OSError."""
+def files_by_class(folder: Path) -> dict[str, list[Path]]:
+    """All files below each folder in a folder, by its name in one Unicode form; UserError, OSError."""
     found: dict[str, list[Path]] = {}
-    for path in sorted(folder.iterdir()):
-        if is_listed(path.name) and path.is_dir():
-            found.setdefault(unicodedata.normalize("NFC", path.name), []).append(path)
+    for path in listed(folder):
+        if path.is_dir():
+            found.setdefault(unicodedata.normalize("NFC", path.name), []).extend(files_below(path))
     return found
 
 
@@ -127,9 +126,8 @@ def files_below(folder: Path, above: tuple[Path, ...] = ()) -> list[Path]:
     real, files = folder.resolve(), []
     if real in above:
         raise UserError(f"{folder} is a link to a folder that contains it: remove the link")
-    for path in sorted(folder.iterdir()):
-        if is_listed(path.name):
-            files += files_below(path, (*above, real)) if path.is_dir() else [path]
+    for path in listed(folder):
+        files += files_below(path, (*above, real)) if path.is_dir() else [path]
     return files
 
 
