@@ -157,16 +157,13 @@ def pack(files: list[File], size: int, show_progress: bool, stop: StopSignal | N
             return str(error)
         return ""
 
-    with reject_decompression_bombs(), Progress("reading pictures", len(files), show_progress, unit="file") as progress:
-        pool = ThreadPoolExecutor(os.cpu_count())
-        try:
-            for error in pool.map(read, range(len(files))):
-                errors.append(error)
-                if stop and stop.number:
-                    raise Stopped(stop.number)
-                progress.step()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    progress = Progress("reading pictures", len(files), show_progress, unit="file")
+    with reject_decompression_bombs(), progress, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for error in pool.map(read, range(len(files))):  # which cancels what is left when the loop is left
+            errors.append(error)
+            if stop and stop.number:
+                raise Stopped(stop.number)
+            progress.step()
     order = [i for i in range(len(files)) if not errors[i]]
     order.sort(key=lambda i: (hashlib.sha256(pixels[i]).digest(), files[i][1]))
     return {
