@@ -23,8 +23,6 @@ LAYOUT = "--data_path must name a folder with train/<class>/<pictures> and, if y
 VALIDATION = ("val", "valid", "validation")  # folders used for testing where there is no test folder
 # Left out, as are names that begin with a dot.
 SYSTEM_FILES = ("thumbs.db", "desktop.ini", "__macosx", "icon\r", "@eadir")
-HELD_OUT = 10  # without a test split, one in ten images of each class is held out
-SHOWN = 3  # broken files named in an error
 
 File = tuple[str, int, Path]  # split, class number, path
 Images = tuple[np.ndarray, np.ndarray]  # pixels (N, size, size, 3) uint8, labels (N,) int64
@@ -33,10 +31,7 @@ Images = tuple[np.ndarray, np.ndarray]  # pixels (N, size, size, 3) uint8, label
 def read_folder(
     root: Path, skip_broken: bool = False, size: int = SIDE, show_progress: bool = True, stop: StopSignal | None = None
 ) -> tuple[tuple[str, ...], dict[str, Images], list[str]]:
-    """Class names, the images of "train" and "test", and notes to print, one line each.
-
-    UserError if the layout is wrong or a picture can't be read; Stopped if `stop` asks for it.
-    """
+    """Class names, images of "train" and "test", and notes to print; UserError, or Stopped if `stop` asks for it."""
     try:
         classes, files, notes = find_files(root)
         key = files_key(root, files, size)
@@ -57,7 +52,7 @@ def read_folder(
     errors, labels, is_test = packed["errors"], packed["labels"], packed["is_test"]
     if len(errors) and not skip_broken:
         count = f"{len(errors):,} of {len(files):,} files"
-        raise UserError(f"can't read {count}; --skip_broken True leaves them out: {'; '.join(errors[:SHOWN])}")
+        raise UserError(f"can't read {count}; --skip_broken True leaves them out: {'; '.join(errors[:3])}")
     if len(errors):
         notes.append(f"left out {len(errors):,} files that can't be read, the first: {errors[0]}")
     if not any(split == "test" for split, *_ in files):
@@ -144,10 +139,7 @@ def files_key(root: Path, files: list[File], size: int) -> str:
 
 
 def pack(files: list[File], size: int, show_progress: bool, stop: StopSignal | None) -> dict[str, np.ndarray]:
-    """Pixels (N, size, size, 3) uint8, labels (N,) and is_test (N,), and an error per broken file.
-
-    Ordered by a hash of the pixels, so that any prefix mixes the classes and renaming changes nothing.
-    """
+    """Pixels (N, size, size, 3) uint8, labels (N,) and is_test (N,), and an error per broken file."""
     pixels, errors = np.empty((len(files), size, size, 3), np.uint8), []
 
     def read(i: int) -> str:
@@ -165,6 +157,7 @@ def pack(files: list[File], size: int, show_progress: bool, stop: StopSignal | N
                 raise Stopped(stop.number)
             progress.step()
     order = [i for i in range(len(files)) if not errors[i]]
+    # By a hash of the pixels, so that any prefix mixes the classes and renaming changes nothing.
     order.sort(key=lambda i: (hashlib.sha256(pixels[i]).digest(), files[i][1]))
     return {
         "pixels": pixels[order],
@@ -179,5 +172,5 @@ def hold_out(labels: np.ndarray) -> np.ndarray:
     is_test = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
-        is_test[rows[: max(len(rows) // HELD_OUT, int(len(rows) > 1))]] = True
+        is_test[rows[: max(len(rows) // 10, int(len(rows) > 1))]] = True
     return is_test
