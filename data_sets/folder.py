@@ -21,8 +21,7 @@ from runtime.progress import Progress
 VERSION = 1  # of the packed file: raise it with every change to its contents
 LAYOUT = "--data_path must name a folder with train/<class>/<pictures> and, if you have one, test/<class>/<pictures>"
 VALIDATION = ("val", "valid", "validation")  # folders used for testing where there is no test folder
-# Left out, as are names that begin with a dot.
-SYSTEM_FILES = ("thumbs.db", "desktop.ini", "__macosx", "icon\r", "@eadir")
+SYSTEM_FILES = ("thumbs.db", "desktop.ini", "__macosx", "icon\r", "@eadir")  # left out, as are hidden files
 
 File = tuple[str, int, Path]  # split, class number, path
 Images = tuple[np.ndarray, np.ndarray]  # pixels (N, size, size, 3) uint8, labels (N,) int64

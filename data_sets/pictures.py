@@ -4,7 +4,6 @@ import contextlib
 import io
 import os
 import re
-import struct
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError, feature
 
 from data_sets import SIDE, padding
 from runtime.errors import UserError
+from runtime.files import UNREADABLE
 
 SMALLEST = 8  # pixels along a side; a smaller picture shows nothing
 LARGEST_TEXT = 64 * 2**20  # bytes of a PNG's text or colour profile; Pillow's limit of 1 MiB rejects valid files
@@ -22,8 +22,6 @@ BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # TIFF tags
 HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 AVIF_BRANDS = (b"avif", b"avis")
 BOMB = (Image.DecompressionBombWarning, Image.DecompressionBombError)
-# What Pillow raises for damaged files, depending on the format. UnidentifiedImageError is an OSError.
-DAMAGED = (OSError, EOFError, ValueError, SyntaxError, RuntimeError, KeyError, TypeError, AttributeError, struct.error)
 
 
 def square(picture: Image.Image, size: int = SIDE) -> np.ndarray:
@@ -91,7 +89,7 @@ def read_picture(path: Path, smallest: int = SMALLEST, size: int = SIDE) -> np.n
         raise UserError(f"{path}: more than {limit}: make it smaller") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except DAMAGED as error:
+    except UNREADABLE as error:
         system = error.strerror if isinstance(error, OSError) else None  # permission denied, say
         raise UserError(f"{path}: {system or 'damaged, or not a picture that Pillow can read'}") from error
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import struct
 import tempfile
 import time
 import zipfile
@@ -14,9 +15,9 @@ import numpy as np
 
 from runtime.errors import UserError, reason
 
-# What reading a damaged or foreign .npz or .pt file raises, in zipfile, numpy and torch.
-UNREADABLE = (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, RuntimeError)
-UNREADABLE += (zipfile.BadZipFile, zlib.error)
+# What reading a damaged or foreign .npz, .pt or picture raises, in zipfile, numpy, torch and Pillow.
+UNREADABLE = (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, RuntimeError, SyntaxError)
+UNREADABLE += (zipfile.BadZipFile, zlib.error, struct.error)
 
 
 @contextlib.contextmanager
