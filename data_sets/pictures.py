@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import os
 import re
 import warnings
@@ -19,8 +20,9 @@ from runtime.files import UNREADABLE
 SMALLEST = 8  # pixels along a side; a smaller picture shows nothing
 LARGEST_TEXT = 64 * 2**20  # bytes of a PNG's text or colour profile; Pillow's limit of 1 MiB rejects valid files
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # TIFF tags
-HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
-AVIF_BRANDS = (b"avif", b"avis")
+# Pictures that Pillow alone may not read, by bytes 4 to 11 of the file.
+FORMATS = {b"ftyp" + brand: "HEIC/HEIF" for brand in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")}
+FORMATS |= {b"ftypavif": "AVIF", b"ftypavis": "AVIF"}
 BOMB = (Image.DecompressionBombWarning, Image.DecompressionBombError)
 
 
@@ -110,14 +112,12 @@ def open_picture(file: BinaryIO) -> Image.Image:
         return Image.open(file)
     except UnidentifiedImageError:
         file.seek(4)
-        kind, brand = file.read(4), file.read(4)
-        is_heic, is_avif = brand in HEIC_BRANDS, brand in AVIF_BRANDS and not features.check("avif")
-        if kind != b"ftyp" or not (is_heic or is_avif):
+        name = FORMATS.get(file.read(8))
+        if name is None or (name == "AVIF" and features.check("avif")):
             raise
     try:
         import pillow_heif
     except ImportError:
-        name = "HEIC/HEIF" if is_heic else "AVIF"
         raise UserError(f"{name} pictures need another package: pip install --upgrade pillow pillow-heif") from None
     pillow_heif.register_heif_opener()
     return Image.open(file)
@@ -138,18 +138,16 @@ def add_jpeg_end(file: BinaryIO) -> BinaryIO:
 
 def check_memory(images: int, size: int) -> None:
     """Print the memory that images need, padded copy included, if above 1 GB; UserError if there is less."""
-    needed = 3 * images * (size**2 + (size + 2 * padding(size)) ** 2)
-    available = available_memory()
+    needed, available = 3 * images * (size**2 + (size + 2 * padding(size)) ** 2), available_memory()
     words = f"{images:,} images of {size} x {size} pixels need {needed / 1e9:.1f} GB of memory"
-    if available is not None and needed > available:
+    if needed > available:
         raise UserError(f"{words}, and {available / 1e9:.1f} GB are free: give a smaller --size, or fewer images")
     if needed > 1e9 and os.environ.get("RANK", "0") == "0":  # of several processes the first
         print(words, flush=True)
 
 
-def available_memory() -> int | None:
-    """Bytes of available memory on Linux; None elsewhere."""
-    with contextlib.suppress(OSError):
-        found = re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
-        return 1024 * int(found[1]) if found else None
-    return None
+def available_memory() -> float:
+    """Bytes of available memory on Linux; infinite elsewhere."""
+    with contextlib.suppress(OSError, IndexError):
+        return 1024 * int(re.findall(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())[0])
+    return math.inf
