@@ -71,10 +71,7 @@ def reject_decompression_bombs() -> Iterator[None]:
 
 
 def read_picture(path: Path, smallest: int = SMALLEST, size: int = SIDE) -> np.ndarray:
-    """The `square` (size, size, 3) uint8 of a picture file; call it inside `reject_decompression_bombs`.
-
-    UserError, one line, if the file can't be read, is damaged or huge, or has fewer than `smallest` pixels on a side.
-    """
+    """The `square` of a picture file, inside `reject_decompression_bombs`; UserError if damaged, huge or too small."""
     try:
         if not path.is_file():  # opening a pipe would block
             raise UserError("not an existing file")
@@ -124,12 +121,10 @@ def open_picture(file: BinaryIO) -> Image.Image:
 
 
 def add_jpeg_end(file: BinaryIO) -> BinaryIO:
-    """A JPEG file with an end marker added, as browsers read it; OSError if more than the marker is missing.
-
-    Other bytes in front of the marker change the pixels only if image data is missing.
-    """
+    """A JPEG file with an end marker added, as browsers read it; OSError if more than the marker is missing."""
     file.seek(0)
     data = file.read()
+    # Other bytes in front of the marker change the pixels only if image data is missing.
     filled = [io.BytesIO(data + filler + b"\xff\xd9") for filler in (b"", b"\x55" * 64)]
     if Image.open(filled[0]).tobytes() != Image.open(filled[1]).tobytes():
         raise OSError("image data is missing")
