@@ -35,12 +35,10 @@ def read_torchvision(spec: DataSet, folder: Path) -> dict[str, tuple[np.ndarray,
             raise UserError(f"{spec.source} needs another package: {error}") from error
         except (OSError, RuntimeError, EOFError) as error:  # a network, a disk, an archive
             url = getattr(dataset_class, "url", "its source")
-            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+            download = f"the download from {url} failed: {str(error) or type(error).__name__}"
             archive = f"put {dataset_class.filename} into {folder}, " if hasattr(dataset_class, "filename") else ""
-            raise UserError(
-                f"no complete {spec.source} in {folder}, and the download from {url} "
-                f"failed: {why}; rerun with a network, {archive}or give its folder with --data_path"
-            ) from error
+            advice = f"rerun with a network, {archive}or give its folder with --data_path"
+            raise UserError(f"no complete {spec.source} in {folder}, and {download}; {advice}") from error
     return arrays
 
 
@@ -52,9 +50,8 @@ def as_arrays(found: torchvision.datasets.VisionDataset, size: int = SIDE) -> tu
     pixels, labels = np.empty((len(found), size, size, 3), np.uint8), np.empty(len(found), np.int64)
     for i in range(len(found)):
         picture, labels[i] = found[i]
-        if min(picture.size) < size > SIDE:
-            raise UserError(
-                f"--size {size}: an image has {picture.width} x {picture.height} pixels: give a smaller --size"
-            )
+        width, height = picture.size
+        if min(width, height) < size > SIDE:
+            raise UserError(f"--size {size}: an image has {width} x {height} pixels: give a smaller --size")
         pixels[i] = square(picture, size)
     return pixels, labels

@@ -23,7 +23,6 @@ BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # TIFF tags
 # Pictures that Pillow alone may not read, by bytes 4 to 11 of the file.
 FORMATS = {b"ftyp" + brand: "HEIC/HEIF" for brand in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")}
 FORMATS |= {b"ftypavif": "AVIF", b"ftypavis": "AVIF"}
-BOMB = (Image.DecompressionBombWarning, Image.DecompressionBombError)
 
 
 def square(picture: Image.Image, size: int = SIDE) -> np.ndarray:
@@ -83,7 +82,7 @@ def read_picture(path: Path, smallest: int = SMALLEST, size: int = SIDE) -> np.n
                 if file.read(2) != b"\xff\xd8":  # not a JPEG
                     raise
                 return decode(add_jpeg_end(file), smallest, size)
-    except BOMB:
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         limit = f"{Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels"
         raise UserError(f"{path}: more than {limit}: make it smaller") from None
     except UserError as error:
