@@ -4,12 +4,12 @@ import contextlib
 import json
 import os
 import struct
-import tempfile
 import time
 import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -22,17 +22,12 @@ UNREADABLE += (zipfile.BadZipFile, zlib.error, struct.error)
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path that replaces `path` if the block succeeds.
-
-    At any moment `path` is the old file or the new one, whole; if it is a link, the file it leads to. A full disk or a
-    read-only folder is a UserError and leaves the old file.
-    """
+    """Yield a path that atomically replaces `path`, or the file it links to, after the block; UserError if it can't."""
     target = Path(os.path.realpath(path))
     make_folder(target.parent)
     try:
-        scratch_options = {"prefix": ".", "suffix": ".tmp", "ignore_cleanup_errors": True}
-        with tempfile.TemporaryDirectory(dir=target.parent, **scratch_options) as scratch:  # on the same disk
-            temporary = Path(scratch, "new")  # no name that a search for checkpoints would find
+        with TemporaryDirectory(dir=target.parent, prefix=".", suffix=".tmp", ignore_cleanup_errors=True) as scratch:
+            temporary = Path(scratch, "new")  # on the same disk; no name that a search for checkpoints would find
             yield temporary
             with open(temporary, "r+b") as file:  # Windows flushes only what it may write to
                 os.fsync(file.fileno())
