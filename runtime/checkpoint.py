@@ -26,10 +26,7 @@ def save(path: Path, content: dict) -> None:
 
 
 def load(path: Path) -> dict:
-    """What `save` wrote, tensors on the CPU, with its `path`; code in the file is never run.
-
-    UserError if the file is missing, damaged, or something else than a checkpoint of this project.
-    """
+    """What `save` wrote, on the CPU, with its `path`; UserError if it is anything else. Code in the file never runs."""
     return accept(load_any(path), path)
 
 
@@ -69,9 +66,8 @@ def load_weights(model: torch.nn.Module, content: dict) -> torch.nn.Module:
         model.load_state_dict(content["model"])
     except (RuntimeError, TypeError, AttributeError, KeyError) as error:
         why = textwrap.shorten(str(error).partition("\n")[2], 160) or "it was trained by another version"
-        raise UserError(
-            f"{content['path']} does not fit the model {type(model).__name__} ({why}): {RETRAIN}"
-        ) from error
+        model_name = type(model).__name__
+        raise UserError(f"{content['path']} does not fit the model {model_name} ({why}): {RETRAIN}") from error
     return model
 
 
