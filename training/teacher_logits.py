@@ -70,15 +70,9 @@ class TeacherLogits:
 
     def view_logits(self, k: int, views: Views, rows: torch.Tensor) -> torch.Tensor:
         """Logits (N, C) float16 on the device: row i is training image i in its k-th view, for all i in `rows`."""
-        count = int(rows.max()) + 1
-
-        def compute() -> torch.Tensor:
-            start, title = time.monotonic(), f"teacher's logits of view {k}"
-            classes = len(self.spec.classes)
-            found = compute_logits(self.model, lambda some: views.images(some, k), count, classes, self.runtime, title)
-            self.view_seconds = time.monotonic() - start
-            return found
-
+        count, classes, title = int(rows.max()) + 1, len(self.spec.classes), f"teacher's logits of view {k}"
+        images_of = partial(views.images, k=k)
+        compute = partial(compute_logits, self.model, images_of, count, classes, self.runtime, title)
         return self.cached(f"{k:02}.npz", count, compute).to(self.runtime.device)
 
     def test_logits(self, images: Images, holdout: int = 0) -> torch.Tensor:
@@ -106,8 +100,9 @@ class TeacherLogits:
                     raise UserError(f"can't use {path}: {error}; write it again, or give another --teacher") from error
                 logits = None
         if self.runtime.agree(logits is None)[0]:  # if one lacks them, all compute
+            start, failed = time.monotonic(), False
             logits = self.in_memory[name] = compute().half().numpy()
-            failed = False
+            self.view_seconds = time.monotonic() - start
             try:
                 if self.runtime.is_main:
                     write_logits(self.folder, name, logits, self.key)
