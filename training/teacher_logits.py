@@ -36,8 +36,8 @@ class TeacherLogits:
         else:
             self.model = load_model(content, runtime)
             self.fingerprint = checkpoint.fingerprint(content["model"])
-            if "epoch" in content:  # a guess until one is computed: the forward pass is a third of an epoch's work
-                self.view_seconds = content["seconds"] / content["epoch"] / 3
+            # A guess until one is computed: the forward pass is a third of an epoch's work.
+            self.view_seconds = content["seconds"] / content.get("epoch", 1) / 3
             facts = (VERSION, self.fingerprint, spec.fingerprint, spec.mean, spec.std, spec.flip, runtime.precision)
             self.key = checkpoint.fingerprint({}, *facts)
             self.folder = weights_path / f"{path.stem}_logits_{self.key}"
@@ -63,10 +63,8 @@ class TeacherLogits:
         """UserError if a folder of logits lacks one of the first `count` views, before hours of training."""
         missing = self.missing(count)
         if self.model is None and missing:
-            raise UserError(
-                f"{self.folder} lacks the logits of {len(missing)} of {count} views, the first is "
-                f"{missing[0]:02}.npz: write them (docs/own.md), or give a smaller --views"
-            )
+            lacks = f"lacks the logits of {len(missing)} of {count} views, the first is {missing[0]:02}.npz"
+            raise UserError(f"{self.folder} {lacks}: write them (docs/own.md), or give a smaller --views")
 
     def view_logits(self, k: int, views: Views, rows: torch.Tensor) -> torch.Tensor:
         """Logits (N, C) float16 on the device: row i is training image i in its k-th view, for all i in `rows`."""
@@ -119,12 +117,10 @@ class TeacherLogits:
 def read_logits(path: Path, key: str, count: int, classes: int) -> np.ndarray:
     """Logits (N, classes) float16, N >= count, of a file; ValueError that says why not if it has none."""
     logits = load_arrays(path, key).get("logits", np.empty(0))
-    if logits.dtype != np.float16 or logits.shape[1:] != (classes,):
-        raise ValueError("its logits are not (images, classes) in float16")
+    if logits.dtype != np.float16 or logits.shape[1:] != (classes,) or not np.isfinite(logits).all():
+        raise ValueError("its logits are not finite numbers (images, classes) in float16")
     if len(logits) < count:
         raise ValueError(f"it has the logits of {len(logits)} images, not {count}")
-    if not np.isfinite(logits).all():
-        raise ValueError("it has logits that are not finite")
     return logits
 
 
