@@ -71,11 +71,13 @@ class Data:
         if student_images is None:
             return rows
         if not classes <= student_images <= len(rows):
-            raise UserError(
-                f"--student_images {student_images}: give at least {classes}, one per class, and at most the "
-                f"{len(rows)} that are left"
-            )
-        return rows[rank_in_class(labels[rows]).argsort(stable=True)[:student_images]].sort().values
+            bounds = f"at least {classes}, one per class, and at most the {len(rows)} that are left"
+            raise UserError(f"--student_images {student_images}: give {bounds}")
+        labels = labels[rows]
+        earlier = torch.empty_like(labels)  # for each image the number of earlier ones of its class
+        for label in labels.unique():
+            earlier[labels == label] = torch.arange(int((labels == label).sum()))
+        return rows[earlier.argsort(stable=True)[:student_images]].sort().values
 
     def numbers_of(self, classes: tuple[str, ...]) -> torch.Tensor:
         """The numbers (K,) of classes; UserError if there is no such class."""
@@ -91,14 +93,6 @@ class Data:
             rows = self.rows(subset, holdout)
             return self.train[len(rows) : len(rows) + holdout]
         return self.test[: max(subset // 5, 1)] if subset else self.test
-
-
-def rank_in_class(labels: torch.Tensor) -> torch.Tensor:
-    """For each label (N,), the number of earlier occurrences of the same label (N,)."""
-    by_class, counts = labels.argsort(stable=True), labels.bincount()
-    rank = torch.empty_like(labels)
-    rank[by_class] = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[by_class]]
-    return rank
 
 
 def load_images(
