@@ -375,19 +375,16 @@ def plot_curves(log_path: Path, out_dir: Path) -> list[Path]:
     log_path, out_dir = Path(log_path), Path(out_dir)
     header, lines = parse_log(log_path.read_text())
     split, epochs = header["split"], [line["epoch"] for line in lines]
-    top5 = bool(lines) and "top5" in lines[0]["train"]
-    kd = header["run"]["loss"] is not None
     # For each panel the curves of a split's key in the log; "loss" on held-out images is the cross-entropy.
     figures = {
-        "accuracy": {"top-1 (%)": {"train": "top1", split: "top1"}}
-        | ({"top-5 (%)": {"train": "top5", split: "top5"}} if top5 else {}),
-        "loss": {"cross-entropy (nats)": {"train": "ce", split: "loss"}}
-        | ({"soft term (nats)": {"train": "kl"}} if kd else {}),
+        "accuracy": {"top-1 (%)": {"train": "top1", split: "top1"}, "top-5 (%)": {"train": "top5", split: "top5"}},
+        "loss": {"cross-entropy (nats)": {"train": "ce", split: "loss"}, "soft term (nats)": {"train": "kl"}},
     }
     paths = []
     for name, curves in figures.items():
-        panels = new_panels(f"{header['title']} on {header['run']['dataset']}: {name}", list(curves))
-        for axes, keys in zip(panels, curves.values(), strict=True):
+        shown = {label: keys for label, keys in curves.items() if all(keys["train"] in line["train"] for line in lines)}
+        panels = new_panels(f"{header['title']} on {header['run']['dataset']}: {name}", list(shown))
+        for axes, keys in zip(panels, shown.values(), strict=True):
             for colour, (which, key) in zip(COLOURS, keys.items(), strict=False):
                 axes.plot(epochs, [line[which][key] for line in lines], color=colour, marker=".", label=which)
         paths.append(save_figure(panels[0], out_dir / f"{log_path.stem}_{name}.png"))
