@@ -23,7 +23,6 @@ from runtime.files import writing
 from runtime.progress import Progress
 
 EVALUATION_BATCH = 500  # images of 32 x 32; as many pixels of larger ones
-FEW_CLASSES = 5  # with so few classes every image is right in the top 5
 DIGITS_IMAGES = {"train": 5000, "test": 2000}
 
 # ---------------------------------------------------------------------------------------------- data
@@ -273,7 +272,7 @@ def topk_correct(logits: torch.Tensor, targets: torch.Tensor, ks: tuple[int, ...
 def accuracies(logits: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
     """Top-1 and, of more than five classes, top-5 (0 to 1) of logits (B, C) and targets (B,)."""
     top1, top5 = (count / len(targets) for count in topk_correct(logits, targets).tolist())
-    return {"top1": top1} | ({"top5": top5} if logits.shape[1] > FEW_CLASSES else {})
+    return {"top1": top1} | ({"top5": top5} if logits.shape[1] > 5 else {})
 
 
 @torch.inference_mode()
@@ -295,8 +294,7 @@ def compute_logits(
             rows = torch.arange(start, start + step).clamp(max=count - 1)
             images = images_of(rows).contiguous(memory_format=runtime.memory_format)
             with runtime.autocast():
-                batch = model(images)
-            logits[start : start + step] = batch[: count - start]  # the device is not waited for
+                logits[start : start + step] = model(images)[: count - start]  # the device is not waited for
             if runtime.stop.number and runtime.world_size == 1:
                 raise Stopped(runtime.stop.number)
             progress.step()
