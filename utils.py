@@ -97,10 +97,7 @@ class Data:
 def load_images(
     name: str, folder: Path, runtime: Runtime, flip: bool | None = None, skip_broken: bool = False, size: int = SIDE
 ) -> Data:
-    """The data set `name` in `folder`, downloaded or drawn if it is missing; UserError if that fails.
-
-    The returned spec has the images' fingerprint and number, and mean and std if they were missing.
-    """
+    """The data set `name` in `folder`, downloaded or drawn if missing, its spec complete; UserError if that fails."""
     spec, notes = replace(DATA_SETS[name], size=size), []
     if not runtime.is_main:
         runtime.barrier()  # the first process downloads, others wait
@@ -154,10 +151,9 @@ def epoch_order(rows: torch.Tensor, seed: int, epoch: int) -> torch.Tensor:
 
 
 def epoch_view(count: int, flip: bool, seed: int, epoch: int) -> int:
-    """Which of its `count` views every image shows in an epoch, a function of (seed, epoch).
+    """Which of its `count` views each image shows in an epoch: all once, in random order, before one comes again.
 
-    All views are shown once, in random order, before one comes again. With `flip`, views 0, 2, 4, ... alternate with
-    1, 3, 5, ..., so that with an even `count` an image is mirrored in every other epoch (docs/recipe.md).
+    With `flip`, even views alternate with odd ones: an even `count` mirrors an image in every other epoch.
     """
     cycle, place = divmod(epoch, count)
     views = torch.randperm(count, generator=seeded_generator("views", seed, cycle))
@@ -169,9 +165,8 @@ def epoch_view(count: int, flip: bool, seed: int, epoch: int) -> int:
 class Views:
     """The random crops and mirror images of a training set: each image has its own 1st, 2nd, ... view.
 
-    A view is (dy * offsets + dx) * 2 + mirrored; images of 32 x 32 have 9 offsets along an axis. The k-th view of an
-    image depends only on its row and the size of the training set, so all seeds share it and the teacher's logits
-    for it.
+    A view is (dy * offsets + dx) * 2 + mirrored. An image's k-th view depends only on its row and the size of the
+    training set, so all seeds share it and the teacher's logits for it.
     """
 
     def __init__(self, images: Images, spec: DataSet, device: torch.device) -> None:
@@ -231,10 +226,7 @@ class Normaliser:
 
 
 def soft_target_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, temp: float) -> torch.Tensor:
-    """T^2 KL(teacher_T || student_T) of logits (B, C), a scalar in nats.
-
-    T^2 keeps the ratio of both gradients about constant over T (Hinton, Vinyals & Dean, 2014, section 2).
-    """
+    """T^2 KL(teacher_T || student_T) of logits (B, C), a scalar in nats (Hinton, Vinyals & Dean, 2014, section 2)."""
     student = F.log_softmax(student_logits / temp, dim=1)
     teacher = F.log_softmax(teacher_logits / temp, dim=1)
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temp**2
@@ -260,10 +252,7 @@ def kd_loss(
 
 
 def topk_correct(logits: torch.Tensor, targets: torch.Tensor, ks: tuple[int, ...] = (1, 5)) -> torch.Tensor:
-    """How many of logits (B, C) have their target (B,) among the k highest: one count per k, int64.
-
-    A tie counts against the target, and so does a NaN: constant logits are right nowhere.
-    """
+    """How many of logits (B, C) have their target (B,) among the k highest, int64 (K,); ties and NaN rank higher."""
     of_target = logits.gather(1, targets[:, None])
     ahead = (~(logits < of_target)).sum(1) - 1
     return torch.stack([(ahead < k).sum() for k in ks])
