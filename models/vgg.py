@@ -22,8 +22,6 @@ def initialise(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.01)
             nn.init.zeros_(module.bias)
@@ -37,7 +35,7 @@ def make_layers(rows: tuple[tuple[int, ...], ...], bias: bool) -> nn.Sequential:
         for width in row:
             layers += [Conv3x3(channels, width, bias), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
             if bias:  # it stays zero: batch norm cancels it, and its gradient is rounding noise
-                layers[-3].bias.requires_grad_(False)
+                nn.init.zeros_(layers[-3].bias).requires_grad_(False)
             channels = width
         layers.append(nn.MaxPool2d(2))
     return nn.Sequential(*layers)
