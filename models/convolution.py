@@ -6,12 +6,7 @@ from torch import nn
 
 
 class Conv3x3(nn.Conv2d):
-    """A 3 x 3 convolution that keeps the resolution: images (B, I, H, W) -> (B, O, H, W).
-
-    On a CPU, oneDNN is slow where maps are small and channels many, as in the last blocks of VGG19. There the nine
-    shifted maps are put side by side and multiplied by the weights, (B H W, 9 I) x (9 I, O), in the memory order of
-    channels_last. Autograd keeps these columns until the backward pass (docs/speed.md).
-    """
+    """A 3 x 3 convolution, (B, I, H, W) -> (B, O, H, W); of small maps on a CPU as a matrix product (docs/speed.md)."""
 
     product_up_to = 0  # the largest map side that is computed as a product; see `use_products`
 
@@ -22,6 +17,7 @@ class Conv3x3(nn.Conv2d):
         height, width = images.shape[2:]
         if max(height, width) > self.product_up_to:
             return super().forward(images)
+        # Nine shifted maps side by side times the weights, (B H W, 9 I) x (9 I, O), in the order of channels_last.
         padded = F.pad(images.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
         shifts = [padded[:, dy : dy + height, dx : dx + width] for dy in range(3) for dx in range(3)]
         weight = self.weight.permute(0, 2, 3, 1).flatten(1)
