@@ -56,8 +56,7 @@ class Data:
     ) -> torch.Tensor:
         """The rows of `train` (N,) to train on: the first `subset` (None: all) without the last `holdout` of these.
 
-        Then without the classes in `omit`, and of the rest `student_images` (None: all), the first of each class in
-        turn. UserError if that can't be done.
+        Of the classes not in `omit`, `student_images` (None: all), the first of each class in turn; UserError if few.
         """
         count = min(subset or len(self.train), len(self.train))
         if holdout >= count:
