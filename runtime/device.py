@@ -50,7 +50,7 @@ class Runtime:
 
     @property
     def max_product_side(self) -> int:
-        """Up to which map side convolutions are faster as matrix products (models/convolution.py), or 0.
+        """Up to which map side convolutions are faster as matrix products (models/vgg.py), or 0.
 
         Measured for VGG19's training, docs/speed.md; never by batch size, so that results stay reproducible.
         """

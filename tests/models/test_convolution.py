@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from models import build_model, use_products
-from models.convolution import Conv3x3
+from models.vgg import Conv3x3
 from runtime import device
 
 
