@@ -225,7 +225,10 @@ class Normaliser:
 
 
 def soft_target_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, temp: float) -> torch.Tensor:
-    """T^2 KL(teacher_T || student_T) of logits (B, C), a scalar in nats (Hinton, Vinyals & Dean, 2014, section 2)."""
+    """T^2 KL(teacher_T || student_T) of logits (B, C), a scalar in nats.
+
+    T^2 keeps the ratio of both gradients about constant over T (Hinton, Vinyals & Dean, 2014, section 2).
+    """
     student = F.log_softmax(student_logits / temp, dim=1)
     teacher = F.log_softmax(teacher_logits / temp, dim=1)
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temp**2
@@ -251,7 +254,7 @@ def kd_loss(
 
 
 def topk_correct(logits: torch.Tensor, targets: torch.Tensor, ks: tuple[int, ...] = (1, 5)) -> torch.Tensor:
-    """How many of logits (B, C) have their target (B,) among the k highest, int64 (K,); ties and NaN rank higher."""
+    """How many of logits (B, C) have their target (B,) among the k highest, int64 (K,); ties and NaN count as wrong."""
     of_target = logits.gather(1, targets[:, None])
     ahead = (~(logits < of_target)).sum(1) - 1
     return torch.stack([(ahead < k).sum() for k in ks])
