@@ -120,29 +120,24 @@ def measure_omitted(logits: torch.Tensor, labels: torch.Tensor, omitted: list[in
     return {name: values.mean().item() for name, values in parts.items() if len(values)}
 
 
-def central_probability(angle: float, freedom: int) -> float:
-    """The share of Student's distribution between -t and t, t = tan(angle) sqrt(freedom) (A&S, 26.7)."""
-    odd = freedom % 2
+def two_sided_p(t: float, freedom: int) -> float:
+    """The probability of a t at least as large, up or down, under Student's distribution (A&S, 26.7)."""
+    angle, odd = math.atan(abs(t) / math.sqrt(freedom)), freedom % 2
     term, total = math.cos(angle) if odd else 1.0, 0.0
     for i in range(odd, freedom - 1, 2):
         total += term
         term *= (i + 1) / (i + 2) * math.cos(angle) ** 2
-    share = math.sin(angle) * total
-    return 2 / math.pi * (angle + share) if odd else share
+    within = math.sin(angle) * total
+    return 1 - (2 / math.pi * (angle + within) if odd else within)
 
 
 def t_quantile(freedom: int) -> float:
     """The t for which 95 % of Student's distribution lie between -t and t, by bisection."""
-    low, high = 0.0, math.pi / 2
+    low, high = 0.0, 13.0  # the largest is 12.7, with one degree of freedom
     for _ in range(60):
-        angle = (low + high) / 2
-        low, high = (angle, high) if central_probability(angle, freedom) < 0.95 else (low, angle)
-    return math.tan(low) * math.sqrt(freedom)
-
-
-def two_sided_p(t: float, freedom: int) -> float:
-    """The probability of a t at least as large, up or down, under Student's distribution."""
-    return 1 - central_probability(math.atan(abs(t) / math.sqrt(freedom)), freedom)
+        t = (low + high) / 2
+        low, high = (t, high) if two_sided_p(t, freedom) > 0.05 else (low, t)
+    return low
 
 
 def paired_gain(gains: list[float]) -> dict:
