@@ -52,27 +52,20 @@ def baseline_batches(images: Images, spec: DataSet, batch_size: int, device: tor
         yield from loader
 
 
-def baseline_model(role: str, num_classes: int, device: torch.device) -> nn.Module:
-    """A role's network with the initialisation of torchvision's VGG (He et al., 2015), without the identity start."""
+def baseline_model(role: str, num_classes: int, device: torch.device, lr: float) -> tuple[nn.Module, torch.optim.SGD]:
+    """A role's network with the initialisation of torchvision's VGG (He et al., 2015), and SGD for all its weights."""
     model = build_model(role, num_classes)
-    initialise(model)
-    return model.to(device)
-
-
-def baseline_optimizer(model: nn.Module, lr: float) -> torch.optim.SGD:
-    """SGD for all weights."""
-    return torch.optim.SGD(model.parameters(), lr=lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+    initialise(model)  # without the identity start
+    model.to(device)
+    return model, torch.optim.SGD(model.parameters(), lr=lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
 
 
 def baseline_steps(
     model, optimizer, batches: Iterator, device: torch.device, steps: int, teacher=None, schedule=None
-) -> float:
-    """Train for `steps` steps, with KD at T = 5 if there is a teacher; the running accuracy (0 to 1).
-
-    `schedule` is one of torch's, which sets the learning rate of the next step.
-    """
+) -> None:
+    """Train for `steps` steps, with KD at T = 5 if there is a teacher; `schedule` is a learning rate scheduler."""
     model.train()
-    running_loss, correct, total = 0.0, 0, 0
+    running_loss, correct = 0.0, 0  # the tutorials print them: each step waits for the device
     for _ in range(steps):
         images, labels = next(batches)
         images, labels = images.to(device), labels.to(device)
@@ -90,5 +83,3 @@ def baseline_steps(
             schedule.step()
         running_loss += loss.item()
         correct += (outputs.argmax(1) == labels).sum().item()
-        total += len(labels)
-    return correct / total

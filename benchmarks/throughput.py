@@ -24,7 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from baseline_loop import baseline_batches, baseline_model, baseline_optimizer, baseline_steps
+from baseline_loop import baseline_batches, baseline_model, baseline_steps
 from ours import on_device
 
 import config
@@ -115,8 +115,7 @@ class Bench:
     def baseline(self, role: str, kd: bool = False) -> Job:
         """Some steps of the baseline loop, images per second."""
         steps, device = self.steps["teacher" if kd else role], self.runtime.device
-        model = baseline_model(role, 10, device)
-        optimizer = baseline_optimizer(model, lr=1e-4)
+        model, optimizer = baseline_model(role, 10, device, lr=1e-4)
         teacher = build_model("teacher").to(device).eval() if kd else None
 
         def job() -> float:

@@ -97,8 +97,7 @@ class Bench:
         torch.manual_seed(settings["seed"])
         device, spec, epochs = self.runtime.device, self.data.spec, settings["num_epochs"]
         torch.backends.cudnn.allow_tf32 = True  # torch's default; our side in float32 does without
-        model = baseline.baseline_model(settings["role"], len(spec.classes), device)
-        optimizer = baseline.baseline_optimizer(model, settings["lr"])
+        model, optimizer = baseline.baseline_model(settings["role"], len(spec.classes), device, settings["lr"])
         images, steps = self.data.train[self.rows], len(self.rows) // baseline.BATCH_SIZE
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: lr_factor(step, steps * epochs, settings["warm_up"])
