@@ -25,7 +25,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from baseline_loop import baseline_batches, baseline_model, baseline_steps
-from ours import on_device
 
 import config
 from data_sets import DATA_SETS, SIDE
@@ -33,7 +32,9 @@ from evaluation.report import table
 from models import build_model, use_products
 from runtime.cli import Parser, file_name
 from runtime.device import Runtime, device_title, processor
+from runtime.errors import exit_code
 from runtime.files import write_json
+from runtime.processes import start
 from train import train_epoch
 from training.files import RunFiles
 from training.losses import LOSSES
@@ -183,14 +184,16 @@ def rows_table(rows: list[dict]) -> str:
     return table(["ours / theirs", "ours", "theirs", "unit", "ratio"], cells)
 
 
-def report(bench: Bench, json_path: Path | None) -> None:
+def report(options: dict[str, config.TrainOptions], arguments) -> None:
     """Measure everything, print the table and write the rows."""
-    rows = measure(bench)
-    hardware = {"processor": processor(), "cores": os.cpu_count(), "device": device_title(bench.runtime)}
+    student = options["student"]
+    with start(student.device, student.precision, student.deterministic) as runtime:
+        rows = measure(Bench(options, runtime, arguments.quick))
+        hardware = {"processor": processor(), "cores": os.cpu_count(), "device": device_title(runtime)}
     print(f"{hardware['processor']}, {hardware['cores']} cores; {hardware['device']}; torch {torch.__version__}\n")
     print(rows_table(rows))
-    if json_path:
-        write_json(json_path, {"rows": rows, "hardware": hardware, "torch": str(torch.__version__)})
+    if arguments.json:
+        write_json(arguments.json, {"rows": rows, "hardware": hardware, "torch": str(torch.__version__)})
 
 
 def main() -> int:
@@ -204,10 +207,7 @@ def main() -> int:
         options = {"student": config.parse_train(words), "teacher": config.parse_train(["--tto", "True", *words])}
         if options["student"].dataset != "cifar10":
             parser.error("the images are CIFAR-10's: leave --dataset out")
-
-        return on_device(
-            options["student"], lambda runtime: report(Bench(options, runtime, arguments.quick), arguments.json)
-        )
+        return exit_code(lambda: report(options, arguments))
 
 
 if __name__ == "__main__":

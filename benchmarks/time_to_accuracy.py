@@ -25,18 +25,19 @@ from matplotlib.ticker import LogLocator, NullFormatter
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import baseline_loop as baseline
-from ours import on_device, train_whole
 
 import config
 from evaluation.report import table
 from runtime.cli import Parser, file_name, number
 from runtime.device import Runtime, device_title, machine
-from runtime.errors import UserError
+from runtime.errors import UserError, exit_code
 from runtime.files import write_json
+from runtime.processes import start
+from train import train_epoch
 from training.files import RunFiles
 from training.plan import plan
 from training.run import Run
-from utils import COLOURS, Views, evaluate, load_images, new_panels, save_figure
+from utils import COLOURS, Views, epoch_view, evaluate, load_images, new_panels, save_figure
 
 QUICK_IMAGES = {"teacher": 1_000, "student": 4_000}
 # Peak learning rates: 0.1 for every network in both repositories that baseline_loop.py follows, and half of it for VGGs
@@ -86,11 +87,17 @@ class Bench:
 
     def train_ours(self, settings: dict) -> tuple[torch.nn.Module, float, Runtime]:
         """The model that train.py's loop trains, its seconds, and the runtime to evaluate it in."""
-        run = replace(self.run, num_epochs=settings["num_epochs"])
-        files = RunFiles(self.folder, self.folder, run.stem)
-        ours = Run(run, self.runtime, self.data.spec, len(self.rows), files)
-        seconds = train_whole(ours, Views(self.data.train, self.data.spec, self.runtime.device), self.rows)
-        return ours.model, seconds, self.runtime
+        config, seconds = replace(self.run, num_epochs=settings["num_epochs"]), 0.0
+        files = RunFiles(self.folder, self.folder, config.stem)
+        run = Run(config, self.runtime, self.data.spec, len(self.rows), files)
+        views = Views(self.data.train, self.data.spec, self.runtime.device)
+        while run.epoch < config.num_epochs:
+            k = epoch_view(config.views, config.flip, config.seed, run.epoch)
+            train_epoch(run, views, self.rows, k, None)
+            run.count_time()
+            seconds += run.seconds
+            run.begin_epoch(run.epoch + 1)
+        return run.model, seconds, self.runtime
 
     def train_baseline(self, settings: dict) -> tuple[torch.nn.Module, float, Runtime]:
         """The same for the baseline loop; the DataLoader's start-up is not timed."""
@@ -104,10 +111,10 @@ class Bench:
         )
         with contextlib.closing(baseline.baseline_batches(images, spec, baseline.BATCH_SIZE, device)) as endless:
             batches = itertools.chain([next(endless)], endless)
-            start = time.perf_counter()
+            begun = time.perf_counter()
             baseline.baseline_steps(model, optimizer, batches, device, steps * epochs, schedule=schedule)
             self.runtime.synchronize()
-            seconds = time.perf_counter() - start
+            seconds = time.perf_counter() - begun
         torch.backends.cudnn.allow_tf32 = False
         return model, seconds, replace(self.runtime, autocast_dtype=None)
 
@@ -227,19 +234,20 @@ def parse(argv: list[str] | None, folder: str) -> tuple:
     return arguments, config.parse_train(words)
 
 
-def compare(arguments, options: config.TrainOptions, runtime: Runtime) -> None:
+def compare(arguments, options: config.TrainOptions) -> None:
     """Do the trainings, print both tables and draw the figure."""
-    bench = Bench(options, arguments.images, runtime)
-    wanted = []
-    for epochs in arguments.lengths:  # the sides take turns: other load on the machine affects both
-        wanted += [bench.settings("ours", epochs)]
-        wanted += [bench.settings("baseline", epochs, lr) for lr in arguments.baseline_lr]
-    with contextlib.redirect_stdout(sys.stderr):  # progress
-        results = run_all(wanted, bench.train, arguments.json)
-    best = best_curves(results)
-    what = f"{bench.run.role} on {len(bench.rows):,} images of {bench.run.dataset}"
-    print(f"{what}, {len(bench.held_out):,} held out, seed {bench.run.seed}; {device_title(runtime)}")
-    print(f"ours in {runtime.precision}, the baseline loop in float32; torch {torch.__version__}\n\n{tables(best)}")
+    with start(options.device, options.precision, options.deterministic) as runtime:
+        bench = Bench(options, arguments.images, runtime)
+        wanted = []
+        for epochs in arguments.lengths:  # the sides take turns: other load on the machine affects both
+            wanted += [bench.settings("ours", epochs)]
+            wanted += [bench.settings("baseline", epochs, lr) for lr in arguments.baseline_lr]
+        with contextlib.redirect_stdout(sys.stderr):  # progress
+            results = run_all(wanted, bench.train, arguments.json)
+        best = best_curves(results)
+        what = f"{bench.run.role} on {len(bench.rows):,} images of {bench.run.dataset}"
+        print(f"{what}, {len(bench.held_out):,} held out, seed {bench.run.seed}; {device_title(runtime)}")
+        print(f"ours in {runtime.precision}, the baseline loop in float32; torch {torch.__version__}\n\n{tables(best)}")
     if arguments.figure:
         print(f"\nsaved {plot(best, what.capitalize(), arguments.figure)}")
 
@@ -248,7 +256,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the benchmark with `argv` (None: the command line); the exit code."""
     with tempfile.TemporaryDirectory() as folder:
         arguments, options = parse(argv, folder)
-        return on_device(options, lambda runtime: compare(arguments, options, runtime))
+        return exit_code(lambda: compare(arguments, options))
 
 
 if __name__ == "__main__":
