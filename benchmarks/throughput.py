@@ -44,7 +44,7 @@ from training.runs import RunConfig
 from utils import EVALUATION_BATCH, Images, Views, compute_logits, epoch_order
 
 IMAGES = 50_000  # of CIFAR-10's training set
-Job = Callable[[], float]  # runs once and returns a rate: images or steps per second
+Job = Callable[[], float]  # runs once and returns its images per second
 
 
 class Bench:
@@ -79,10 +79,7 @@ class Bench:
 
         def job() -> float:
             run.begin_epoch(run.epoch + 1)
-            start = time.perf_counter()
-            train_epoch(run, views, rows, 0, logits)
-            self.runtime.synchronize()
-            return len(rows) / (time.perf_counter() - start)
+            return self.rate(len(rows), lambda: train_epoch(run, views, rows, 0, logits))
 
         return job
 
@@ -92,47 +89,42 @@ class Bench:
         teacher.to(self.runtime.device, memory_format=self.runtime.memory_format)
         count = 10 * EVALUATION_BATCH if self.runtime.device.type == "cuda" else EVALUATION_BATCH
         views = Views(self.images[:count], self.spec, self.runtime.device)
-
-        def job() -> float:
-            start = time.perf_counter()
-            compute_logits(teacher, lambda rows: views.images(rows, 0), count, 10, self.runtime)
-            return count / (time.perf_counter() - start)
-
-        return job
+        return lambda: self.rate(
+            count, lambda: compute_logits(teacher, lambda rows: views.images(rows, 0), count, 10, self.runtime)
+        )
 
     def loader(self) -> Job:
         """The views of an epoch in batches, images per second."""
         views, epochs = Views(self.images, self.spec, self.runtime.device), itertools.count()
 
-        def job() -> float:
-            start = time.perf_counter()
+        def load_epoch() -> None:
             for batch in epoch_order(torch.arange(IMAGES), 0, next(epochs)).split(self.batch_size):
                 views.images(batch, 0)
-            self.runtime.synchronize()
-            return IMAGES / (time.perf_counter() - start)
 
-        return job
+        return lambda: self.rate(IMAGES, load_epoch)
 
     def baseline(self, role: str, kd: bool = False) -> Job:
         """Some steps of the baseline loop, images per second."""
         steps, device = self.steps["teacher" if kd else role], self.runtime.device
         model, optimizer = baseline_model(role, 10, device, lr=1e-4)
         teacher = build_model("teacher").to(device).eval() if kd else None
-
-        def job() -> float:
-            self.runtime.synchronize()
-            start = time.perf_counter()
-            baseline_steps(model, optimizer, self.batches, device, steps, teacher)
-            return steps * self.batch_size / (time.perf_counter() - start)
-
-        return job
+        return lambda: self.rate(
+            steps * self.batch_size, lambda: baseline_steps(model, optimizer, self.batches, device, steps, teacher)
+        )
 
     def baseline_loader(self) -> float:
         """A job: batches of the DataLoader; what its workers have prepared is taken first, untimed."""
         list(itertools.islice(self.batches, 8))
+        count = 5 * self.repeats
+        return self.rate(count * self.batch_size, lambda: list(itertools.islice(self.batches, count)))
+
+    def rate(self, images: int, work: Callable[[], object]) -> float:
+        """Images per second of some work."""
+        self.runtime.synchronize()
         start = time.perf_counter()
-        count = len(list(itertools.islice(self.batches, 5 * self.repeats)))
-        return count * self.batch_size / (time.perf_counter() - start)
+        work()
+        self.runtime.synchronize()
+        return images / (time.perf_counter() - start)
 
     def medians(self, jobs: dict[str, Job]) -> dict[str, float]:
         """Each job's median rate over the repeats, in which all take turns; the first turn is not counted."""
