@@ -1,7 +1,7 @@
 """Accuracy over seconds of training: this project and the baseline loop, on held-out training images.
 
     python benchmarks/time_to_accuracy.py --role teacher --images 10000 --json results.json --figure teacher.png
-    python benchmarks/time_to_accuracy.py --quick         a rough one in a few minutes
+    python benchmarks/time_to_accuracy.py --images 1000 --lengths 1 2    a rough one in a few minutes
     python benchmarks/time_to_accuracy.py --device cuda   further options are train.py's, for our side
 
 Both sides train on the same images at each of --lengths, every length with its own learning rate schedule; the last
@@ -39,7 +39,6 @@ from training.plan import plan
 from training.run import Run
 from utils import COLOURS, Views, epoch_view, evaluate, load_images, new_panels, save_figure
 
-QUICK_IMAGES = {"teacher": 1_000, "student": 4_000}
 # Peak learning rates: 0.1 for every network in both repositories that baseline_loop.py follows, and half of it for VGGs
 # in chengyangfu/pytorch-vgg-cifar10. Sixteen layers without shortcuts may learn nothing without a warm-up.
 BASELINE_LR, BASELINE_WARM_UP = {"teacher": 0.05, "student": 0.1}, {"teacher": 0.1, "student": 0.0}
@@ -220,17 +219,14 @@ def parse(argv: list[str] | None, folder: str) -> tuple:
     at_least_a_batch = number(int, at_least=baseline.BATCH_SIZE)
     parser.add_argument("--images", type=at_least_a_batch, help="train on the first N (default: all but a tenth)")
     parser.add_argument("--baseline_lr", type=number(float, above=0), nargs="+", help="peak rates of the baseline loop")
-    parser.add_argument("--quick", action="store_true", help="a few minutes: lengths 1 2 and few images")
     parser.add_argument("--json", type=file_name, help="file for the finished trainings")
     parser.add_argument("--figure", type=file_name, help="file for the figure, .png")
     arguments, further = parser.parse_known_args(argv)
     if any(word.startswith(SETTLED) for word in further):
         parser.error("see --role, --lengths and --images, which replace options of train.py")
     words = [*further, f"--tto={arguments.role == 'teacher'}", f"--weights_path={folder}", f"--plots_path={folder}"]
-    arguments.lengths = sorted(set(arguments.lengths or ((1, 2) if arguments.quick else (1, 2, 4, 8))))
+    arguments.lengths = sorted(set(arguments.lengths or (1, 2, 4, 8)))
     arguments.baseline_lr = arguments.baseline_lr or [BASELINE_LR[arguments.role]]
-    if arguments.quick and arguments.images is None:
-        arguments.images = QUICK_IMAGES[arguments.role]
     return arguments, config.parse_train(words)
 
 
