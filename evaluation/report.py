@@ -84,8 +84,7 @@ def per_class_lines(shares: list[float | None], classes: tuple[str, ...]) -> lis
 
 def bias_text(numbers: dict, omitted: tuple[str, ...]) -> str:
     """The table of top-1 with omitted classes, as it is and corrected, from what `measure_checkpoint` says."""
-    prefixes = {"as it is": "", "after the bias correction": "corrected_"}
-    prefixes = {title: prefix for title, prefix in prefixes.items() if f"{prefix}top1_others" in numbers}
+    prefixes = {"as it is": ""} | ({"after the bias correction": "corrected_"} if "bias" in numbers else {})
     rows = []
     for title, key in {"all classes": "top1", "omitted": "top1_omitted", "others": "top1_others"}.items():
         if key in numbers:

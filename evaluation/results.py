@@ -54,7 +54,9 @@ def collect(contents: list[dict]) -> dict:
             numbers["bias"] = [statistics.mean(values) for values in zip(*(m["bias"] for m in measured), strict=True)]
         results["rows"].append(numbers)
         if runs[0].kd:
-            numbers |= {"temp": runs[0].temp, **teacher_softness(row)}
+            softness = [parse_log(content["log"])[1][0]["teacher"] for content in row]  # in the first epochs
+            means = {f"teacher_{key}": statistics.mean(values[key] for values in softness) for key in softness[0]}
+            numbers |= {"temp": runs[0].temp} | means
             if gains := paired_differences(row, contents, is_baseline_of):
                 results["gains"].append({"model": label, **paired_gain(gains)})
             else:
@@ -67,12 +69,6 @@ def collect(contents: list[dict]) -> dict:
     for gain, significant in zip(tested, holm([gain["p"] for gain in tested]), strict=True):
         gain["significant"] = significant
     return results
-
-
-def teacher_softness(row: list[dict]) -> dict[str, float]:
-    """The mean softness of the teacher's outputs at the temperature of a row, in the first epochs of its logs."""
-    found = [parse_log(content["log"])[1][0]["teacher"] for content in row]
-    return {f"teacher_{key}": statistics.mean(numbers[key] for numbers in found) for key in found[0]}
 
 
 def paired_differences(row: list[dict], others: list[dict], are_paired: Callable) -> list[float]:
@@ -90,15 +86,14 @@ def paired_differences(row: list[dict], others: list[dict], are_paired: Callable
 
 def points(gain: dict) -> str:
     """A gain in points with its 95 % interval, which a single pair lacks."""
-    return "{:+.2f}".format(round(gain["mean"], 2) + 0.0) + (
-        " ({:+.2f} to {:+.2f})".format(*gain["ci"]) if "ci" in gain else " (one pair)"
-    )
+    interval = "{:+.2f} to {:+.2f}".format(*gain["ci"]) if "ci" in gain else "one pair"
+    return f"{round(gain['mean'], 2) + 0.0:+.2f} ({interval})"  # not -0.00
 
 
 def gain_text(gain: dict) -> str:
     """A gain of KD in a sentence."""
-    mean = round(gain["mean"], 2) + 0.0  # not -0.00
-    text = f"{gain['model']} gains {mean:+.2f} points of top-1 over the same-seed baseline without KD"
+    mean = points(gain).partition(" ")[0]
+    text = f"{gain['model']} gains {mean} points of top-1 over the same-seed baseline without KD"
     if "ci" not in gain:
         return f"{text} (one pair, no interval: --seeds 3 gives one)"
     low, high = gain["ci"]
@@ -115,7 +110,6 @@ def verdict(gain: dict) -> str:
 
 def results_text(results: dict) -> str:
     """What `collect` returns as a Markdown table, with sentences on gains and notes."""
-
     gains, rows = {gain["model"]: points(gain) for gain in results["gains"]}, []
     for row in results["rows"]:
         cells = {"Model": row["model"] + (f" {OTHER_MACHINES}" if "machines" in row else "")}
