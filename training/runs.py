@@ -173,16 +173,15 @@ def differences(run: RunConfig, other: RunConfig, ignoring: set[str] = frozenset
 def describe_differences(run: RunConfig, other: RunConfig, ignoring: set[str] = frozenset()) -> str:
     """In what `run` differs from another, in words: `num_epochs 30, not 16`."""
     names = differences(run, other, ignoring)
-    return "; ".join(f"{field_text(run, name)}, not {field_text(other, name, '')}" for name in names)
+    return "; ".join(f"{name} {value_text(run, name)}, not {value_text(other, name)}" for name in names)
 
 
-def field_text(run: RunConfig, name: str, label: str | None = None) -> str:
-    """A field in words."""
+def value_text(run: RunConfig, name: str) -> str:
+    """A field's value in words."""
     value = getattr(run, name)
-    is_hash = name in ("teacher", "images", "student_layers") and re.fullmatch("[0-9a-f]{16}", value or "")
-    value = value[:8] if is_hash else value
-    value = typed(value) or "none" if isinstance(value, (tuple, float)) else value
-    return f"{name if label is None else label} {value}".strip()
+    if re.fullmatch("[0-9a-f]{16}", str(value)):  # a hash
+        return value[:8]
+    return typed(value) or "none" if isinstance(value, (tuple, float)) else str(value)
 
 
 def is_baseline_of(run: RunConfig, other: RunConfig) -> bool:
@@ -225,6 +224,6 @@ def labels(runs: list[RunConfig]) -> list[str]:
     for run in runs:
         rivals = [other for other in runs if other.title == run.title]
         names = {name for rival in rivals for name in differences(run, rival, {"seed"})}
-        apart = [f.name for f in fields(RunConfig) if f.name in names]
-        found.append(", ".join([run.title, *(field_text(run, name) for name in apart)]))
+        apart = [f"{f.name} {value_text(run, f.name)}" for f in fields(RunConfig) if f.name in names]
+        found.append(", ".join([run.title, *apart]))
     return found
