@@ -181,12 +181,12 @@ def plot_omitted(contents: list[dict], path: Path) -> Path | None:
     return save_figure(figure.axes[0], path)
 
 
-def lines_of(results: dict, key: str, words: Callable[[float], str]) -> dict[str, list[dict]]:
-    """The rows of a table that have a number `key`, in its order, by their label without its `words`."""
+def lines_of(rows: list[dict], key: str, words: Callable[[float], str], least: int) -> dict[str, list[dict]]:
+    """The rows with a number `key`, in its order, by their label without its `words`; a line has `least` or more."""
     lines: dict[str, list[dict]] = {}
-    for row in sorted((row for row in results["rows"] if key in row), key=lambda row: row[key]):
+    for row in sorted((row for row in rows if key in row), key=lambda row: row[key]):
         lines.setdefault(row["model"].replace(words(row[key]), ""), []).append(row)
-    return lines
+    return {title: line for title, line in lines.items() if len(line) >= least}
 
 
 @matplotlib.style.context("default")
@@ -195,9 +195,8 @@ def plot_images(results: dict, path: Path) -> Path | None:
 
     A line is the mean of the seeds, on a band from the lowest to the highest.
     """
-    lines = lines_of(results, "student_images", lambda count: f", {count:,} images")
-    counts = sorted({row["student_images"] for rows in lines.values() for row in rows})
-    if len(counts) < 2:
+    lines = lines_of(results["rows"], "student_images", lambda count: f", {count:,} images", least=2)
+    if not lines:
         return None
     (axes,) = new_panels("Students of a teacher that has seen all images", ["top-1 accuracy (%)"])
     for colour, (title, rows) in zip(itertools.cycle(COLOURS), lines.items(), strict=False):
@@ -206,6 +205,7 @@ def plot_images(results: dict, path: Path) -> Path | None:
         seeds = [row.get("top1_of_seeds", [row["top1"]]) for row in rows]
         axes.fill_between(of_line, [*map(min, seeds)], [*map(max, seeds)], color=colour, alpha=0.2, linewidth=0)
     axes.set(xscale="log", xlabel="training images of the student")
+    counts = sorted({row["student_images"] for rows in lines.values() for row in rows})
     axes.set_xticks(counts, [f"{count:,}" for count in counts])
     axes.minorticks_off()
     return save_figure(axes, path)
@@ -218,9 +218,8 @@ def plot_temperatures(results: dict, path: Path) -> Path | None:
     None unless a line has three temperatures or more.
     """
     gains = {gain["model"]: gain for gain in results["gains"]}
-    known = {"rows": [row for row in results["rows"] if row["model"] in gains and "teacher_entropy" in row]}
-    lines = lines_of(known, "temp", lambda temp: f", Temp = {format_number(temp)}")
-    lines = {title: rows for title, rows in lines.items() if len(rows) > 2}
+    known = [row for row in results["rows"] if row["model"] in gains]
+    lines = lines_of(known, "temp", lambda temp: f", Temp = {format_number(temp)}", least=3)
     if not lines:
         return None
     above, below = new_figure(5.4).subplots(2, sharex=True, height_ratios=(3, 2))
