@@ -15,7 +15,7 @@ from matplotlib.patches import Patch
 from evaluation.comparison import rows_of
 from evaluation.measures import BINS, reliability
 from runtime.cli import format_number
-from training.runs import row_order, run_from
+from training.runs import run_from
 from utils import COLOURS, new_figure, new_panels, parse_log, save_figure
 
 PICTURES_SHOWN = 12  # in one figure: more make it too tall
@@ -124,12 +124,10 @@ def plot_pictures(pixels: list, names: list[str], answers: dict, classes: tuple[
 
 @matplotlib.style.context("default")
 def plot_comparison(contents: list[dict], path: Path) -> Path:
-    """Draw top-1 (%) and cross-entropy (nats) over the epochs of finished runs on one data set; the path.
+    """Draw top-1 (%) and cross-entropy (nats) over the epochs of a table's runs, seeds as a mean on a band; the path.
 
-    Runs that differ in the seed alone are one line, their mean, on a band from the least to the most. Left out are a
-    teacher without a log (a plain state dict) and one whose log is of other images than its students'.
+    A teacher without a log (a plain state dict), or with one of other images than its students', is left out.
     """
-    contents = sorted(contents, key=lambda content: row_order(run_from(content["run"])))
     last = run_from(contents[-1]["run"])
     images = last.subset, last.holdout
     contents = [c for c in contents if c["log"] and (c["run"]["subset"], c["run"]["holdout"]) == images]
