@@ -66,13 +66,12 @@ def find_checkpoint(options: config.TestOptions, runtime: Runtime) -> dict:
         return finished(content)
     name = name_of(options)
     path = options.weights_folder / f"{name.stem}.pt"
-    shared = options.weights_path / path.name  # the teacher of --all
-    if options.tto and shared.exists() and not path.exists():
-        path = shared
+    if options.tto and not path.exists():
+        path = options.weights_path / path.name  # the teacher of --all
     if options.tto and options.teacher:
         path = options.teacher
-    if path == options.teacher and not path.exists():
-        raise UserError(f"no teacher {path}: check the name that --teacher gives")
+        if not path.exists():
+            raise UserError(f"no teacher {path}: check the name that --teacher gives")
     published = PUBLISHED / options.dataset / path.name
     if not path.exists() and published.exists() and not options.folders("weights_path", "name"):
         runtime.print(f"{path} does not exist: evaluating the published {published}")
