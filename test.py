@@ -53,10 +53,7 @@ PUBLISHED = Path(__file__).resolve().parent / "results"
 
 
 def find_checkpoint(options: config.TestOptions, runtime: Runtime) -> dict:
-    """The checkpoint to evaluate: --checkpoint, or the run that the options name, or the published one of that name.
-
-    UserError if there is none, or if it is damaged or holds something else.
-    """
+    """The checkpoint that the options name, or the published one of that name; UserError if it can't be evaluated."""
     if options.checkpoint:
         content = checkpoint.load(options.checkpoint)
         if options.student and not run_from(content["run"]).student:
@@ -178,22 +175,19 @@ def compare(options: config.TestOptions, runtime: Runtime) -> None:
     data = load_images(options.dataset, options.data_path, runtime, None, options.skip_broken, options.size)
     for note in data.notes:
         runtime.print(note)
-    how = {"student": options.student, "precision": options.precision}
-    shown = measure_all(contents, name, data, runtime, cost=True, **how)
+    shown = measure_all(contents, name, data, runtime, cost=True, student=options.student, precision=options.precision)
     if not shown:
         command = name.command("train.py --all True", **options.folders("data_path", "weights_path", "name"))
-        raise UserError(
-            f"no finished checkpoint of {options.dataset} in {options.weights_folder}: train some with `{command}`, "
-            "or give --weights_path"
-        )
+        where = f"{options.dataset} in {options.weights_folder}"
+        raise UserError(f"no finished checkpoint of {where}: train some with `{command}`, or give --weights_path")
     if runtime.is_main:
         results.publish(shown, options.plots_folder / f"comparison_{options.dataset}{name.images_suffix}")
 
 
 def find_checkpoints(options: config.TestOptions, runtime: Runtime) -> list[dict]:
-    """The data set's finished checkpoints anywhere below --weights_path, or below its --name folder, teachers first.
+    """The data set's finished checkpoints below --weights_path and its --name folder, teachers first; others are named.
 
-    With --teacher, that teacher, its students and those without KD. What can't be read is reported and left out.
+    With --teacher, that teacher, its students and those without KD.
     """
     contents, paths = [], sorted(options.weights_folder.rglob("*.pt"))
     for path in dict.fromkeys([*paths, *filter(None, [options.teacher])]):
@@ -221,10 +215,7 @@ def find_checkpoints(options: config.TestOptions, runtime: Runtime) -> list[dict
 
 
 def classify(options: config.TestOptions, runtime: Runtime) -> None:
-    """Print the classes of pictures by the model and its teacher, and draw them.
-
-    With --soften, by the model alone, at several temperatures, with its softness over all pictures.
-    """
+    """Print and draw the classes of pictures by the model and its teacher, with --soften by the model at each T."""
     contents = [find_checkpoint(options, runtime)]
     run, spec = run_from(contents[0]["run"]), spec_of(contents[0])
     images, rows, names = read_pictures(options, contents[0], runtime)
