@@ -51,7 +51,6 @@ class Bench:
     """Images and sizes of this benchmark, and the jobs that it times."""
 
     def __init__(self, options: dict[str, config.TrainOptions], runtime: Runtime, quick: bool) -> None:
-        """`options` by role."""
         self.options, self.runtime = options, runtime
         self.repeats = 3 if quick else 7
         steps = {"teacher": 3, "student": 12} if runtime.device.type == "cpu" else {"teacher": 45, "student": 45}

@@ -44,7 +44,6 @@ from utils import COLOURS, Views, epoch_view, evaluate, load_images, new_panels,
 BASELINE_LR, BASELINE_WARM_UP = {"teacher": 0.05, "student": 0.1}, {"teacher": 0.1, "student": 0.0}
 SETTLED = ("--tto", "--kd", "--all", "--nu", "--sub", "--hold", "--weights", "--plot", "--size", "--omit", "--student")
 SIDES = {"ours": "ours", "baseline": "baseline loop"}
-Curve = list[tuple[float, float]]  # seconds and top-1 (%), from short to long trainings
 
 
 def lr_factor(step: int, total: int, warm_up: float) -> float:
@@ -151,11 +150,8 @@ def best_curves(results: list[dict]) -> dict[str, list[tuple[int, float, float, 
     return {side: [best[key] for key in sorted(best) if key[0] == side] for side in SIDES}
 
 
-def time_to(curve: Curve, target: float) -> tuple[float, float]:
-    """The least and the most seconds to a top-1 (%), by interpolation in log seconds; nothing is extrapolated.
-
-    Below the first point it took at most that long, above all points it takes longer than the last.
-    """
+def time_to(curve: list[tuple[float, float]], target: float) -> tuple[float, float]:
+    """The least and the most seconds to a top-1 (%), interpolated in log seconds; 0 before the curve, inf after it."""
     reached = next((i for i, (_, top1) in enumerate(curve) if top1 >= target), None)
     if reached is None:
         return curve[-1][0], math.inf

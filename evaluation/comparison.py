@@ -32,18 +32,14 @@ def as_trained(runtime: Runtime, run: RunConfig, precision: str = "auto") -> Run
 def measure_checkpoint(
     model: torch.nn.Module, content: dict, images: Images, data: Data, runtime: Runtime
 ) -> tuple[torch.Tensor, dict]:
-    """The logits (N, C) of a checkpoint for the images to evaluate it on, and their metrics.
-
-    With omitted classes, also top-1 on these and on the others, before and after the bias correction, which needs the
-    student's training images.
-    """
+    """A checkpoint's logits (N, C) of images and their metrics; with omitted classes also top-1 on these and others."""
     run, spec, targets = run_from(content["run"]), spec_of(content), images.labels
     logits = held_out_logits(model, images, spec, runtime)
     numbers = measure(logits, targets)
     omitted = data.numbers_of(run.omit).tolist()
     if omitted:
         numbers |= measure_omitted(logits, targets, omitted)
-    if omitted and run.images == data.spec.fingerprint:
+    if omitted and run.images == data.spec.fingerprint:  # the bias correction needs the student's training images
         train = data.train[: len(data.rows(run.subset, run.holdout))]  # all classes; a view, for a copy may not fit
         offsets = bias_correction(held_out_logits(model, train, spec, runtime), train.labels, omitted)
         corrected = measure(logits + offsets, targets) | measure_omitted(logits + offsets, targets, omitted)
@@ -62,11 +58,10 @@ def measure_all(
     student: str | None = None,
     precision: str = "auto",
 ) -> list[dict]:
-    """The checkpoints, teachers first, that fit the data, each with what is `measured` of it; the others are named.
+    """The checkpoints that fit the data, with what is `measured` on the images of the run `name`; others are named.
 
-    All are evaluated on the test or held-out images of the run `name`. A student with KD is compared with its teacher
-    if that is given, one without KD with the teacher of a run whose baseline it is, else the first. With `cost` all are
-    timed. `student` is the --student that was typed. Stopped if a signal came.
+    A student with KD is compared with its teacher if that is given, one without with that of the run whose baseline it
+    is, else the first; with `cost` all are timed. `student` is the --student that was typed. Stopped after a signal.
     """
     images = data.held_out(name.subset, name.holdout)
     runs = [run_from(content["run"]) for content in contents]
@@ -99,14 +94,11 @@ def measure_all(
 
 
 def rows_of(contents: list[dict]) -> dict[str, list[dict]]:
-    """Checkpoints by the label of their row: those of a folder that differ in the seed alone share one.
-
-    Copies of a run do not, nor do runs of several folders: a new --name may stand for new code.
-    """
+    """Checkpoints by their row's label: those of a folder that differ in the seed alone share a row, copies do not."""
     rows: dict[tuple, list[dict]] = {}
     copies: Counter[tuple] = Counter()
     for content in contents:
-        run, folder = run_from(content["run"]), Path(content["path"]).parent
+        run, folder = run_from(content["run"]), Path(content["path"]).parent  # a new --name may stand for new code
         rows.setdefault((replace(run, seed=0), folder, copies[run, folder]), []).append(content)
         copies[run, folder] += 1
     found: dict[str, list[dict]] = {}

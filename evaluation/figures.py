@@ -92,10 +92,7 @@ def letters_of(path: str, letters: set[str]) -> set[str]:
 
 @matplotlib.style.context("default")
 def plot_pictures(pixels: list, names: list[str], answers: dict, classes: tuple[str, ...], path: Path) -> Path:
-    """Draw pictures (B, S, S, 3) as the models see them beside each model's probabilities (B, C); the path.
-
-    Of many classes, the ten that the first model finds likeliest are shown.
-    """
+    """Draw pictures (B, S, S, 3) beside each model's probabilities (B, C), of many classes the likeliest; the path."""
     titles = drawable([Path(name).name for name in names], [f"picture {i + 1}" for i in range(len(names))])
     labels = drawable(list(classes), [f"class {i}" for i in range(len(classes))])
     figure = new_figure(2.2 * len(names) + 0.4)
@@ -148,10 +145,7 @@ def plot_comparison(contents: list[dict], path: Path) -> Path:
 
 @matplotlib.style.context("default")
 def plot_omitted(contents: list[dict], path: Path) -> Path | None:
-    """Draw the accuracy (%) on each class of students that never saw some of them; None if none are.
-
-    A panel per row of the table, means over seeds, before and after the bias correction.
-    """
+    """Draw the accuracy (%) of each class, uncorrected and corrected, of the rows that never saw some; None if none."""
     rows = [(title, row) for title, row in rows_of(contents).items() if "bias" in row[0]["measured"]][:PANELS]
     if not rows:
         return None
@@ -189,10 +183,7 @@ def lines_of(rows: list[dict], key: str, words: Callable[[float], str], least: i
 
 @matplotlib.style.context("default")
 def plot_images(results: dict, path: Path) -> Path | None:
-    """Draw the top-1 (%) of a table over the number of the students' images; None unless there are several.
-
-    A line is the mean of the seeds, on a band from the lowest to the highest.
-    """
+    """Draw a table's top-1 (%) over the students' images, seeds as a mean on a band; None if no line has two points."""
     lines = lines_of(results["rows"], "student_images", lambda count: f", {count:,} images", least=2)
     if not lines:
         return None
@@ -211,10 +202,7 @@ def plot_images(results: dict, path: Path) -> Path | None:
 
 @matplotlib.style.context("default")
 def plot_temperatures(results: dict, path: Path) -> Path | None:
-    """Draw the gain of KD in a table over T, with its interval, above the entropy of the teacher's outputs.
-
-    None unless a line has three temperatures or more.
-    """
+    """Draw a table's gain of KD over T, above the teacher's entropy (nats); None if no line has three points."""
     gains = {gain["model"]: gain for gain in results["gains"]}
     known = [row for row in results["rows"] if row["model"] in gains]
     lines = lines_of(known, "temp", lambda temp: f", Temp = {format_number(temp)}", least=3)

@@ -29,10 +29,7 @@ def wilson(correct: int, count: int) -> tuple[float, float]:
 
 
 def reliability(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Images, mean confidence and accuracy of each bin, all (15,); NaN where a bin is empty.
-
-    Bin m holds confidences in ((m - 1) / 15, m / 15] (Guo et al., 2017, section 2).
-    """
+    """Images, mean confidence and accuracy (15,) of bins ((m - 1) / 15, m / 15], NaN if empty (Guo et al., 2017)."""
     confidence = logits.double().softmax(1).amax(1)
     right = (predictions(logits, labels) == labels).double()
     bin_of = (confidence * BINS).ceil().long() - 1

@@ -26,11 +26,9 @@ ACCURACIES = {
 
 
 def collect(contents: list[dict]) -> dict:
-    """Rows, gains and notes from measured checkpoints; accuracies in percent.
+    """Rows, gains and notes from measured checkpoints: means over seeds, of accuracies in percent also deviations.
 
-    Several seeds give means, of accuracies a sample standard deviation too, and the gain of KD over the same-seed
-    baseline without it, which has the same initial weights, order and views. The gain of another loss over plain KD is
-    paired like that, too, and judged with Holm's correction over all those comparisons.
+    The gain of KD is over the same-seed baseline, that of another loss over plain KD, judged with Holm's correction.
     """
     results = {"rows": [], "gains": [], "gains_over_kd": [], "notes": []}
     rows = rows_of(contents)
@@ -134,11 +132,7 @@ def results_text(results: dict) -> str:
 
 
 def publish(contents: list[dict], folder: Path) -> None:
-    """Write what the table of measured checkpoints shows into a folder, and print it.
-
-    results.md and results.json are the table, comparison.png its runs' curves, runs.jsonl their logs. Omitted classes,
-    several numbers of images and three or more temperatures have figures of their own.
-    """
+    """Write the table of measured checkpoints, its figures and its runs' logs into a folder, and print it."""
     results = collect(contents)
     text = results_text(results)
     for name, content in (("results.md", text), ("runs.jsonl", "".join(content["log"] for content in contents))):
