@@ -36,16 +36,11 @@ class PilImages(Dataset):
 
 def baseline_batches(images: Images, spec: DataSet, batch_size: int, device: torch.device) -> Iterator[tuple]:
     """Endless batches from a DataLoader of 2 workers that crop, flip and normalise image by image."""
-    transform = transforms.Compose(
-        [
-            transforms.RandomCrop(SIDE, padding=padding(SIDE)),
-            *([transforms.RandomHorizontalFlip()] if spec.flip else []),
-            transforms.ToTensor(),
-            transforms.Normalize(spec.mean, spec.std),
-        ]
-    )
+    steps = [transforms.RandomCrop(SIDE, padding=padding(SIDE))]
+    steps += [transforms.RandomHorizontalFlip()] if spec.flip else []
+    steps += [transforms.ToTensor(), transforms.Normalize(spec.mean, spec.std)]
     loader = DataLoader(
-        PilImages(images, transform), batch_size, shuffle=True, num_workers=2, drop_last=True,
+        PilImages(images, transforms.Compose(steps)), batch_size, shuffle=True, num_workers=2, drop_last=True,
         pin_memory=device.type == "cuda", persistent_workers=True,
     )  # fmt: skip
     while True:

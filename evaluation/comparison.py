@@ -79,14 +79,13 @@ def measure_all(
         except UserError as error:
             runtime.print(f"left out: {error}")
             continue
-        numbers["parameters"] = count_parameters(model)
+        numbers |= {"parameters": count_parameters(model), "seconds": content["seconds"]}
         if run.role == "teacher":
             teachers[checkpoint.fingerprint(content["model"])] = logits
         taught = [run, *(other for other in runs if is_baseline_of(run, other))]
         its_teacher = next((other.teacher for other in taught if other.teacher in teachers), next(iter(teachers), None))
         if run.role == "student" and its_teacher and (not run.kd or its_teacher == run.teacher):
             numbers |= fidelity(logits, teachers[its_teacher], images.labels)
-        numbers["seconds"] = content["seconds"]
         if cost and runtime.is_main:
             numbers |= medians(measure_cost(model, content["path"], in_training, run.size))
         shown.append(content | {"measured": numbers})

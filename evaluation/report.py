@@ -52,12 +52,9 @@ def accuracy_text(numbers: dict, classes: tuple[str, ...]) -> str:
     count = numbers["images"]
     intervals = {key: wilson(round(numbers[key] * count), count) for key in TOPS if key in numbers}
     tops = [f"{TOPS[key]} {100 * low:.2f}% to {100 * high:.2f}%" for key, (low, high) in intervals.items()]
-    wrong = [(row[j], i, j) for i, row in enumerate(numbers["confusion"]) for j in range(len(row)) if i != j]
-    worst = [
-        f"{classes[i]} predicted as {classes[j]} {times} times"
-        for times, i, j in sorted(wrong, key=lambda cell: -cell[0])[:3]
-        if times
-    ]
+    wrong = [(n, i, j) for i, row in enumerate(numbers["confusion"]) for j, n in enumerate(row) if n and i != j]
+    wrong.sort(key=lambda cell: -cell[0])
+    worst = [f"{classes[i]} predicted as {classes[j]} {n} times" for n, i, j in wrong[:3]]
     lines = [
         f"95% intervals over {count:,} images: {', '.join(tops)}",
         *per_class_lines(numbers["per_class"], classes),
