@@ -7,51 +7,32 @@ python tools/kernels.py --peak 989      beside a peak of 989 TFLOP/s (an H100 SX
 import argparse
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))  # throughput.py adds the project
 
 import torch
+from throughput import Bench
 from torch.profiler import profile
 
 import config
-from data_sets import DATA_SETS, SIDE
 from evaluation.inference import count_macs
 from evaluation.report import table
+from models import build_model
 from runtime.processes import start
-from train import train_epoch
-from training.files import RunFiles
-from training.plan import plan
-from training.run import Run
-from utils import Images, Views
-
-STEPS = 60
 
 
-def measure(words: list[str], folder: Path) -> tuple[float, float, float]:
+def measure(role: str, words: list[str]) -> tuple[float, float, float]:
     """Images per second, kernels per step, and FLOP per image (2 per multiply-add) of train.py's loop."""
-    options = config.parse_train([*words, "--views", "16", "--num_epochs", "100000"])
+    options = config.parse_train([f"--tto={role == 'teacher'}", *words])
     with start(options.device, options.precision) as runtime:
-        (run_config,) = plan(options, DATA_SETS["cifar10"], runtime.precision, 1)
-        count = STEPS * run_config.batch_size
-        pixels = torch.randint(256, (count, SIDE, SIDE, 3), dtype=torch.uint8)
-        views = Views(Images(pixels, torch.randint(10, (count,))), DATA_SETS["cifar10"], runtime.device)
-        run = Run(run_config, runtime, DATA_SETS["cifar10"], count, RunFiles(folder, folder, "trial"))
-
-        def epoch() -> float:
-            run.begin_epoch(run.epoch + 1)
-            run.saved_at = time.monotonic() + 3600  # no saves
-            begun = time.perf_counter()
-            train_epoch(run, views, torch.arange(count), 0, None)
-            runtime.synchronize()
-            return count / (time.perf_counter() - begun)
-
+        bench = Bench({"teacher": options, "student": options}, runtime, quick=False)
+        epoch = bench.ours(role)
         speed = max(epoch() for _ in range(3))
         with profile() as profiler:
             epoch()
         kernels = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-        return speed, len(kernels) / run.steps, 3 * 2 * count_macs(run.model)
+        return speed, len(kernels) / bench.steps[role], 3 * 2 * count_macs(build_model(role).eval())
 
 
 def main() -> None:
@@ -63,7 +44,7 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for role, words in cases:
-            speed, kernels, flop = measure([*(["--tto", "True"] if role == "teacher" else []), *words], Path(folder))
+            speed, kernels, flop = measure(role, [*words, f"--weights_path={folder}"])
             share = f"{100 * speed * flop / (peak * 1e12):.1f}%" if peak else ""
             rows.append([f"{role} {' '.join(words)}", f"{speed:,.0f}", f"{kernels:.0f}", share])
             print(rows[-1], flush=True)
