@@ -113,10 +113,8 @@ def plot_pictures(pixels: list, names: list[str], answers: dict, classes: tuple[
         right.tick_params(labelsize=8)
         right.invert_yaxis()
         right.grid(axis="x", alpha=0.3)
-    columns = 2 if max(map(len, answers)) < 44 else 1
-    figure.legend(*grid[0, 1].get_legend_handles_labels(), loc="outside upper center", ncols=columns, fontsize=9)
     grid[-1, 1].set_xlabel("probability (%)")
-    return save_figure(grid[0, 0], path)  # unlabelled: no second legend
+    return save_figure(grid[0, 1], path)
 
 
 @matplotlib.style.context("default")
