@@ -65,11 +65,7 @@ def folder_name(text: str) -> Path:
 def file_name(text: str) -> Path:
     """The path of a file, ~ expanded; a folder is an error."""
     path = Path(os.path.expanduser(text))
-    try:
-        is_folder = path.is_dir()
-    except (OSError, ValueError) as error:  # the name is too long or holds a NUL
-        raise argparse.ArgumentTypeError(f"{text!r} can't be the name of a file: {error}") from None
-    if is_folder or not path.name:
+    if os.path.isdir(path) or not path.name:
         raise argparse.ArgumentTypeError(f"expected the name of a file, not {text!r}")
     return path
 
