@@ -30,11 +30,10 @@ def number(kind: type, at_least: float = -math.inf, above: float = -math.inf, at
     def parse(text: str):
         try:
             value = kind(text)
-            finite = math.isfinite(value)
-        except (ValueError, OverflowError):
+        except ValueError:
             name = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"expected {name}, not {text!r}") from None
-        if not finite or value < at_least or value <= above or value > at_most:
+        if not (at_least <= value <= at_most and above < value < math.inf):  # which a NaN is not
             bounds = [f"at least {at_least}"] if at_least > -math.inf else []
             bounds += [f"above {above}"] if above > -math.inf else []
             bounds += [f"at most {at_most}"] if at_most < math.inf else []
