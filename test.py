@@ -46,7 +46,7 @@ from training.plan import name_of
 from training.recipes import LOSS_DEFAULTS
 from training.run import load_model, mismatch, spec_of
 from training.runs import row_order, run_from
-from training.teacher_logits import is_state_dict, load_teacher
+from training.teacher_logits import load_teacher
 from utils import Images, held_out_logits, load_images
 
 PUBLISHED = Path(__file__).resolve().parent / "results"
@@ -198,9 +198,8 @@ def find_checkpoints(options: config.TestOptions, runtime: Runtime) -> list[dict
                 runtime.print(f"left out: {error}")
     fingerprints = (None,)
     if options.teacher:
-        content = checkpoint.load_any(options.teacher)
-        weights = content if is_state_dict(content) else checkpoint.accept(content, options.teacher)["model"]
-        fingerprints = None, checkpoint.fingerprint(weights)
+        content = checkpoint.load(options.teacher, or_state_dict=True)
+        fingerprints = None, checkpoint.fingerprint(content["model"])
 
     def is_shown(content: dict) -> bool:
         run = run_from(content["run"])

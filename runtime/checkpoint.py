@@ -25,22 +25,12 @@ def save(path: Path, content: dict) -> None:
         temporary.write_bytes(buffer.getbuffer())
 
 
-def load(path: Path) -> dict:
-    """What `save` wrote, on the CPU, with its `path`; UserError if it is anything else. Code in the file never runs."""
-    return accept(load_any(path), path)
+def load(path: Path, or_state_dict: bool = False) -> dict:
+    """What `save` wrote, tensors on the CPU, with its `path`; code in the file is never run.
 
-
-def accept(content, path: Path) -> dict:
-    """What torch loaded from a file, with its `path`; UserError if it is no checkpoint of this project."""
-    if not isinstance(content, dict) or "format" not in content:
-        raise UserError(f"{path} is not a checkpoint of this project: {RETRAIN}")
-    if content["format"] != FORMAT:
-        raise UserError(f"{path} has format {content['format']}, this version reads format {FORMAT}: {RETRAIN}")
-    return content | {"path": path}
-
-
-def load_any(path: Path):
-    """What torch saved in a file, checked by its checksums; UserError if it is missing or damaged."""
+    With `or_state_dict` also a plain state dict with the teacher's keys, as `model` and `path` alone. UserError if the
+    file is missing, damaged (by its checksums), or something else.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():  # torch itself does not check them
@@ -49,7 +39,7 @@ def load_any(path: Path):
                 raise zipfile.BadZipFile("an entry has attributes, which torch never writes")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # how torch would read this file otherwise
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"no checkpoint {path}: check the path") from None
     except OSError as error:
@@ -58,6 +48,14 @@ def load_any(path: Path):
         raise UserError(f"{path} holds Python objects, not plain tensors and numbers: {RETRAIN}") from error
     except UNREADABLE as error:
         raise UserError(f"{path} is damaged, or no file that torch.save wrote: {RETRAIN}") from error
+    content = content if isinstance(content, dict) else {}
+    if or_state_dict and isinstance(content.get("classifier.weight"), torch.Tensor):
+        return {"model": content, "path": path}
+    if "format" not in content:
+        raise UserError(f"{path} is not a checkpoint of this project: {RETRAIN}")
+    if content["format"] != FORMAT:
+        raise UserError(f"{path} has format {content['format']}, this version reads format {FORMAT}: {RETRAIN}")
+    return content | {"path": path}
 
 
 def load_weights(model: torch.nn.Module, content: dict) -> torch.nn.Module:

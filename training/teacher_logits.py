@@ -163,26 +163,20 @@ def load_teacher(
         train = name.command("train.py", **folders)
         raise UserError(f"no teacher {path}: train one with `{train}`, or name another with --teacher")
     if content is None and not path.is_dir():
-        content = checkpoint.load_any(path)
-        is_known = not is_state_dict(content)
-        content = checkpoint.accept(content, path) if is_known else wrap_state_dict(path, content, student, spec)
+        content = checkpoint.load(path, or_state_dict=True)
+        content = content if "run" in content else complete_state_dict(content, student, spec)
     if content and (why := teacher_mismatch(content, student, spec)):
         raise UserError(f"the teacher {path} {why}: choose another one with --teacher or --weights_path")
     return TeacherLogits(path, spec, runtime, options.weights_path, content)
 
 
-def is_state_dict(content) -> bool:
-    """Whether a file's content is a plain state dict with the teacher's keys."""
-    return isinstance(content, dict) and isinstance(content.get("classifier.weight"), torch.Tensor)
-
-
-def wrap_state_dict(path: Path, state: dict, student: RunConfig, spec: DataSet) -> dict:
-    """Wrap a state dict with the teacher's keys as a checkpoint of an unknown run."""
+def complete_state_dict(content: dict, student: RunConfig, spec: DataSet) -> dict:
+    """Make a plain state dict with the teacher's keys a checkpoint of an unknown run."""
     unknown = {"images": UNKNOWN, "num_epochs": 0, "kd_weights": (), "ce_weight": 1.0, "student_layers": ""}
     unknown |= {"teacher": None, "teacher_unknown": False}
     run = replace(student, **asdict(student.teacher_name), **unknown)
     words = {"title": run.title, "data": describe_data(spec), "machine": {}, "log": "", "seconds": 0.0, "metrics": {}}
-    return {"run": asdict(run), "model": state, "path": path} | words
+    return content | {"run": asdict(run)} | words
 
 
 def teacher_mismatch(content: dict, student: RunName, spec: DataSet) -> str:
