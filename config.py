@@ -210,28 +210,22 @@ def classes_of(parser: Parser, words: tuple[str, ...], classes: tuple[str, ...])
     return tuple(name for name in classes if name in chosen)
 
 
-def check_weights(parser: Parser, options: TrainOptions) -> None:
-    """Exit with code 2 if the weights do not fit the losses."""
-    losses = options.loss or ("kd",)
-    if options.alpha is not None and losses != ("kd",):
-        parser.error("--alpha is for --loss kd: leave it out, or give --kd_weight and --ce_weight")
-    given = options.kd_weight is not None or options.ce_weight is not None
-    if given and len(losses) > 1:
-        parser.error("--kd_weight and --ce_weight need a single --loss: give one, or leave them out")
-    count = len(LOSS_DEFAULTS[losses[0]].kd_weights)
-    if options.kd_weight is not None and len(options.kd_weight) != count:
-        parser.error(f"--loss {losses[0]} takes {count} --kd_weight, not {len(options.kd_weight)}")
-    if options.kd_weight is not None and options.ce_weight == 0 and not any(options.kd_weight):
-        parser.error("--kd_weight and --ce_weight are all 0, which leaves no loss: give one above 0")
-
-
 def parse_train(argv: list | None = None) -> TrainOptions:
     """The options of train.py from `argv` (None: the command line); a wrong one exits with code 2."""
     parser, options = parse("train.py", TrainOptions, argv)
-    check_weights(parser, options)
+    losses = options.loss or ("kd",)
+    if options.alpha is not None and losses != ("kd",):
+        parser.error("--alpha is for --loss kd: leave it out, or give --kd_weight and --ce_weight")
+    if len(losses) > 1 and (options.kd_weight or options.ce_weight is not None):
+        parser.error("--kd_weight and --ce_weight need a single --loss: give one, or leave them out")
+    count = len(LOSS_DEFAULTS[losses[0]].kd_weights)
+    if options.kd_weight and len(options.kd_weight) != count:
+        parser.error(f"--loss {losses[0]} takes {count} --kd_weight, not {len(options.kd_weight)}")
+    if options.kd_weight and options.ce_weight == 0 and not any(options.kd_weight):
+        parser.error("--kd_weight and --ce_weight are all 0, which leaves no loss: give one above 0")
     if options.all and not options.resume:
         parser.error("--all True trains what has not finished: give another --name, not --resume False")
-    if options.matched and all(loss_function(loss) == "kd" for loss in options.loss or ("kd",)):
+    if options.matched and all(loss_function(loss) == "kd" for loss in losses):
         parser.error("--matched requires a --loss other than kd: give one, or leave --matched out")
     if (options.seed or 0) + options.seeds - 1 > LARGEST:
         parser.error(f"--seed {options.seed} is too large for {options.seeds} --seeds: the last is at most {LARGEST}")
