@@ -26,7 +26,7 @@ class Options:
 
     tto: bool = option(WHAT, "train or evaluate the teacher", boolean, False)
     kd: bool = option(WHAT, "the student with knowledge distillation, not the one without", boolean, False)
-    seed: int | None = option(WHAT, f"seed of initial weights, order and views (default: {DEFAULT_SEED})", FROM_0)
+    seed: int = option(WHAT, "seed of initial weights, order and views", FROM_0, DEFAULT_SEED)
     student: str | None = option(
         WHAT, "your own student, MODULE:FUNCTION called with num_classes (default: ours)", FUNCTION
     )
@@ -227,7 +227,7 @@ def parse_train(argv: list | None = None) -> TrainOptions:
         parser.error("--all True trains what has not finished: give another --name, not --resume False")
     if options.matched and all(loss_function(loss) == "kd" for loss in losses):
         parser.error("--matched requires a --loss other than kd: give one, or leave --matched out")
-    if (options.seed or 0) + options.seeds - 1 > LARGEST:
+    if options.seed + options.seeds - 1 > LARGEST:
         parser.error(f"--seed {options.seed} is too large for {options.seeds} --seeds: the last is at most {LARGEST}")
     row = DATA_SETS[options.dataset]
     most = replace(row, flip=row.flip if options.flip is None else options.flip, size=options.size).views
@@ -241,7 +241,7 @@ def parse_test(argv: list | None = None) -> TestOptions:
     parser, options = parse("test.py", TestOptions, argv)
     if options.soften and options.teacher and not options.tto:
         parser.error("--soften shows one model: give --tto True to show the teacher, or leave --teacher out")
-    if options.tto and options.teacher and options.seed is not None:
+    if options.tto and options.teacher and options.seed != DEFAULT_SEED:
         parser.error("--teacher names the teacher to evaluate: leave --seed out")
     if options.export and options.export.suffix != ".pt2":
         parser.error(f"--export writes a .pt2 file, not {options.export}")

@@ -4,7 +4,7 @@ from dataclasses import asdict, replace
 
 from data_sets import DataSet
 from training.recipes import RECIPE_FIELDS, ce_weight_of, recipe_of, temps_of
-from training.runs import DEFAULT_SEED, RunConfig, RunName, default_weights, loss_function
+from training.runs import RunConfig, RunName, default_weights, loss_function
 
 
 def name_of(options) -> RunName:
@@ -12,11 +12,9 @@ def name_of(options) -> RunName:
     loss = (options.loss or ("kd",))[0]
     kd = {"loss": loss, "temp": (options.temp or temps_of(options.dataset, loss))[0]} if options.kd else {}
     role = "teacher" if options.tto else "student"
-    seed = DEFAULT_SEED if options.seed is None else options.seed
     images = (options.student_images or (None,))[0]
-    trial = {"subset": options.subset, "holdout": options.holdout, "omit": options.omit or (), "student_images": images}
-    own = None if options.tto else options.student
-    return RunName(options.dataset, role, **kd, seed=seed, **trial, student=own, size=options.size)
+    as_typed = {f: getattr(options, f) for f in ("dataset", "seed", "subset", "holdout", "student", "size")}
+    return RunName(role=role, **kd, **as_typed, omit=options.omit or (), student_images=images)
 
 
 def plan(options, data: DataSet, precision: str, processes: int) -> list[RunConfig]:
