@@ -94,15 +94,13 @@ class RunName:
 
     def command(self, script: str, **folders) -> str:
         """What to type to train ("train.py") or to evaluate ("test.py") this run, with further options."""
-        words = ["python", script]
-        words += ["--tto True"] if self.role == "teacher" else []
+        options = {"tto": True} if self.role == "teacher" else {}
         if self.kd:
-            words += ["--kd True"] + ([f"--loss {self.loss}"] if self.loss != "kd" else [])
-            words += [f"--temp {format_number(self.temp)}"]
-        for name in ("dataset", "seed", "subset", "holdout", "omit", "student_images", "student", "size"):
-            if getattr(self, name) != getattr(RunName, name):
-                words.append(f"--{name} {typed(getattr(self, name))}")
-        return " ".join(words + [f"--{name} {typed(value)}" for name, value in folders.items()])
+            options |= {"kd": True} | ({"loss": self.loss} if self.loss != "kd" else {}) | {"temp": self.temp}
+        names = ("dataset", "seed", "subset", "holdout", "omit", "student_images", "student", "size")
+        options |= {name: getattr(self, name) for name in names if getattr(self, name) != getattr(RunName, name)}
+        words = [f"--{name} {typed(value)}" for name, value in (options | folders).items()]
+        return " ".join(["python", script, *words])
 
 
 @dataclass(frozen=True, kw_only=True)
