@@ -8,7 +8,7 @@ from data_sets import DATA_SETS, SIDE, SIZES
 from runtime.cli import LARGEST, Parser, boolean, file_name, folder_name, matching, number, option, parse_words
 from training.plan import name_of
 from training.recipes import ALPHA, LOSS_DEFAULTS, OPTIMIZERS
-from training.runs import DEFAULT_SEED, loss_function
+from training.runs import DEFAULT_SEED
 
 WHAT, DATA, KD = "what to run", "data", "distillation"
 RECIPE, MACHINE, FILES = "recipe (defaults: docs/options.md)", "machine", "files"
@@ -225,7 +225,7 @@ def parse_train(argv: list | None = None) -> TrainOptions:
         parser.error("--kd_weight and --ce_weight are all 0, which leaves no loss: give one above 0")
     if options.all and not options.resume:
         parser.error("--all True trains what has not finished: give another --name, not --resume False")
-    if options.matched and all(loss_function(loss) == "kd" for loss in losses):
+    if options.matched and all(LOSS_DEFAULTS[loss].function == "kd" for loss in losses):
         parser.error("--matched requires a --loss other than kd: give one, or leave --matched out")
     if options.seed + options.seeds - 1 > LARGEST:
         parser.error(f"--seed {options.seed} is too large for {options.seeds} --seeds: the last is at most {LARGEST}")

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import utils
-from training.runs import RunConfig, loss_function
+from training.recipes import LOSS_DEFAULTS
+from training.runs import RunConfig
 
 Terms = tuple[torch.Tensor, ...]
 
@@ -70,7 +71,7 @@ def training_loss(
     ce = F.cross_entropy(student_logits, targets)
     if not run.kd:
         return ce, ce.detach(), torch.zeros_like(ce)
-    teacher_logits, function = teacher_logits.float(), loss_function(run.loss)
+    teacher_logits, function = teacher_logits.float(), LOSS_DEFAULTS[run.loss].function
     if function == "kd":
         total = run.kd_weights[0] + run.ce_weight  # 1 with the weights alpha and 1 - alpha
         loss = total * utils.kd_loss(student_logits, teacher_logits, targets, run.temp, run.kd_weights[0] / total)

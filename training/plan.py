@@ -3,8 +3,8 @@
 from dataclasses import asdict, replace
 
 from data_sets import DataSet
-from training.recipes import RECIPE_FIELDS, ce_weight_of, recipe_of, temps_of
-from training.runs import RunConfig, RunName, default_weights, loss_function
+from training.recipes import LOSS_DEFAULTS, RECIPE_FIELDS, ce_weight_of, recipe_of, temps_of
+from training.runs import RunConfig, RunName, default_weights
 
 
 def name_of(options) -> RunName:
@@ -23,7 +23,7 @@ def plan(options, data: DataSet, precision: str, processes: int) -> list[RunConf
     names, losses = [first], options.loss or ("kd",)
     if options.all:
         names = [] if options.teacher else [first.teacher_name]
-        matched = [f"kd_as_{loss}" for loss in losses if options.matched and loss_function(loss) != "kd"]
+        matched = [f"kd_as_{loss}" for loss in losses if options.matched and LOSS_DEFAULTS[loss].function != "kd"]
         for seed in range(first.seed, first.seed + options.seeds):
             for images in options.student_images or (None,):
                 student = replace(first, seed=seed, student_images=images)

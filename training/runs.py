@@ -84,7 +84,7 @@ class RunName:
         if self.role == "teacher":
             title = "Teacher (VGG19 with BN)"
         elif self.kd:
-            title = f"{student} (with {loss_function(self.loss).upper()}, Temp = {format_number(self.temp)})"
+            title = f"{student} (with {LOSS_DEFAULTS[self.loss].function.upper()}, Temp = {format_number(self.temp)})"
         else:
             title = f"{student} (w/o KD)"
         title += f", omit {self.omitted}" if self.omit else ""
@@ -137,7 +137,7 @@ class RunConfig(RunName):
         if not self.kd or (self.loss == "kd" and (self.kd_weights, self.ce_weight) == default_weights("kd")):
             return super().title + unknown
         default_terms = (self.loss.upper(),) * len(self.kd_weights)
-        terms = {"kd": ("KL",), "dkd": ("TCKD", "NCKD")}.get(loss_function(self.loss), default_terms)
+        terms = {"kd": ("KL",), "dkd": ("TCKD", "NCKD")}.get(LOSS_DEFAULTS[self.loss].function, default_terms)
         weighted = zip((*self.kd_weights, self.ce_weight), (*terms, "CE"), strict=True)
         sum_of_terms = " + ".join(f"{format_number(weight)} {term}" for weight, term in weighted)
         return super().title.replace(")", f", {sum_of_terms})", 1) + unknown
@@ -146,11 +146,6 @@ class RunConfig(RunName):
 def run_from(values: dict) -> RunConfig:
     """The run of a checkpoint or a log, from `asdict` of it; TypeError if fields are missing or unknown."""
     return RunConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
-
-
-def loss_function(loss: str) -> str:
-    """The function of training/losses.py that a loss uses."""
-    return LOSS_DEFAULTS[loss].function
 
 
 def default_weights(loss: str) -> tuple[tuple[float, ...], float]:
@@ -198,7 +193,7 @@ def why_no_baseline(run: RunConfig, others: list[RunConfig]) -> str:
 
 def is_kd_baseline_of(run: RunConfig, other: RunConfig) -> bool:
     """Whether `run`, plain KD at default or matched weights, is the baseline of `other`, with another loss."""
-    if not (run.kd and other.kd) or loss_function(other.loss) == "kd" or differences(run, other, LOSS_FIELDS):
+    if not (run.kd and other.kd) or LOSS_DEFAULTS[other.loss].function == "kd" or differences(run, other, LOSS_FIELDS):
         return False
     is_default = run.loss == "kd" and (run.kd_weights, run.ce_weight) == default_weights("kd")
     return is_default or run.loss == f"kd_as_{other.loss}"
