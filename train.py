@@ -41,11 +41,10 @@ from runtime.errors import Stopped, StopSignal, UserError, exit_code
 from runtime.files import locked, make_folder
 from runtime.processes import start
 from runtime.progress import Progress, duration
-from training.files import files_of, find_finished
 from training.losses import training_loss
 from training.plan import plan
 from training.recipes import RECIPE_FIELDS
-from training.run import METRICS, Run, RunFiles, check_same
+from training.run import METRICS, Run, RunFiles, check_same, files_of, find_finished
 from training.runs import RunConfig
 from training.teacher_logits import TeacherLogits, load_teacher
 from utils import Data, Images, Views, epoch_order, epoch_view, evaluate, load_images, plot_curves, topk_correct

@@ -36,10 +36,9 @@ from runtime.errors import exit_code
 from runtime.files import write_json
 from runtime.processes import start
 from train import train_epoch
-from training.files import RunFiles
 from training.losses import LOSSES
 from training.plan import plan
-from training.run import Run
+from training.run import Run, RunFiles
 from training.runs import RunConfig
 from utils import EVALUATION_BATCH, Images, Views, compute_logits, epoch_order
 

@@ -34,9 +34,8 @@ from runtime.errors import UserError, exit_code
 from runtime.files import write_json
 from runtime.processes import start
 from train import train_epoch
-from training.files import RunFiles
 from training.plan import plan
-from training.run import Run
+from training.run import Run, RunFiles
 from utils import COLOURS, Views, epoch_view, evaluate, load_images, new_panels, save_figure
 
 # Peak learning rates: 0.1 for every network in both repositories that baseline_loop.py follows, and half of it for VGGs

@@ -14,7 +14,7 @@ from runtime.device import Runtime, machine
 from runtime.errors import UserError
 from runtime.files import writing
 from training.optimizer import learning_rate, make_optimizer, set_learning_rate
-from training.runs import UNKNOWN, RunConfig, RunName, describe_differences, differences, run_from, saw_held_out
+from training.runs import UNKNOWN, RunConfig, RunName, describe_differences, run_from, saw_held_out
 from utils import parse_log, seed_of
 
 METRICS = ("loss", "ce", "kl", "top1", "top5")
@@ -41,6 +41,13 @@ class RunFiles:
     @property
     def log(self) -> Path:
         return self.plots / f"{self.stem}.jsonl"
+
+
+def files_of(run: RunName, options) -> RunFiles:
+    """The files of a run; the teacher of --all is shared by all --name folders."""
+    if options.all and run.role == "teacher":
+        return RunFiles(options.weights_path, options.plots_path, run.stem)
+    return RunFiles(options.weights_folder, options.plots_folder, run.stem)
 
 
 def describe_data(spec: DataSet) -> dict:
@@ -79,13 +86,18 @@ def mismatch(content: dict, name: RunName, spec: DataSet, same_images: bool = Tr
         return f"has {len(classes)} classes ({', '.join(classes[:3])}, ...) that are not those of {spec.name}"
     if run.size != spec.size:
         return f"was trained on images of {run.size} x {run.size} pixels, not {spec.size} x {spec.size}"
-    if not spec.fingerprint:
-        return ""
-    if same_images and run.images not in (spec.fingerprint, UNKNOWN):
+    if spec.fingerprint and same_images and run.images not in (spec.fingerprint, UNKNOWN):
         return f"was trained on other images than those of {spec.name} here"
-    if saw_held_out(run, name, spec.train_images):
+    if spec.fingerprint and saw_held_out(run, name, spec.train_images):
         return f"was trained on images that --holdout {name.holdout} holds out"
     return ""
+
+
+def teacher_mismatch(content: dict, student: RunName, spec: DataSet) -> str:
+    """Why a checkpoint can't teach a student on these images, or "" if it can."""
+    if "metrics" not in content:
+        return "is an unfinished run"
+    return "is a student" if content["run"]["role"] != "teacher" else mismatch(content, student, spec)
 
 
 def check_same(content: dict, run: RunConfig) -> None:
@@ -96,8 +108,28 @@ def check_same(content: dict, run: RunConfig) -> None:
         ignoring |= {"processes", "sync_bn"}  # sync_bn is False for a single process
         kind = "an unfinished run"
         advice = "rerun it with its own options to resume it, delete it, or restart it with --resume False (not --all)"
-    if differences(found, run, ignoring):
-        raise UserError(f"{content['path']} is {kind} with {describe_differences(found, run, ignoring)}: {advice}")
+    if why := describe_differences(found, run, ignoring):
+        raise UserError(f"{content['path']} is {kind} with {why}: {advice}")
+
+
+def find_finished(run: RunConfig, options, spec: DataSet) -> dict | None:
+    """The checkpoint of this run if it has finished and is to be kept, else None.
+
+    UserError if training would replace another finished run, or would have to resume another one. With --all, whose
+    options are the students', any teacher that fits is kept.
+    """
+    files, is_shared = files_of(run, options), options.all and run.role == "teacher"
+    is_unfinished = files.resume.exists() and not is_shared
+    if is_unfinished and options.all:
+        check_same(checkpoint.load(files.resume), run)  # now, not when its turn comes
+    if is_unfinished or not (options.resume and files.checkpoint.exists()):
+        return None
+    content = checkpoint.load(files.checkpoint)
+    if not is_shared:
+        check_same(content, run)
+    elif why := teacher_mismatch(content, run, spec):
+        raise UserError(f"the teacher {files.checkpoint} {why}: give another --weights_path and --plots_path")
+    return content
 
 
 class Run:

@@ -15,8 +15,8 @@ from runtime import checkpoint
 from runtime.device import Runtime
 from runtime.errors import UserError, reason
 from runtime.files import load_arrays, save_arrays, write_json
-from training.run import describe_data, load_model, mismatch
-from training.runs import UNKNOWN, RunConfig, RunName
+from training.run import describe_data, load_model, teacher_mismatch
+from training.runs import UNKNOWN, RunConfig
 from utils import Images, Views, compute_logits, held_out_logits
 
 VERSION = 1  # of the forward pass and the views: a change that alters logits gets a new number
@@ -177,10 +177,3 @@ def complete_state_dict(content: dict, student: RunConfig, spec: DataSet) -> dic
     run = replace(student, **asdict(student.teacher_name), **unknown)
     words = {"title": run.title, "data": describe_data(spec), "machine": {}, "log": "", "seconds": 0.0, "metrics": {}}
     return content | {"run": asdict(run)} | words
-
-
-def teacher_mismatch(content: dict, student: RunName, spec: DataSet) -> str:
-    """Why a checkpoint can't teach a student on these images, or "" if it can."""
-    if "metrics" not in content:
-        return "is an unfinished run"
-    return "is a student" if content["run"]["role"] != "teacher" else mismatch(content, student, spec)
