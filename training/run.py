@@ -18,7 +18,6 @@ from training.runs import UNKNOWN, RunConfig, RunName, describe_differences, run
 from utils import parse_log, seed_of
 
 METRICS = ("loss", "ce", "kl", "top1", "top5")
-SAVING_SHARE = 0.01  # of the time that saving the resume state may take
 
 
 @dataclass(frozen=True)
@@ -247,7 +246,7 @@ class Run:
 
     def save_is_due(self) -> bool:
         """Whether the last save has cost less than 1 % of the time since then, and is at least 1 s ago."""
-        return time.monotonic() - self.saved_at > max(1.0, self.save_seconds / SAVING_SHARE)
+        return time.monotonic() - self.saved_at > max(1.0, 100 * self.save_seconds)
 
     def is_time_to_agree(self) -> bool:
         """Whether the processes agree after this step; with several GPUs, which lag behind them, every 4th."""
