@@ -123,10 +123,10 @@ def known_failure(error: Exception) -> str | None:
         lines = [line.strip() for line in str(error).partition("\n\nSet TORCH")[0].splitlines() if line.strip()]
         cause = next((line for line in lines if "error: " in line), lines[-1] if lines else type(error).__name__)
         return f"--compile True failed: {cause}; leave --compile out"
-    if isinstance(error, PermissionError) and error.filename:
-        return f"can't use {error.filename}: {reason(error)}; give another path"
     full = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
-    if isinstance(error, OSError) and error.errno in full and error.filename is None:
+    if isinstance(error, OSError) and error.filename and error.errno in (errno.EACCES, errno.EPERM, *full):
+        return f"can't use {error.filename}: {reason(error)}; give another path"
+    if isinstance(error, OSError) and error.filename is None and error.errno in full:
         discard_output()
         return f"can't write to standard output: {reason(error)}; all files saved so far are complete"
     return None

@@ -90,11 +90,7 @@ def locked(path: Path) -> Iterator[None]:
         return
     make_folder(path.parent)
     lock_path = path.with_name(f"{path.name}.lock")
-    try:
-        file = open(lock_path, "a")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(f"can't write into {path.parent}: {reason(error)}") from error
-    with file:
+    with open(lock_path, "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not os.path.samestat(os.fstat(file.fileno()), os.stat(lock_path)):
