@@ -59,12 +59,11 @@ class Runtime:
         fast = {"bf16": has_fast_bf16(self.device), "fp32": "Intel" in processor()}
         return 4 if fast.get(self.precision) else 0
 
-    def autocast(self) -> contextlib.AbstractContextManager:
+    def autocast(self) -> torch.autocast:
         """The context of every forward pass."""
-        if self.autocast_dtype is None:
-            return contextlib.nullcontext()
         # Its cache of cast weights lives as long as the outermost autocast, which may be the host's: never kept here.
-        return torch.autocast(self.device.type, self.autocast_dtype, cache_enabled=False)
+        enabled = self.autocast_dtype is not None
+        return torch.autocast(self.device.type, self.autocast_dtype, enabled, cache_enabled=False)
 
     @contextlib.contextmanager
     def repeatable_logits(self):
