@@ -161,20 +161,18 @@ def make_optimizer(model: nn.Module, run: RunConfig, dtype: torch.dtype) -> torc
     """
     is_muon = run.optimizer == "muon"
     head, has_free_scale = last_linear(model), weights_before_batch_norm(model)
-    body = [p for p in model.parameters() if p is not head.weight and p is not head.bias]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    body = [p for p in trained if p is not head.weight and p is not head.bias]
     matrices = [p for p in body if not is_vector(p)]
     decay = 0.0 if is_muon else run.weight_decay
     groups = [
         {"params": [p for p in matrices if p in has_free_scale], "weight_decay": decay, "keeps_norm": True},
         {"params": [p for p in body if is_vector(p)], "lr_scale": run.norm_lr},
         {"params": [head.weight], "lr_scale": run.head_lr, "weight_decay": run.weight_decay},
-        {"params": [head.bias], "lr_scale": run.head_lr},
+        {"params": [p for p in trained if p is head.bias], "lr_scale": run.head_lr},
         {"params": [p for p in matrices if p not in has_free_scale], "weight_decay": decay, "relative": True},
     ]
-    defaults = {"lr_scale": 1.0, "keeps_norm": False}
-    for group in groups:
-        group["params"] = [p for p in group["params"] if p is not None and p.requires_grad]
-    groups = [defaults | group for group in groups if group["params"]]
+    groups = [{"lr_scale": 1.0, "keeps_norm": False} | group for group in groups if group["params"]]
     if not is_muon:
         return torch.optim.SGD(groups, lr=run.lr, momentum=MOMENTUM, nesterov=True)
     for group in groups:
