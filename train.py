@@ -114,10 +114,8 @@ def end_epoch(run: Run, held_out: Images, softened: dict, seconds_left: Callable
     run.write_log(f"{run.log}{json.dumps(line)}\n")
     run.begin_epoch(run.epoch + 1)
     top5 = f" top5 {test['top5']:.2f}%" if "top5" in test else ""
-    all_left = ""
-    if seconds_left:
-        left = duration(seconds_left(config.num_epochs - run.epoch, seconds, evaluation))
-        all_left = f", about {left} left for all runs"
+    left = seconds_left and duration(seconds_left(config.num_epochs - run.epoch, seconds, evaluation))
+    all_left = f", about {left} left for all runs" if left else ""
     runtime.print(
         f"epoch {line['epoch']}/{config.num_epochs}: train loss {train['loss']:.4f} top1 {train['top1']:.2f}%, "
         f"{config.split} loss {test['loss']:.4f} top1 {test['top1']:.2f}%{top5}, "
