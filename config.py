@@ -194,11 +194,8 @@ def parse(script: str, options_class: type[Options], argv: list | None) -> tuple
 
 
 def classes_of(parser: Parser, words: tuple[str, ...], classes: tuple[str, ...]) -> tuple[str, ...]:
-    """The classes that --omit names, in the data set's order; words are tried as names, then numbers.
-
-    A folder's classes are not known yet: its words are names. A wrong word exits with code 2.
-    """
-    if not classes:
+    """The classes of --omit, by name or else number, in the data set's order; a wrong word exits with code 2."""
+    if not classes:  # of a folder that was not read yet: the words are names
         return tuple(sorted({unicodedata.normalize("NFC", word) for word in words}))
     numbers = {str(i): name for i, name in enumerate(classes)}
     for word in words:

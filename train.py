@@ -136,12 +136,9 @@ def train(
     files: RunFiles,
     resume: bool,
     runtime: Runtime,
-    seconds_left: Callable[..., float] | None = None,
+    seconds_left: Callable[..., float] | None = None,  # of all runs, from the epochs left here and an epoch's seconds
 ) -> dict:
-    """Do one run, new or resumed, and write its checkpoint, log and figures; the checkpoint's content.
-
-    `seconds_left` estimates the time left for all runs from the epochs left in this one and an epoch's seconds.
-    """
+    """Do one run, new or resumed, and write its checkpoint, log and figures; the checkpoint's content."""
     rows = data.rows(config.subset, config.holdout, config.omit, config.student_images)
     held_out = data.held_out(config.subset, config.holdout)
     with locked(files.checkpoint) if runtime.is_main else contextlib.nullcontext():

@@ -121,10 +121,7 @@ def build_parser(script: str, options_class: type) -> Parser:
 
 
 def parse_words(script: str, options: type, argv: list | None, needs: dict, excludes: dict) -> tuple[Parser, dict]:
-    """The parser of a script, for further errors, and what was typed, by the options' names (None: the command line).
-
-    Exits with code 2 if an option is wrong, lacks one that it requires, or can't be combined with another.
-    """
+    """The parser, for further errors, and what `argv` gives by name; exits with code 2 if that breaks a rule."""
     parser = build_parser(script, options)
     words = sys.argv[1:] if argv is None else [str(word) for word in argv]
     # --num-epochs is --num_epochs

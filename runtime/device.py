@@ -50,10 +50,7 @@ class Runtime:
 
     @property
     def max_product_side(self) -> int:
-        """Up to which map side convolutions are faster as matrix products (models/vgg.py), or 0.
-
-        Measured for VGG19's training, docs/speed.md; never by batch size, so that results stay reproducible.
-        """
+        """Up to which map side convolutions are faster as matrix products (docs/speed.md), or 0; for batches of any size."""
         if self.device.type != "cpu":
             return 0
         fast = {"bf16": has_fast_bf16(self.device), "fp32": "Intel" in processor()}
@@ -166,10 +163,7 @@ def training_error(device: torch.device) -> str:
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 matrices faster than float32 ones.
-
-    Intel's AVX512-BF16 is slower than float32 (measured in a virtual machine that hides AMX); AMD's is faster.
-    """
+    """Whether the device multiplies bfloat16 matrices faster than float32: AMD's AVX512-BF16 does, Intel's does not."""
     if device.type == "cuda":
         with torch.cuda.device(device):
             return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -208,15 +202,9 @@ def device_title(runtime: Runtime) -> str:
     return f"{processor()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h, for mallopt(3)
-
-
 def keep_freed_memory() -> None:
-    """Let the process reuse the memory that it frees, where malloc would give large blocks back to Linux at once.
-
-    Each training step asks for the same blocks again; from Linux they come page by page, every page zeroed, which
-    takes a quarter of a student's time on a CPU (docs/speed.md). Needs glibc 2.35 or later, else nothing is changed.
-    """
+    """Reuse freed memory: Linux would zero its pages again, a quarter of a student's time on a CPU (docs/speed.md)."""
+    m_trim_threshold, m_mmap_threshold = -1, -3  # of glibc's malloc.h; mallopt(3) refuses the size before glibc 2.35
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt and mallopt(M_MMAP_THRESHOLD, 1 << 30):  # a larger block is a data set, and no step's
-        mallopt(M_TRIM_THRESHOLD, -1)  # keep all
+    if mallopt and mallopt(m_mmap_threshold, 1 << 30):  # a larger block is a data set, and no step's
+        mallopt(m_trim_threshold, -1)  # keep all

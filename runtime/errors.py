@@ -80,10 +80,7 @@ def reason(error: Exception) -> str:
 
 
 def exit_code(main: Callable[[], None]) -> int:
-    """Call `main`: 0, or after one line on stderr 2 for a UserError and 128 + its number for a stop signal.
-
-    Full memory counts as a UserError. If the reader of stdout has gone, it ends as SIGPIPE would, without a word.
-    """
+    """Call `main`: 0, or after one line on stderr 2 for what a user can fix, and 128 + its number for a signal."""
     try:
         with contextlib.suppress(AttributeError):  # a notebook's stream can't do this
             sys.stdout.reconfigure(errors="replace")  # an ASCII terminal prints ?, not a traceback

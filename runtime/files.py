@@ -22,8 +22,8 @@ UNREADABLE += (zipfile.BadZipFile, zlib.error, struct.error)
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """Yield a path that atomically replaces `path`, or the file it links to, after the block; UserError if it can't."""
-    target = Path(os.path.realpath(path))
+    """Yield a temporary path that replaces `path`, whole, if the block succeeds; UserError leaves the old file."""
+    target = Path(os.path.realpath(path))  # of a link, the file it leads to
     make_folder(target.parent)
     try:
         with TemporaryDirectory(dir=target.parent, prefix=".", suffix=".tmp", ignore_cleanup_errors=True) as scratch:

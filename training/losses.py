@@ -63,10 +63,7 @@ LOSSES: dict[str, Callable[..., Terms]] = {"ls": ls, "dkd": dkd, "ttm": ttm, "wt
 def training_loss(
     student_logits: torch.Tensor, teacher_logits: torch.Tensor | None, targets: torch.Tensor, run: RunConfig
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(loss, CE, soft) of logits (B, C) and targets (B,): scalars in nats, of which only the loss has a gradient.
-
-    `soft` is the sum of the terms of the run's loss before they are weighted. Without KD the loss is the CE, soft is 0.
-    """
+    """The loss, the CE and the sum of the unweighted terms (0 without KD), in nats, of logits (B, C), targets (B,)."""
     student_logits = student_logits.float()
     ce = F.cross_entropy(student_logits, targets)
     if not run.kd:

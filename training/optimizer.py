@@ -154,17 +154,13 @@ def weights_before_batch_norm(model: nn.Module) -> set[nn.Parameter]:
 
 
 def make_optimizer(model: nn.Module, run: RunConfig, dtype: torch.dtype) -> torch.optim.Optimizer:
-    """Muon or SGD, as the run says, for a model whose last linear layer gives the logits.
-
-    SGD's weight decay skips biases and batch norm (He et al., 2019, section 3.1), Muon's is for the last layer only;
-    `dtype` is that of Muon's products.
-    """
+    """Muon, its products in `dtype`, or SGD, as the run says, for a model whose last linear layer gives the logits."""
     is_muon = run.optimizer == "muon"
     head, has_free_scale = last_linear(model), weights_before_batch_norm(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     body = [p for p in trained if p is not head.weight and p is not head.bias]
     matrices = [p for p in body if not is_vector(p)]
-    decay = 0.0 if is_muon else run.weight_decay
+    decay = 0.0 if is_muon else run.weight_decay  # not of biases and batch norm (He et al., 2019, section 3.1)
     groups = [
         {"params": [p for p in matrices if p in has_free_scale], "weight_decay": decay, "keeps_norm": True},
         {"params": [p for p in body if is_vector(p)], "lr_scale": run.norm_lr},

@@ -35,21 +35,14 @@ DIGITS = {
 
 
 def recipe_of(dataset: str, role: str, optimizer: str, train_images: int, student_images: int | None = None) -> Recipe:
-    """The recipe of a role ("teacher" | "student") on a data set.
-
-    A folder's is scaled to its number of images, and any data set's to the student's number of images if that is given.
-    """
+    """The recipe of a role ("teacher" | "student"), scaled to a folder's images or, if given, the student's."""
     recipe = (DIGITS if dataset == "digits" else CIFAR)[role, optimizer]
     images = student_images or (train_images if dataset == "folder" else None)
     return scale_recipe(recipe, images, **(DIGITS_SCALING if dataset == "digits" else {})) if images else recipe
 
 
 def scale_recipe(recipe: Recipe, images: int, made_for: int = 50_000, most: float = 4) -> Recipe:
-    """A recipe at another number of training images than it was made for: as many are seen in all, within bounds.
-
-    At most `most` times as many epochs and at least a quarter, in batches of at most a 64th of the images (a power of
-    two, from 32 up to the recipe's).
-    """
+    """A recipe for `images` instead of `made_for`: as many are seen in all, in up to `most` times the epochs."""
     epochs = round(recipe.num_epochs * min(max(made_for / images, 0.25), most))
     batch_size = min(max(2 ** int(math.log2(max(images / 64, 1))), 32), recipe.batch_size)
     return replace(recipe, num_epochs=epochs, batch_size=batch_size)

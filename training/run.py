@@ -63,12 +63,9 @@ def spec_of(content: dict) -> DataSet:
 
 
 def load_model(content: dict, runtime: Runtime, student: str | None = None) -> torch.nn.Module:
-    """The model of a checkpoint, ready to evaluate on the device; UserError if the weights don't fit.
-
-    `student` is the --student that was typed: no code runs because a checkpoint names it.
-    """
+    """The model of a checkpoint, ready to evaluate on the device; UserError if its weights or `student` don't fit."""
     run = run_from(content["run"])
-    if run.student and run.student != student:
+    if run.student and run.student != student:  # no code runs because a checkpoint names it
         raise UserError(f"{content['path']} is a student of {run.student}: give --student {run.student} to run that")
     model = checkpoint.load_weights(build_model_of(run), content)
     use_products(model, runtime.max_product_side)
@@ -76,10 +73,7 @@ def load_model(content: dict, runtime: Runtime, student: str | None = None) -> t
 
 
 def mismatch(content: dict, name: RunName, spec: DataSet, same_images: bool = True) -> str:
-    """Why a checkpoint does not fit a data set, or was trained on images that `name` holds out; "" if it fits.
-
-    Of a data set whose images were not read, only classes and size are compared.
-    """
+    """Why a checkpoint doesn't fit a data set, as far as that was read, or saw what `name` holds out; else ""."""
     run, classes = run_from(content["run"]), content["data"]["classes"]
     if tuple(classes) != spec.classes:
         return f"has {len(classes)} classes ({', '.join(classes[:3])}, ...) that are not those of {spec.name}"
@@ -112,12 +106,9 @@ def check_same(content: dict, run: RunConfig) -> None:
 
 
 def find_finished(run: RunConfig, options, spec: DataSet) -> dict | None:
-    """The checkpoint of this run if it has finished and is to be kept, else None.
-
-    UserError if training would replace another finished run, or would have to resume another one. With --all, whose
-    options are the students', any teacher that fits is kept.
-    """
-    files, is_shared = files_of(run, options), options.all and run.role == "teacher"
+    """The checkpoint of this run if it has finished and is kept, else None; UserError if another is in its place."""
+    files = files_of(run, options)
+    is_shared = options.all and run.role == "teacher"  # --all has the students' options: any teacher that fits is kept
     is_unfinished = files.resume.exists() and not is_shared
     if is_unfinished and options.all:
         check_same(checkpoint.load(files.resume), run)  # now, not when its turn comes

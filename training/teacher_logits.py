@@ -74,7 +74,7 @@ class TeacherLogits:
         return self.cached(f"{k:02}.npz", count, compute).to(self.runtime.device)
 
     def test_logits(self, images: Images, holdout: int = 0) -> torch.Tensor:
-        """Logits (N, C) float64, on the CPU, of test images, or with `holdout` of held-out ones; UserError if none."""
+        """Logits (N, C) float64 on the CPU of test or held-out images; UserError if a folder of logits lacks them."""
         if holdout and self.model is None:
             raise UserError(f"{self.folder} has no logits of held-out images: give a checkpoint as --teacher")
         compute = partial(held_out_logits, self.model, images, self.spec, self.runtime)
@@ -82,7 +82,7 @@ class TeacherLogits:
         return compute().half().double() if holdout else self.cached("test.npz", len(images), compute).double()
 
     def cached(self, name: str, count: int, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """The first `count` logits, float16, read or else computed and stored; UserError if neither is possible."""
+        """The first `count` logits, float16, read, or computed and kept; UserError if a folder of logits lacks them."""
         path, logits = self.folder / name, self.in_memory.get(name)
         if logits is None or len(logits) < count:
             try:
@@ -153,7 +153,7 @@ def read_description(folder: Path, spec: DataSet) -> str:
 def load_teacher(
     student: RunConfig, options, spec: DataSet, runtime: Runtime, content: dict | None = None
 ) -> TeacherLogits:
-    """A student's teacher: `content` if read before, a checkpoint, state dict or folder; UserError if unfit."""
+    """A student's teacher, `content` if it was read before: a checkpoint, state dict or folder; UserError if unfit."""
     name = student.teacher_name
     path = content["path"] if content else options.teacher or options.weights_path / f"{name.stem}.pt"
     if options.teacher and not path.exists():
