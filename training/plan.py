@@ -3,7 +3,7 @@
 from dataclasses import asdict, replace
 
 from data_sets import DataSet
-from training.recipes import LOSS_DEFAULTS, RECIPE_FIELDS, ce_weight_of, recipe_of, temps_of
+from training.recipes import LOSS_DEFAULTS, RECIPE_FIELDS, recipe_of, temps_of
 from training.runs import RunConfig, RunName, default_weights
 
 
@@ -42,7 +42,7 @@ def resolve(name: RunName, options, data: DataSet, precision: str, processes: in
     recipe["views"] = recipe["views"] or data.views
     kd_weights, ce_weight = default_weights(name.loss) if name.kd else ((), 1.0)
     if name.kd and options.alpha is not None:
-        kd_weights, ce_weight = (options.alpha,), ce_weight_of(options.alpha)
+        kd_weights, ce_weight = (options.alpha,), round(1 - options.alpha, 12)
     if name.kd and options.kd_weight is not None:
         kd_weights = options.kd_weight
     if name.kd and options.ce_weight is not None:

@@ -59,15 +59,8 @@ class LossDefaults:
 
 
 ALPHA = 0.9  # of plain KD
-
-
-def ce_weight_of(alpha: float) -> float:
-    """1 - alpha, as 0.1 and not 0.09999999999999998."""
-    return round(1 - alpha, 12)
-
-
 LOSS_DEFAULTS = {
-    "kd": LossDefaults("kd", (5.0, 20.0), (ALPHA,), ce_weight_of(ALPHA)),
+    "kd": LossDefaults("kd", (5.0, 20.0), (ALPHA,), round(1 - ALPHA, 12)),  # 0.1, not 0.09999999999999998
     "ls": LossDefaults("ls", (2.0,), (9.0,), 0.1),
     "dkd": LossDefaults("dkd", (4.0,), (1.0, 8.0), 1.0),
     "ttm": LossDefaults("ttm", (10.0,), (45.0,), 1.0),
