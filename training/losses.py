@@ -76,7 +76,5 @@ def training_loss(
             soft = utils.soft_target_loss(student_logits, teacher_logits, run.temp)
         return loss, ce.detach(), soft
     terms = LOSSES[function](student_logits, teacher_logits, targets, run.temp)
-    loss = run.ce_weight * ce
-    for weight, term in zip(run.kd_weights, terms, strict=True):
-        loss = loss + weight * term
-    return loss, ce.detach(), sum(terms).detach()
+    weighted = (weight * term for weight, term in zip(run.kd_weights, terms, strict=True))
+    return sum(weighted, run.ce_weight * ce), ce.detach(), sum(terms).detach()
