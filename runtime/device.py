@@ -123,9 +123,7 @@ def pick_device(word: str) -> torch.device:
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     devices = torch.cuda.device_count() if kind == "cuda" and not index else 1
     if processes > devices:
-        raise UserError(
-            f"{processes} processes need one device each, but --device {word} has {devices}; try --device cpu"
-        )
+        raise UserError(f"{processes} processes need one device each: --device {word} has {devices}; try --device cpu")
     if kind == "cuda":
         return torch.device(kind, int(index or os.environ.get("LOCAL_RANK", 0)))
     if not (error := training_error(torch.device(kind))):
