@@ -72,8 +72,7 @@ def training_loss(
     if function == "kd":
         total = run.kd_weights[0] + run.ce_weight  # 1 with the weights alpha and 1 - alpha
         loss = total * utils.kd_loss(student_logits, teacher_logits, targets, run.temp, run.kd_weights[0] / total)
-        with torch.no_grad():
-            soft = utils.soft_target_loss(student_logits, teacher_logits, run.temp)
+        soft = utils.soft_target_loss(student_logits.detach(), teacher_logits, run.temp)
         return loss, ce.detach(), soft
     terms = LOSSES[function](student_logits, teacher_logits, targets, run.temp)
     weighted = (weight * term for weight, term in zip(run.kd_weights, terms, strict=True))
