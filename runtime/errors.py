@@ -35,10 +35,6 @@ class Stopped(Exception):
     """The run was asked to stop by a signal; its number is the argument."""
 
 
-class ReportedElsewhere(Exception):
-    """Another process has already shown the error that this one ends with; its exit code is the argument."""
-
-
 @dataclass
 class StopSignal:
     """SIGINT and SIGTERM; `number` is the one that came, or 0. Outside the main thread nothing is caught."""
@@ -86,8 +82,6 @@ def exit_code(main: Callable[[], None]) -> int:
             sys.stdout.reconfigure(errors="replace")  # an ASCII terminal prints ?, not a traceback
         main()
         sys.stdout.flush()
-    except ReportedElsewhere as error:
-        return error.args[0]
     except UserError as error:
         return report(str(error))
     except KeyboardInterrupt:

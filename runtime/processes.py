@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from runtime.device import PRECISIONS, Runtime, has_fast_bf16, keep_freed_memory, pick_device
-from runtime.errors import ReportedElsewhere, Stopped, StopSignal, UserError
+from runtime.errors import Stopped, StopSignal, UserError
 
 
 @contextlib.contextmanager
@@ -81,15 +81,11 @@ def process_group(runtime: Runtime, world_size: int):
     try:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
         yield replace(runtime, rank=rank, world_size=world_size)
-    except (UserError, Stopped) as error:
-        # All processes end with the same error: the first one reports it.
-        if store.add("failed", 1) > 1:
-            raise ReportedElsewhere(2 if isinstance(error, UserError) else 128 + error.args[0]) from error
-        raise
-    except RuntimeError as error:
-        # This process lost a peer that reports the error itself: nothing to add.
-        if store.add("failed", 0) > 0:
-            raise ReportedElsewhere(2) from error
+    except (UserError, Stopped, RuntimeError) as error:
+        # All processes end with one error, or with the loss of a peer that has one: the first one reports it.
+        is_own = not isinstance(error, RuntimeError)
+        if store.add("failed", int(is_own)) > is_own:
+            raise SystemExit(128 + error.args[0] if isinstance(error, Stopped) else 2) from error
         raise
     finally:
         if dist.is_initialized():

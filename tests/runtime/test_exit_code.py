@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-from runtime.errors import ReportedElsewhere, Stopped, StopSignal, UserError, exit_code, known_failure
+from runtime.errors import Stopped, StopSignal, UserError, exit_code, known_failure
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,6 @@ from runtime.errors import ReportedElsewhere, Stopped, StopSignal, UserError, ex
         (UserError("one\n  line"), 2, "error: one line\n"),
         (Stopped(signal.SIGTERM), 143, "stopped; rerun the command to resume (without --resume False)\n"),
         (KeyboardInterrupt(), 130, "interrupted; rerun the command (train.py resumes from its last save)\n"),
-        (ReportedElsewhere(143), 143, ""),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."), 2, "a smaller --batch_size"),
         (RuntimeError("MPS backend out of memory (MPS allocated: 18.04 GB)"), 2, "a smaller --batch_size"),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `x`"), 2, "a smaller --batch_size"),
