@@ -50,7 +50,7 @@ class Runtime:
 
     @property
     def max_product_side(self) -> int:
-        """Up to which map side convolutions are faster as matrix products (docs/speed.md), or 0; for batches of any size."""
+        """The largest map side at which convolutions are faster as matrix products, for any batch (docs/speed.md)."""
         if self.device.type != "cpu":
             return 0
         fast = {"bf16": has_fast_bf16(self.device), "fp32": "Intel" in processor()}
