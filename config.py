@@ -14,7 +14,8 @@ WHAT, DATA, KD = "what to run", "data", "distillation"
 RECIPE, MACHINE, FILES = "recipe (defaults: docs/options.md)", "machine", "files"
 FROM_0, FROM_1 = number(int, at_least=0), number(int, at_least=1)
 ABOVE_0, WEIGHT = number(float, above=0), number(float, at_least=0, at_most=1e6)
-TEMPERATURE = number(float, at_least=0.01, at_most=1000)
+TEMP, SHARE = number(float, at_least=0.01, at_most=1000), number(float, at_least=0, at_most=1)
+PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 FUNCTION = matching(r"\w+(\.\w+)*:\w+", "MODULE:FUNCTION, as in my_models:resnet8")
 DEVICE = matching(r"auto|cpu|mps|cuda(:\d+)?", "auto, cpu, cuda, cuda:N or mps")
 PLAIN_WORD = matching(r"(?!\.+$)[A-Za-z0-9._-]+", "letters, digits, '.', '_' and '-'")  # safe in a path
@@ -27,45 +28,20 @@ class Options:
     tto: bool = option(WHAT, "train or evaluate the teacher", boolean, False)
     kd: bool = option(WHAT, "the student with knowledge distillation, not the one without", boolean, False)
     seed: int = option(WHAT, "seed of initial weights, order and views", FROM_0, DEFAULT_SEED)
-    student: str | None = option(
-        WHAT, "your own student, MODULE:FUNCTION called with num_classes (default: ours)", FUNCTION
-    )
-    dataset: str = option(
-        DATA, "cifar10, cifar100, digits (drawn, no download) or folder", default="cifar10", choices=DATA_SETS
-    )
-    data_path: Path = option(
-        DATA, "folder of the data; with --dataset folder it contains train/<class>/*", folder_name, Path("data")
-    )
+    student: str | None = option(WHAT, "your own student, MODULE:FUNCTION called with num_classes", FUNCTION)
+    dataset: str = option(DATA, "cifar10, cifar100, digits (drawn, no download) or folder", str, "cifar10", DATA_SETS)
+    data_path: Path = option(DATA, "folder of the data; your own has train/<class>/*", folder_name, Path("data"))
     skip_broken: bool = option(DATA, "leave out pictures that can't be read (--dataset folder)", boolean, False)
-    size: int = option(
-        DATA, "pixels along a side of an image (folder, digits): a multiple of 32", int, SIDE, choices=SIZES
-    )
+    size: int = option(DATA, "pixels along a side of an image (folder, digits): a multiple of 32", int, SIDE, SIZES)
     subset: int | None = option(DATA, "a quick trial: the first N training images and N/5 test images", FROM_1)
-    holdout: int = option(
-        DATA, "hold out the last N training images and evaluate on them instead of the test set", FROM_0, 0
-    )
-    omit: tuple[str, ...] | None = option(
-        DATA, "leave these classes (names or numbers) out of the student's training images; the teacher sees them",
-    )  # fmt: skip
-    student_images: tuple[int, ...] | None = option(
-        DATA, "train the student on N images, balanced over the classes; --all takes several", FROM_1
-    )
-    temp: tuple[float, ...] | None = option(
-        KD, "temperature T; --all takes several (default: 5 and 20, CIFAR-100 2 and 5; other losses: docs/losses.md)",
-        TEMPERATURE,
-    )  # fmt: skip
-    loss: tuple[str, ...] | None = option(
-        KD, "kd, ls, dkd, ttm, wttm, kd_as_ls, ... (docs/losses.md); --all takes several (default: kd)",
-        choices=tuple(LOSS_DEFAULTS), metavar="LOSS",
-    )  # fmt: skip
-    teacher: Path | None = option(
-        KD, "the teacher's checkpoint, state dict or folder of logits (default: what --tto True wrote)", folder_name
-    )
+    holdout: int = option(DATA, "hold out the last N training images and evaluate on these", FROM_0, 0)
+    omit: tuple[str, ...] | None = option(DATA, "the student gets no image of these classes (names or numbers)")
+    student_images: tuple[int, ...] | None = option(DATA, "the student gets N images; --all takes several", FROM_1)
+    temp: tuple[float, ...] | None = option(KD, "temperature; --all takes several (default: docs/losses.md)", TEMP)
+    loss: tuple[str, ...] | None = option(KD, "kd (default), ls, dkd, ttm, wttm; --all: several", choices=LOSS_DEFAULTS)
+    teacher: Path | None = option(KD, "checkpoint, state dict or folder of logits (default: by --tto)", folder_name)
     device: str = option(MACHINE, "auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:N or mps", DEVICE, "auto")
-    precision: str = option(
-        MACHINE, "auto (bf16 where it is faster, else fp32), bf16, fp16 (for CUDA cards without bf16) or fp32",
-        default="auto", choices=("auto", "bf16", "fp16", "fp32"),
-    )  # fmt: skip
+    precision: str = option(MACHINE, "auto (bf16 where faster), bf16, fp16 (CUDA) or fp32", str, "auto", PRECISIONS)
     weights_path: Path = option(FILES, "folder of the checkpoints", folder_name, Path("weights"))
     plots_path: Path = option(FILES, "folder of the logs and figures", folder_name, Path("plots"))
     name: str | None = option(FILES, "write to subfolders of this name in --weights_path and --plots_path", PLAIN_WORD)
@@ -95,29 +71,20 @@ class TrainOptions(Options):
     seeds: int = option(WHAT, "with --all: number of seeds of the students", number(int, 1, at_most=1000), 1)
     resume: bool = option(WHAT, "resume an unfinished run, skip a finished one; False: train anew", boolean, True)
     alpha: float | None = option(
-        KD, f"weight of the KL term of --loss kd; cross-entropy has 1 - alpha (default: {ALPHA})",
-        number(float, at_least=0, at_most=1),
-    )  # fmt: skip
-    kd_weight: tuple[float, ...] | None = option(
-        KD, "weight of the distillation loss; dkd takes two: target, other classes (default: docs/losses.md)", WEIGHT
+        KD, f"weight of KL in --loss kd; cross-entropy has 1 - alpha (default: {ALPHA})", SHARE
     )
+    kd_weight: tuple[float, ...] | None = option(KD, "weight of each soft term (default: docs/losses.md)", WEIGHT)
     ce_weight: float | None = option(KD, "weight of the cross-entropy (default: docs/losses.md)", WEIGHT)
-    matched: bool = option(
-        KD, "with --all: for each other loss also plain kd at its temperature and total weight", boolean, False
-    )
-    optimizer: str = option(RECIPE, "muon or sgd, each with its own recipe", default="muon", choices=OPTIMIZERS)
+    matched: bool = option(KD, "with --all: also plain kd at each loss's temperature and total weight", boolean, False)
+    optimizer: str = option(RECIPE, "muon or sgd, each with its own recipe", str, "muon", OPTIMIZERS)
     num_epochs: int | None = option(RECIPE, "number of epochs", FROM_1)
     batch_size: int | None = option(RECIPE, "images per step, over all devices", FROM_1)
     lr: float | None = option(RECIPE, "peak learning rate", ABOVE_0)
     head_lr: float | None = option(RECIPE, "learning rate of the last layer, as a fraction of --lr", ABOVE_0)
     norm_lr: float | None = option(RECIPE, "learning rate of batch norm, as a fraction of --lr", ABOVE_0)
-    weight_decay: float | None = option(
-        RECIPE, "weight decay of the last layer; with sgd, of all weight matrices", number(float, at_least=0)
-    )
+    weight_decay: float | None = option(RECIPE, "weight decay of the last layer; with sgd, of all matrices", WEIGHT)
     views: int | None = option(RECIPE, "how many random crops, mirrored or not, of each image are used", FROM_1)
-    flip: bool | None = option(
-        DATA, "mirror every other view; False if that would change the class (default: by data set)", boolean
-    )
+    flip: bool | None = option(DATA, "mirror every other view; False for letters (default: by data set)", boolean)
     sync_bn: bool = option(MACHINE, "batch norm over the global batch on several CUDA devices", boolean, False)
     compile: bool = option(MACHINE, "torch.compile the model; pays off in long runs", boolean, False)
     deterministic: bool = option(MACHINE, "bit-exact repeats on CUDA too, but slower", boolean, False)
@@ -134,14 +101,10 @@ class TrainOptions(Options):
 class TestOptions(Options):
     """Evaluate what train.py trained."""
 
-    checkpoint: Path | None = option(
-        WHAT, "any checkpoint; its settings are read from the file (default: the run that the options name)", file_name
-    )
+    checkpoint: Path | None = option(WHAT, "any checkpoint; its settings are read from the file", file_name)
     compare: bool = option(WHAT, "evaluate all checkpoints in --weights_path, in one table", boolean, False)
     image: tuple[Path, ...] | None = option(WHAT, "classify these pictures instead of the test images", file_name)
-    soften: tuple[float, ...] | None = option(
-        WHAT, "draw the probabilities of --image or of four test images at these temperatures", TEMPERATURE
-    )
+    soften: tuple[float, ...] | None = option(WHAT, "draw the probabilities of pictures at these temperatures", TEMP)
     json: Path | None = option(FILES, "also write the numbers of the report to this .json file", file_name)
     export: Path | None = option(FILES, "also export the model as a torch.export program, .pt2", file_name)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from runtime.errors import report
 
+METAVARS = {"bool": "True|False", "int": "N", "float": "X", "Path": "PATH"}  # of an option in the help, by its type
 LARGEST = 2**31 - 1  # of all whole numbers, so that arithmetic on them does not overflow
 
 
@@ -83,10 +84,9 @@ def typed(value) -> str:
     return subprocess.list2cmdline([str(value)]) if os.name == "nt" else shlex.quote(str(value))
 
 
-def option(group: str, text: str, parse=str, default=None, **argparse_keywords):
+def option(group: str, text: str, parse=str, default=None, choices=None):
     """A dataclass field that is a command line option, shown in a group of the help."""
-    metadata = {"group": group, "help": text, "parse": parse, "keywords": argparse_keywords}
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata={"group": group, "help": text, "parse": parse, "choices": choices})
 
 
 def option_help(f) -> str:
@@ -109,14 +109,11 @@ def build_parser(script: str, options_class: type) -> Parser:
     titles = dict.fromkeys(f.metadata["group"] for f in fields(options_class))
     groups = {title: parser.add_argument_group(title) for title in titles}
     for f in fields(options_class):
-        keywords = f.metadata["keywords"] | ({"nargs": "+"} if "tuple" in str(f.type) else {})
-        if f.metadata["parse"] is boolean:
-            keywords |= {"nargs": "?", "const": True, "metavar": "True|False"}
-        elif "choices" not in keywords:
-            kinds = {float: "X", int: "N", Path: "PATH"}
-            keywords["metavar"] = next((v for k, v in kinds.items() if k.__name__ in str(f.type)), f.name.upper())
-        keywords["help"] = option_help(f).replace("%", "%%")
-        groups[f.metadata["group"]].add_argument(f"--{f.name}", type=f.metadata["parse"], **keywords)
+        kind = str(f.type)
+        keywords = {"nargs": "+"} if "tuple" in kind else {"nargs": "?", "const": True} if "bool" in kind else {}
+        keywords["metavar"] = next((METAVARS[name] for name in METAVARS if name in kind), f.name.upper())
+        keywords |= {"type": f.metadata["parse"], "choices": f.metadata["choices"], "help": option_help(f)}
+        groups[f.metadata["group"]].add_argument(f"--{f.name}", **keywords)
     return parser
 
 
