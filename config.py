@@ -2,6 +2,7 @@
 
 import unicodedata
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 from data_sets import DATA_SETS, SIDE, SIZES
@@ -12,13 +13,13 @@ from training.runs import DEFAULT_SEED
 
 WHAT, DATA, KD = "what to run", "data", "distillation"
 RECIPE, MACHINE, FILES = "recipe (defaults: docs/options.md)", "machine", "files"
-FROM_0, FROM_1 = number(int, at_least=0), number(int, at_least=1)
-ABOVE_0, WEIGHT = number(float, above=0), number(float, at_least=0, at_most=1e6)
-TEMP, SHARE = number(float, at_least=0.01, at_most=1000), number(float, at_least=0, at_most=1)
+FROM_0, FROM_1 = partial(number, int, 0, LARGEST), partial(number, int, 1, LARGEST)
+ABOVE_0, WEIGHT = partial(number, float, 1e-12, 1e30), partial(number, float, 0, 10**6)
+TEMP, SHARE = partial(number, float, 0.01, 1000), partial(number, float, 0, 1)
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
-FUNCTION = matching(r"\w+(\.\w+)*:\w+", "MODULE:FUNCTION, as in my_models:resnet8")
-DEVICE = matching(r"auto|cpu|mps|cuda(:\d+)?", "auto, cpu, cuda, cuda:N or mps")
-PLAIN_WORD = matching(r"(?!\.+$)[A-Za-z0-9._-]+", "letters, digits, '.', '_' and '-'")  # safe in a path
+FUNCTION = partial(matching, r"\w+(\.\w+)*:\w+", "MODULE:FUNCTION, as in my_models:resnet8")
+DEVICE = partial(matching, r"auto|cpu|mps|cuda(:\d+)?", "auto, cpu, cuda, cuda:N or mps")
+PLAIN_WORD = partial(matching, r"(?!\.+$)[A-Za-z0-9._-]+", "letters, digits, '.', '_' and '-'")  # safe in a path
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class TrainOptions(Options):
     """Train the teacher, or the student with or without knowledge distillation."""
 
     all: bool = option(WHAT, "everything: teacher, students with and without KD, evaluation, table", boolean, False)
-    seeds: int = option(WHAT, "with --all: number of seeds of the students", number(int, 1, at_most=1000), 1)
+    seeds: int = option(WHAT, "with --all: number of seeds of the students", partial(number, int, 1, 1000), 1)
     resume: bool = option(WHAT, "resume an unfinished run, skip a finished one; False: train anew", boolean, True)
     alpha: float | None = option(
         KD, f"weight of KL in --loss kd; cross-entropy has 1 - alpha (default: {ALPHA})", SHARE

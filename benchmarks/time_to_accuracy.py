@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ import baseline_loop as baseline
 
 import config
 from evaluation.report import table
-from runtime.cli import Parser, file_name, number
+from runtime.cli import LARGEST, Parser, file_name, number
 from runtime.device import Runtime, device_title, machine
 from runtime.errors import UserError, exit_code
 from runtime.files import write_json
@@ -210,10 +211,10 @@ def parse(argv: list[str] | None, folder: str) -> tuple:
     """This script's options and train.py's, whose files go to `folder`; exits with code 2 if one is wrong."""
     parser = Parser("time_to_accuracy.py", allow_abbrev=False, description=__doc__.partition("\n")[0])
     parser.add_argument("--role", choices=tuple(BASELINE_LR), default="teacher", help="(default: teacher)")
-    parser.add_argument("--lengths", type=number(int, 1), nargs="+", help="epochs of the trainings (default: 1 2 4 8)")
-    at_least_a_batch = number(int, at_least=baseline.BATCH_SIZE)
+    parser.add_argument("--lengths", type=config.FROM_1, nargs="+", help="epochs of the trainings (default: 1 2 4 8)")
+    at_least_a_batch = partial(number, int, baseline.BATCH_SIZE, LARGEST)
     parser.add_argument("--images", type=at_least_a_batch, help="train on the first N (default: all but a tenth)")
-    parser.add_argument("--baseline_lr", type=number(float, above=0), nargs="+", help="peak rates of the baseline loop")
+    parser.add_argument("--baseline_lr", type=config.ABOVE_0, nargs="+", help="peak rates of the baseline loop")
     parser.add_argument("--json", type=file_name, help="file for the finished trainings")
     parser.add_argument("--figure", type=file_name, help="file for the figure, .png")
     arguments, further = parser.parse_known_args(argv)

@@ -1,7 +1,7 @@
 """Command line options as fields of a dataclass: how a value is read, checked, shown in the help and typed again."""
 
 import argparse
-import math
+import contextlib
 import os
 import re
 import shlex
@@ -16,56 +16,36 @@ METAVARS = {"bool": "True|False", "int": "N", "float": "X", "Path": "PATH"}  # o
 LARGEST = 2**31 - 1  # of all whole numbers, so that arithmetic on them does not overflow
 
 
+def matching(pattern: str, expected: str, text: str) -> str:
+    """A word that matches a pattern."""
+    if not re.fullmatch(pattern, text):
+        raise argparse.ArgumentTypeError(f"expected {expected}, not {text!r}")
+    return text
+
+
 def boolean(text: str) -> bool:
     """True/False, yes/no, 1/0 in any case (argparse's own `type=bool` reads "False" as True)."""
-    word = text.lower()
-    if word not in ("true", "yes", "1", "false", "no", "0"):
-        raise argparse.ArgumentTypeError(f"expected True or False, not {text!r}")
-    return word in ("true", "yes", "1")
+    return matching("(?i)true|yes|1|false|no|0", "True or False", text).lower() in ("true", "yes", "1")
 
 
-def number(kind: type, at_least: float = -math.inf, above: float = -math.inf, at_most: float = math.inf):
-    """A parser of finite numbers of one kind within bounds."""
-    at_most = min(at_most, LARGEST) if kind is int else at_most
-
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            name = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"expected {name}, not {text!r}") from None
-        if not (at_least <= value <= at_most and above < value < math.inf):  # which a NaN is not
-            bounds = [f"at least {at_least}"] if at_least > -math.inf else []
-            bounds += [f"above {above}"] if above > -math.inf else []
-            bounds += [f"at most {at_most}"] if at_most < math.inf else []
-            raise argparse.ArgumentTypeError(f"must be {' and '.join(bounds) or 'finite'}, not {text}")
-        return value
-
-    return parse
-
-
-def matching(pattern: str, expected: str):
-    """A parser of words that match a pattern."""
-
-    def parse(text: str) -> str:
-        if not re.fullmatch(pattern, text):
-            raise argparse.ArgumentTypeError(f"expected {expected}, not {text!r}")
-        return text
-
-    return parse
+def number(kind: type, least: float, most: float, text: str):
+    """A number of a kind, int or float, from `least` to `most`."""
+    with contextlib.suppress(ValueError):
+        if least <= kind(text) <= most:  # which a NaN is not
+            return kind(text)
+    name = "whole number" if kind is int else "number"
+    raise argparse.ArgumentTypeError(f"expected a {name} from {least} to {most}, not {text!r}")
 
 
 def folder_name(text: str) -> Path:
     """The path of a folder, ~ expanded; an empty word, perhaps of an unset variable, is an error."""
-    if not text:
-        raise argparse.ArgumentTypeError("expected the name of a folder, not ''")
-    return Path(os.path.expanduser(text))
+    return Path(os.path.expanduser(matching("(?s).+", "the name of a folder", text)))
 
 
 def file_name(text: str) -> Path:
     """The path of a file, ~ expanded; a folder is an error."""
     path = Path(os.path.expanduser(text))
-    if os.path.isdir(path) or not path.name:
+    if os.path.isdir(path):  # which no name at all is
         raise argparse.ArgumentTypeError(f"expected the name of a file, not {text!r}")
     return path
 
