@@ -17,6 +17,7 @@ FROM_0, FROM_1 = partial(number, int, 0, LARGEST), partial(number, int, 1, LARGE
 ABOVE_0, WEIGHT = partial(number, float, 1e-12, 1e30), partial(number, float, 0, 10**6)
 TEMP, SHARE = partial(number, float, 0.01, 1000), partial(number, float, 0, 1)
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
+JSON, PT2 = partial(file_name, suffix=".json"), partial(file_name, suffix=".pt2")  # no checkpoint is overwritten
 FUNCTION = partial(matching, r"\w+(\.\w+)*:\w+", "MODULE:FUNCTION, as in my_models:resnet8")
 DEVICE = partial(matching, r"auto|cpu|mps|cuda(:\d+)?", "auto, cpu, cuda, cuda:N or mps")
 PLAIN_WORD = partial(matching, r"(?!\.+$)[A-Za-z0-9._-]+", "letters, digits, '.', '_' and '-'")  # safe in a path
@@ -106,8 +107,8 @@ class TestOptions(Options):
     compare: bool = option(WHAT, "evaluate all checkpoints in --weights_path, in one table", boolean, False)
     image: tuple[Path, ...] | None = option(WHAT, "classify these pictures instead of the test images", file_name)
     soften: tuple[float, ...] | None = option(WHAT, "draw the probabilities of pictures at these temperatures", TEMP)
-    json: Path | None = option(FILES, "also write the numbers of the report to this .json file", file_name)
-    export: Path | None = option(FILES, "also export the model as a torch.export program, .pt2", file_name)
+    json: Path | None = option(FILES, "also write the numbers of the report to this .json file", JSON)
+    export: Path | None = option(FILES, "also export the model as a torch.export program, .pt2", PT2)
 
 
 # NEEDS: an option requires one of these. EXCLUDES: it can't be combined with any of these.
@@ -204,8 +205,4 @@ def parse_test(argv: list | None = None) -> TestOptions:
         parser.error("--soften shows one model: give --tto True to show the teacher, or leave --teacher out")
     if options.tto and options.teacher and options.seed != DEFAULT_SEED:
         parser.error("--teacher names the teacher to evaluate: leave --seed out")
-    if options.export and options.export.suffix != ".pt2":
-        parser.error(f"--export writes a .pt2 file, not {options.export}")
-    if options.json and options.json.suffix != ".json":  # a checkpoint, perhaps, that would be overwritten
-        parser.error(f"--json writes a .json file, not {options.json}")
     return options

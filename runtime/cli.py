@@ -42,11 +42,11 @@ def folder_name(text: str) -> Path:
     return Path(os.path.expanduser(matching("(?s).+", "the name of a folder", text)))
 
 
-def file_name(text: str) -> Path:
-    """The path of a file, ~ expanded; a folder is an error."""
+def file_name(text: str, suffix: str = "") -> Path:
+    """The path of a file, ~ expanded; a folder, or another suffix if one is given, is an error."""
     path = Path(os.path.expanduser(text))
-    if os.path.isdir(path):  # which no name at all is
-        raise argparse.ArgumentTypeError(f"expected the name of a file, not {text!r}")
+    if os.path.isdir(path) or not path.name.endswith(suffix):  # no name at all is the current folder
+        raise argparse.ArgumentTypeError(f"expected the name of a {suffix} file, not {text!r}")
     return path
 
 
