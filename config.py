@@ -111,36 +111,26 @@ class TestOptions(Options):
     export: Path | None = option(FILES, "also export the model as a torch.export program, .pt2", PT2)
 
 
-# NEEDS: an option requires one of these. EXCLUDES: it can't be combined with any of these.
-NEEDS = {
-    "train.py": {
-        **dict.fromkeys(("temp", "loss", "alpha", "kd_weight", "ce_weight", "teacher"), ("kd", "all")),
-        **dict.fromkeys(("matched", "seeds"), ("all",)),
-    },
-    "test.py": {"temp": ("kd",), "loss": ("kd",)},
-}
-STUDENTS_IMAGES = ("omit", "student_images")
+# An option requires one of these.
+NEEDS = {"temp": "kd all", "loss": "kd all", "alpha": "kd all", "kd_weight": "kd all", "ce_weight": "kd all"}
+NEEDS |= {"matched": "all", "seeds": "all"}
+# An option can't be combined with any of these.
 EXCLUDES = {
-    "train.py": {
-        "tto": ("kd", "all", "student", *STUDENTS_IMAGES),
-        "kd": ("all",),
-        "alpha": ("kd_weight", "ce_weight"),
-        "matched": ("kd_weight", "ce_weight"),
-    },
-    "test.py": {
-        "tto": ("kd", "student", *STUDENTS_IMAGES),
-        "checkpoint": ("tto", "kd", "temp", "loss", "seed", "dataset", "size", "subset", "holdout", "compare", "name")
-        + STUDENTS_IMAGES,
-        "compare": ("tto", "kd", "temp", "loss", "seed", "image", "soften", "json", "export", *STUDENTS_IMAGES),
-        "soften": ("json", "export"),
-        "image": ("subset", "holdout", "json", "export", "data_path", "skip_broken"),
-    },
+    "tto": "kd all student omit student_images",
+    "kd": "all",
+    "alpha": "kd_weight ce_weight",
+    "matched": "kd_weight ce_weight",
+    "checkpoint": "tto kd temp loss seed dataset size subset holdout compare name omit student_images",
+    "compare": "tto kd temp loss seed image soften json export omit student_images",
+    "soften": "json export",
+    "image": "subset holdout json export data_path skip_broken",
 }
 
 
 def parse(script: str, options_class: type[Options], argv: list | None) -> tuple[Parser, Options]:
     """The parser of a script, for further errors, and its options from `argv` (None: the command line)."""
-    parser, given = parse_words(script, options_class, argv, NEEDS[script], EXCLUDES[script])
+    needs = NEEDS | ({"teacher": "kd all"} if script == "train.py" else {})
+    parser, given = parse_words(script, options_class, argv, needs, EXCLUDES)
     for name in ("temp", "loss", "student_images"):
         values = given.get(name, ())
         if len(values) > 1 and not given.get("all"):

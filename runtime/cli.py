@@ -110,12 +110,13 @@ def parse_words(script: str, options: type, argv: list | None, needs: dict, excl
     given = vars(parser.parse_args(words))
     chosen = [name for name, value in given.items() if value is not False]
     for name in chosen:
-        for other in excludes.get(name, ()):
+        for other in excludes.get(name, "").split():
             if other in chosen:
                 parser.error(f"--{name} and --{other} can't be combined: leave one of them out")
     for name in given:
-        if needs.get(name) and not any(other in chosen for other in needs[name]):
-            wanted = " or ".join(f"--{other} True" for other in needs[name])
+        needed = [other for other in needs.get(name, "").split() if hasattr(options, other)]
+        if needed and not any(other in chosen for other in needed):
+            wanted = " or ".join(f"--{other} True" for other in needed)
             parser.error(f"--{name} requires {wanted}: add that, or leave --{name} out")
     return parser, {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
