@@ -65,14 +65,9 @@ def typed(value) -> str:
 
 
 def option(group: str, text: str, parse=str, default=None, choices=None):
-    """A dataclass field that is a command line option, shown in a group of the help."""
+    """A dataclass field that is a command line option, shown in a group of the help with what it means."""
+    text += "" if default in (None, False) else f" (default: {default})"
     return field(default=default, metadata={"group": group, "help": text, "parse": parse, "choices": choices})
-
-
-def option_help(f) -> str:
-    """What an option means, in which unit, and its default."""
-    text = f.metadata["help"]
-    return text if f.default in (None, False, ()) else f"{text} (default: {f.default})"
 
 
 class Parser(argparse.ArgumentParser):
@@ -92,7 +87,7 @@ def build_parser(script: str, options_class: type) -> Parser:
         kind = str(f.type)
         keywords = {"nargs": "+"} if "tuple" in kind else {"nargs": "?", "const": True} if "bool" in kind else {}
         keywords["metavar"] = next((METAVARS[name] for name in METAVARS if name in kind), f.name.upper())
-        keywords |= {"type": f.metadata["parse"], "choices": f.metadata["choices"], "help": option_help(f)}
+        keywords |= {"type": f.metadata["parse"], "choices": f.metadata["choices"], "help": f.metadata["help"]}
         groups[f.metadata["group"]].add_argument(f"--{f.name}", **keywords)
     return parser
 

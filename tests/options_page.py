@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config import Options, TestOptions, TrainOptions
-from runtime.cli import format_number, option_help
+from runtime.cli import format_number
 from training.recipes import CIFAR, DIGITS, RECIPE_FIELDS
 
 INTRODUCTION = """# Every option
@@ -37,7 +37,7 @@ def option_rows() -> list[list[str]]:
     for script, options_class in (("both", Options), ("train.py", TrainOptions), ("test.py", TestOptions)):
         for f in fields(options_class):
             if script == "both" or f.name not in shared:
-                rows.append([f"`--{f.name}`", script, option_help(f).replace("<", "&lt;")])  # no HTML tag
+                rows.append([f"`--{f.name}`", script, f.metadata["help"].replace("<", "&lt;")])  # no HTML tag
     return rows
 
 

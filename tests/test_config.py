@@ -94,5 +94,6 @@ def test_help_tells_every_option_and_default_and_needs_no_torch_nor_does_a_wrong
         imported = {line.rpartition("|")[2].strip() for line in imports}
         assert done.returncode == code and "training.runs" in imported and not imported & SLOW
         for f in fields(options) if word == "--help" else ():
-            meaning = f.metadata["help"] + (f" (default: {f.default})" if f.default not in (None, False, ()) else "")
+            meaning, default = f.metadata["help"], f" (default: {f.default})"
             assert f"--{f.name} " in done.stdout and meaning in " ".join(done.stdout.split())
+            assert meaning.endswith(default) == (f.default not in (None, False)), "0 is False"
