@@ -11,35 +11,28 @@ from runtime.device import PRECISIONS, Runtime, has_fast_bf16, keep_freed_memory
 from runtime.errors import Stopped, StopSignal, UserError
 
 
-@contextlib.contextmanager
-def torch_settings(device: torch.device, deterministic: bool):
-    """Set torch's global settings within the block; those of the host would change the results, or fail."""
-    cudnn = torch.backends.cudnn
-    host = torch.get_default_dtype(), torch.get_default_device(), torch.get_float32_matmul_precision()
-    before = cudnn.benchmark, cudnn.allow_tf32, cudnn.deterministic
+def change_settings(stack: contextlib.ExitStack, device: torch.device, deterministic: bool) -> None:
+    """Set torch's global settings until `stack` is left; those of the host would change the results, or fail."""
+    cudnn, host_device = torch.backends.cudnn, torch.get_default_device()
     algorithms = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    try:
-        torch.set_default_dtype(torch.float32)
-        if host[1].type != "cpu":
-            torch.set_default_device(None)
-        torch.set_float32_matmul_precision("highest")
-        if device.type == "cuda":
-            cudnn.benchmark = not deterministic
-            cudnn.allow_tf32 = False  # --precision fp32 means float32
-        if deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            cudnn.deterministic = True
-            torch.use_deterministic_algorithms(True)
-        on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-        with on_device, torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_default_dtype(host[0])
-        if host[1].type != "cpu":
-            torch.set_default_device(host[1])
-        torch.set_float32_matmul_precision(host[2])
-        cudnn.benchmark, cudnn.allow_tf32, cudnn.deterministic = before
-        torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
+    stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+    stack.callback(torch.set_default_device, None if host_device.type == "cpu" else host_device)
+    stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+    stack.callback(torch.use_deterministic_algorithms, algorithms[0], warn_only=algorithms[1])
+    for name in ("benchmark", "deterministic", "allow_tf32"):
+        stack.callback(setattr, cudnn, name, getattr(cudnn, name))
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+    torch.set_float32_matmul_precision("highest")
+    torch.use_deterministic_algorithms(deterministic)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    cudnn.benchmark, cudnn.deterministic = not deterministic, deterministic
+    cudnn.allow_tf32 = False  # --precision fp32 means float32
+    for context in (torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False)):
+        stack.enter_context(context)
+    if device.type == "cuda":
+        stack.enter_context(torch.cuda.device(device))
 
 
 def pick_precision(word: str, device: torch.device) -> str:
@@ -58,7 +51,7 @@ def start(device_name: str, precision: str, deterministic: bool = False, stop: S
     device = pick_device(device_name)
     runtime = Runtime(device, PRECISIONS[pick_precision(precision, device)], stop=stop or StopSignal())
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch_settings(device, deterministic))
+        change_settings(stack, device, deterministic)
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         if device.type == "cpu":
             keep_freed_memory()
