@@ -161,15 +161,11 @@ def training_error(device: torch.device) -> str:
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 matrices faster than float32: AMD's AVX512-BF16 does, Intel's does not."""
+    """Whether this run's device multiplies bfloat16 matrices faster than float32: on CPUs AMX and AMD's AVX512-BF16."""
     if device.type == "cuda":
-        with torch.cuda.device(device):
-            return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        if torch.cpu._is_amx_tile_supported():
-            return True
-        return torch.cpu._is_avx512_bf16_supported() and "Intel" not in processor()
-    return False
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    amx, avx512 = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
+    return device.type == "cpu" and (amx or (avx512 and "Intel" not in processor()))
 
 
 def processor() -> str:

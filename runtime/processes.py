@@ -49,9 +49,9 @@ def start(device_name: str, precision: str, deterministic: bool = False, stop: S
     """Yield the Runtime of this process; under torchrun it joins and leaves the process group."""
     world_size = int(os.environ.get("WORLD_SIZE") or 1)
     device = pick_device(device_name)
-    runtime = Runtime(device, PRECISIONS[pick_precision(precision, device)], stop=stop or StopSignal())
     with contextlib.ExitStack() as stack:
         change_settings(stack, device, deterministic)
+        runtime = Runtime(device, PRECISIONS[pick_precision(precision, device)], stop=stop or StopSignal())
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         if device.type == "cpu":
             keep_freed_memory()
