@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import platform
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -171,13 +172,9 @@ def has_fast_bf16(device: torch.device) -> bool:
 def processor() -> str:
     """The processor's name, as its maker gives it."""
     if platform.system() == "Darwin":
-        with contextlib.suppress(OSError):
-            command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-            return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        return subprocess.getoutput("/usr/sbin/sysctl -n machdep.cpu.brand_string")
+    with contextlib.suppress(OSError, IndexError):  # IndexError: an ARM processor has none there
+        return re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[0].strip()
     return platform.processor() or platform.machine()
 
 
