@@ -76,10 +76,9 @@ class Runtime:
 
     def agree(self, *numbers: float) -> list[float]:
         """The maximum of each number over all processes, so that all of them decide alike."""
-        if self.world_size == 1:
-            return list(numbers)
         shared = torch.tensor(numbers, dtype=torch.float64)
-        dist.all_reduce(shared, dist.ReduceOp.MAX)
+        if self.world_size > 1:
+            dist.all_reduce(shared, dist.ReduceOp.MAX)
         return shared.tolist()
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
@@ -119,21 +118,19 @@ def pick_device(word: str) -> torch.device:
         raise UserError(f"--device {word}: this machine has {torch.cuda.device_count()} CUDA devices; try --device cpu")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: not available on this machine; try --device cpu")
-    if kind == "cpu":
-        return torch.device(kind)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     devices = torch.cuda.device_count() if kind == "cuda" and not index else 1
-    if processes > devices:
+    if kind != "cpu" and processes > devices:
         raise UserError(f"{processes} processes need one device each: --device {word} has {devices}; try --device cpu")
+    if kind == "mps" and (error := training_error(torch.device(kind))):
+        fails = f"a trial step of training fails with torch {torch.__version__} ({error})"
+        if word == "mps":
+            raise UserError(f"--device mps: {fails}; try --device cpu")
+        print(f"MPS is not used: {fails}", flush=True)
+        kind = "cpu"
     if kind == "cuda":
         return torch.device(kind, int(index or os.environ.get("LOCAL_RANK", 0)))
-    if not (error := training_error(torch.device(kind))):
-        return torch.device(kind)
-    fails = f"a trial step of training fails with torch {torch.__version__} ({error})"
-    if word == "mps":
-        raise UserError(f"--device mps: {fails}; try --device cpu")
-    print(f"MPS is not used: {fails}", flush=True)
-    return torch.device("cpu")
+    return torch.device(kind)
 
 
 def training_error(device: torch.device) -> str:
@@ -150,7 +147,7 @@ def training_error(device: torch.device) -> str:
 
     try:
         found = gradients(device)
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:  # also a NotImplementedError
         return str(error).splitlines()[0]
     expected = gradients(torch.device("cpu"))
     # The first bias's gradient is rounding noise: batch norm cancels the bias.
