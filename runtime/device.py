@@ -116,8 +116,6 @@ def pick_device(word: str) -> torch.device:
         kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {word}: this machine has {torch.cuda.device_count()} CUDA devices; try --device cpu")
-    if kind == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps: not available on this machine; try --device cpu")
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     devices = torch.cuda.device_count() if kind == "cuda" and not index else 1
     if kind != "cpu" and processes > devices:
