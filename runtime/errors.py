@@ -8,7 +8,6 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 MEMORY = "not enough memory: give train.py a smaller --batch_size or --size, or --device cpu if another device is full"
 # Our message for a machine failure, by a part of torch's message.
@@ -35,17 +34,14 @@ class Stopped(Exception):
     """The run was asked to stop by a signal; its number is the argument."""
 
 
-@dataclass
 class StopSignal:
     """SIGINT and SIGTERM; `number` is the one that came, or 0. Outside the main thread nothing is caught."""
 
-    number: int = 0  # noted when it comes, acted on between two steps
-    previous: dict = field(default_factory=dict)
+    number = 0  # noted when it comes, acted on between two steps
 
     def __enter__(self) -> "StopSignal":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.previous[number] = signal.signal(number, self._note)
+        caught = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        self.previous = {number: signal.signal(number, self._note) for number in caught}
         return self
 
     def __exit__(self, *exception) -> None:
