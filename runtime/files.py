@@ -93,9 +93,7 @@ def locked(path: Path) -> Iterator[None]:
     with open(lock_path, "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(file.fileno()), os.stat(lock_path)):
-                raise BlockingIOError  # the last holder removed this name after it was opened here
-        except (BlockingIOError, FileNotFoundError):
+        except BlockingIOError:
             raise UserError(f"another run is writing {path}: wait for it, or stop it") from None
         except OSError:
             pass  # a file system without locks
