@@ -37,10 +37,9 @@ def read_folder(
     except OSError as error:
         raise UserError(f"can't read {error.filename or root}: {reason(error)}") from error
     check_memory(len(files), size)
-    try:
+    packed = None
+    with suppress(ValueError):  # missing, damaged or out of date
         packed = load_arrays(root / "packed.npz", key)
-    except ValueError:  # missing, damaged or out of date
-        packed = None
     if packed is None or (len(packed["errors"]) and not skip_broken):  # perhaps a drive failed for a moment
         packed = pack(files, size, show_progress, stop)
         try:
@@ -92,12 +91,9 @@ def find_files(root: Path) -> tuple[tuple[str, ...], list[File], list[str]]:
             raise UserError(f"{test} has no <class>/<pictures>: add some, or remove it")
     if empty := [name for name in classes if not found["train"][name]]:
         raise UserError(f"{train / empty[0]} has no pictures: add some, or remove it")
-    files = [
-        (split, label, path)
-        for split, files_of in found.items()
-        for label, name in enumerate(classes)
-        for path in files_of.get(name, [])
-    ]
+    files = []
+    for split, of_class in found.items():
+        files += [(split, label, path) for label, name in enumerate(classes) for path in of_class.get(name, [])]
     return classes, files, notes
 
 
