@@ -14,7 +14,7 @@ import PIL
 
 from data_sets import SIDE
 from data_sets.pictures import check_memory, read_picture, reject_decompression_bombs
-from runtime.errors import Stopped, StopSignal, UserError, reason
+from runtime.errors import Stopped, StopSignal, UserError
 from runtime.files import load_arrays, save_arrays
 from runtime.progress import Progress
 
@@ -30,12 +30,9 @@ Images = tuple[np.ndarray, np.ndarray]  # pixels (N, size, size, 3) uint8, label
 def read_folder(
     root: Path, skip_broken: bool = False, size: int = SIDE, show_progress: bool = True, stop: StopSignal | None = None
 ) -> tuple[tuple[str, ...], dict[str, Images], list[str]]:
-    """Class names, images of "train" and "test", and notes to print; UserError, or Stopped if `stop` asks for it."""
-    try:
-        classes, files, notes = find_files(root)
-        key = files_key(root, files, size)
-    except OSError as error:
-        raise UserError(f"can't read {error.filename or root}: {reason(error)}") from error
+    """Class names, images of "train" and "test", and notes to print; UserError, OSError, or Stopped after a signal."""
+    classes, files, notes = find_files(root)
+    key = files_key(root, files, size)
     check_memory(len(files), size)
     packed = None
     with suppress(ValueError):  # missing, damaged or out of date
