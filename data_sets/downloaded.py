@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torchvision
 
-from data_sets import SIDE, DataSet
+from data_sets import DataSet
 from data_sets.pictures import check_memory, square
 from runtime.errors import UserError
 
@@ -42,7 +42,7 @@ def read_torchvision(spec: DataSet, folder: Path) -> dict[str, tuple[np.ndarray,
     return arrays
 
 
-def as_arrays(found: torchvision.datasets.VisionDataset, size: int = SIDE) -> tuple[np.ndarray, np.ndarray]:
+def as_arrays(found: torchvision.datasets.VisionDataset, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Pixels (N, size, size, 3) uint8 and labels (N,) int64 of a data set of pictures and numbers of classes."""
     pixels = getattr(found, "data", None)
     if isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.shape[1:] == (size, size, 3):
@@ -50,8 +50,5 @@ def as_arrays(found: torchvision.datasets.VisionDataset, size: int = SIDE) -> tu
     pixels, labels = np.empty((len(found), size, size, 3), np.uint8), np.empty(len(found), np.int64)
     for i in range(len(found)):
         picture, labels[i] = found[i]
-        width, height = picture.size
-        if min(width, height) < size > SIDE:
-            raise UserError(f"--size {size}: an image has {width} x {height} pixels: give a smaller --size")
         pixels[i] = square(picture, size)
     return pixels, labels
