@@ -83,13 +83,12 @@ def read_picture(path: Path, smallest: int = SMALLEST, size: int = SIDE) -> np.n
                     raise
                 return decode(add_jpeg_end(file), smallest, size)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        limit = f"{Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels"
-        raise UserError(f"{path}: more than {limit}: make it smaller") from None
+        why = f"more than {Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels: make it smaller"
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except UNREADABLE as error:
-        system = error.strerror if isinstance(error, OSError) else None  # permission denied, say
-        raise UserError(f"{path}: {system or 'damaged, or not a picture that Pillow can read'}") from error
+        why = str(error)
+    except UNREADABLE as error:  # permission denied, say
+        why = getattr(error, "strerror", None) or "damaged, or not a picture that Pillow can read"
+    raise UserError(f"{path}: {why}")
 
 
 def decode(file: BinaryIO, smallest: int, size: int) -> np.ndarray:
