@@ -54,15 +54,9 @@ class StopSignal:
         self.number = number
 
 
-def print_error(text: str) -> None:
-    """Print a line on stderr; a stderr that is full or closed changes nothing."""
-    with contextlib.suppress(OSError, AttributeError):
-        print(text, file=sys.stderr, flush=True)
-
-
 def report(text: str) -> int:
     """Print a user's error as one line on stderr; its exit code."""
-    print_error(f"{os.path.basename(sys.argv[0])}: error: {' '.join(text.split())}")
+    print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(text.split())}", file=sys.stderr)
     return 2
 
 
@@ -81,10 +75,10 @@ def exit_code(main: Callable[[], None]) -> int:
     except UserError as error:
         return report(str(error))
     except KeyboardInterrupt:
-        print_error("interrupted; rerun the command (train.py resumes from its last save)")
+        print("interrupted; rerun the command (train.py resumes from its last save)", file=sys.stderr)
         return 128 + signal.SIGINT
     except Stopped as stop:
-        print_error("stopped; rerun the command to resume (without --resume False)")
+        print("stopped; rerun the command to resume (without --resume False)", file=sys.stderr)
         return 128 + stop.args[0]
     except BrokenPipeError:  # the reader of stdout, perhaps `head`, wants no more
         discard_output()
