@@ -8,12 +8,10 @@ from datetime import timedelta
 
 from tqdm import tqdm
 
-LONGEST = 10**9  # seconds, some 30 years: what is longer is not worth a number
-
 
 def duration(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
-    return str(timedelta(seconds=int(seconds))) if seconds < LONGEST else "for ever"
+    """Seconds as h:mm:ss; more than some 30 years are not worth a number."""
+    return str(timedelta(seconds=int(seconds))) if seconds < 10**9 else "for ever"
 
 
 class Progress(AbstractContextManager):
