@@ -138,8 +138,7 @@ def training_error(device: torch.device) -> str:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             images = torch.randn(4, 3, 8, 8)
-            layers = [nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3)]
-            model = nn.Sequential(*layers)
+            model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3))
         model.to(device)(images.to(device)).square().mean().backward()
         return [weight.grad.cpu() for weight in model.parameters()]
 

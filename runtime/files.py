@@ -39,10 +39,9 @@ def writing(path: Path) -> Iterator[Path]:
 def replace(source: Path, target: Path) -> None:
     """os.replace, tried again for a second: on Windows a virus scanner may hold a new file for a moment."""
     for pause in (0.01, 0.1, 0.3, 0.6):
-        try:
+        with contextlib.suppress(PermissionError):
             return os.replace(source, target)
-        except PermissionError:
-            time.sleep(pause)
+        time.sleep(pause)
     os.replace(source, target)
 
 
