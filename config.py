@@ -41,7 +41,7 @@ class Options:
     student_images: tuple[int, ...] | None = option(DATA, "the student gets N images; --all takes several", FROM_1)
     temp: tuple[float, ...] | None = option(KD, "temperature; --all takes several (default: docs/losses.md)", TEMP)
     loss: tuple[str, ...] | None = option(KD, "kd (default), ls, dkd, ttm, wttm; --all: several", choices=LOSS_DEFAULTS)
-    teacher: Path | None = option(KD, "checkpoint, state dict or folder of logits (default: by --tto)", folder_name)
+    teacher: Path | None = option(KD, "the teacher: a checkpoint, state dict or folder of logits", folder_name)
     device: str = option(MACHINE, "auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:N or mps", DEVICE, "auto")
     precision: str = option(MACHINE, "auto (bf16 where faster), bf16, fp16 (CUDA) or fp32", str, "auto", PRECISIONS)
     weights_path: Path = option(FILES, "folder of the checkpoints", folder_name, Path("weights"))
