@@ -11,6 +11,7 @@ import matplotlib.style
 import matplotlib.ticker
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 
 from data_sets import DATA_SETS, SIDE, DataSet, padding
 from data_sets.digits import cached_digits
@@ -311,27 +312,22 @@ def evaluate(model: torch.nn.Module, images: Images, spec: DataSet, runtime: Run
 
 # ---------------------------------------------------------------------------------------------- curves
 
-# Okabe & Ito's colours, which colour-blind people can tell apart.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# Okabe & Ito's colours, which colour-blind people can tell apart; of more lines the next ones are dashed.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+LOOKS = matplotlib.cycler(linestyle=["-", "--", ":"]) * matplotlib.cycler(color=COLOURS)
+SETTINGS = {"axes.prop_cycle": LOOKS, "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.3}
+SETTINGS |= {"figure.constrained_layout.use": True, "text.parse_math": False}  # names may hold a $
+figure_style = matplotlib.style.context(["default", SETTINGS])  # of all figures, whatever the user's own is
 
 
-def new_figure(height: float):
-    """A figure of README width, drawn without a display."""
-    from matplotlib.figure import Figure
-
-    matplotlib.rcParams["text.parse_math"] = False  # names may hold a $; the style's context restores it
-    return Figure(figsize=(7, height), layout="constrained")
-
-
-def new_panels(title: str, ylabels: list[str]) -> list:
-    """A new figure's axes, one for each y label."""
-    figure = new_figure(4.2)
+def new_panels(title: str, ylabels: list[str], xlabel: str = "epoch", size: tuple[float, float] = (7, 4.2)) -> list:
+    """A new figure's axes, one for each y label; 7 inches are README's width."""
+    figure = Figure(size)
     panels = figure.subplots(1, len(ylabels), squeeze=False)[0].tolist()
     figure.suptitle(textwrap.fill(title, 68))
     for axes, ylabel in zip(panels, ylabels, strict=True):
-        axes.set(xlabel="epoch", ylabel=ylabel)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
     return panels
 
 
@@ -358,7 +354,7 @@ def parse_log(text: str) -> tuple[dict, list[dict]]:
     return header, lines
 
 
-@matplotlib.style.context("default")
+@figure_style
 def plot_curves(log_path: Path, out_dir: Path) -> list[Path]:
     """Draw a run's accuracy (%) and loss (nats) over its epochs from its log; the paths of the two figures."""
     log_path, out_dir = Path(log_path), Path(out_dir)
@@ -374,7 +370,7 @@ def plot_curves(log_path: Path, out_dir: Path) -> list[Path]:
         shown = {label: keys for label, keys in curves.items() if all(keys["train"] in line["train"] for line in lines)}
         panels = new_panels(f"{header['title']} on {header['run']['dataset']}: {name}", list(shown))
         for axes, keys in zip(panels, shown.values(), strict=True):
-            for colour, (which, key) in zip(COLOURS, keys.items(), strict=False):
-                axes.plot(epochs, [line[which][key] for line in lines], color=colour, marker=".", label=which)
+            for which, key in keys.items():
+                axes.plot(epochs, [line[which][key] for line in lines], marker=".", label=which)
         paths.append(save_figure(panels[0], out_dir / f"{log_path.stem}_{name}.png"))
     return paths

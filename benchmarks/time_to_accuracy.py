@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -37,7 +37,7 @@ from runtime.processes import start
 from train import train_epoch
 from training.plan import plan
 from training.run import Run, RunFiles
-from utils import COLOURS, Views, epoch_view, evaluate, load_images, new_panels, save_figure
+from utils import Views, epoch_view, evaluate, figure_style, load_images, new_panels, save_figure
 
 # Peak learning rates: 0.1 for every network in both repositories that baseline_loop.py follows, and half of it for VGGs
 # in chengyangfu/pytorch-vgg-cifar10. Sixteen layers without shortcuts may learn nothing without a warm-up.
@@ -191,19 +191,20 @@ def tables(best: dict[str, list[tuple]]) -> str:
     return "\n\n".join(texts)
 
 
+@figure_style
 def plot(best: dict[str, list[tuple]], title: str, path: Path) -> Path:
     """Draw top-1 (%) over the seconds of training, one curve per side; the figure's path."""
-    (axes,) = new_panels(title, ["top-1 on held-out images (%)"])
-    axes.set(xscale="log", xlabel="seconds of training")
+    (axes,) = new_panels(title, ["top-1 on held-out images (%)"], "seconds of training")
+    axes.set_xscale("log")
     axes.margins(0.1)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     axes.xaxis.set_major_formatter("{x:,g}")
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.minorticks_off()
     style = {"xytext": (0, -13), "textcoords": "offset points", "ha": "center", "fontsize": 7}
-    for colour, (side, points) in zip(COLOURS, best.items(), strict=False):
-        axes.plot([p[2] for p in points], [p[3] for p in points], color=colour, marker="o", label=SIDES[side])
+    for side, points in best.items():
+        (line,) = axes.plot([p[2] for p in points], [p[3] for p in points], marker="o", label=SIDES[side])
         for epochs, _, *place in points:
-            axes.annotate(f"{epochs} epoch{'s' * (epochs > 1)}", place, color=colour, **style)
+            axes.annotate(f"{epochs} epoch{'s' * (epochs > 1)}", place, color=line.get_color(), **style)
     return save_figure(axes, path)
 
 

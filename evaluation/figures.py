@@ -1,14 +1,13 @@
 """Figures of trained models: confusion, reliability, pictures, the comparison of runs, the paper's experiments."""
 
-import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
-import matplotlib.style
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 from matplotlib.patches import Patch
 
@@ -16,7 +15,7 @@ from evaluation.comparison import rows_of
 from evaluation.measures import BINS, reliability
 from runtime.cli import format_number
 from training.runs import run_from
-from utils import COLOURS, new_figure, new_panels, parse_log, save_figure
+from utils import figure_style, new_panels, parse_log, save_figure
 
 PICTURES_SHOWN = 12  # in one figure: more make it too tall
 CLASSES_SHOWN = 10  # beside a picture
@@ -24,43 +23,42 @@ CELLS_WITH_NUMBERS, NAMES_SHOWN = 20, 100  # classes: of more, a figure is too c
 PANELS = 8  # students in one figure of classes
 
 
-@matplotlib.style.context("default")
+@figure_style
 def plot_confusion(numbers: dict, classes: tuple[str, ...], title: str, path: Path) -> Path:
     """Draw the confusion matrix, each row as percent of its class, without numbers where it is large; the path."""
     ticks = range(0, len(classes), math.ceil(len(classes) / NAMES_SHOWN))
     names = drawable([classes[i] for i in ticks], [f"class {i}" for i in ticks])
-    (axes,) = new_panels(title, ["class"])
     counts = torch.tensor(numbers["confusion"], dtype=torch.float64)
     percent = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
     few = len(classes) <= CELLS_WITH_NUMBERS
+    (axes,) = new_panels(title, ["class"], "predicted", (7, 6) if few else (14, 13))
     picture = axes.imshow(percent.numpy(), cmap="Blues", vmin=0, vmax=100, interpolation="none")
     for i, row in enumerate(percent.tolist() if few else ()):
         for j, value in enumerate(row):
             colour = "white" if value > 50 else "black"
             axes.text(j, i, f"{value:.0f}" if value else "", ha="center", va="center", fontsize=8, color=colour)
-    axes.set(xlabel="predicted", xticks=ticks, yticks=ticks)
+    axes.set(xticks=ticks, yticks=ticks)
     style = {"fontsize": None if few else 6}
     turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if few else {"rotation": 90}
     axes.set_xticklabels(names, **turned, **style)
     axes.set_yticklabels(names, **style)
     axes.grid(False)
-    axes.figure.set_size_inches((7, 6) if few else (14, 13))
     axes.figure.colorbar(picture, label="% of the class's images", shrink=1 if few else 0.5)
     return save_figure(axes, path)
 
 
-@matplotlib.style.context("default")
+@figure_style
 def plot_reliability(logits: torch.Tensor, labels: torch.Tensor, title: str, path: Path) -> Path:
     """Draw accuracy against confidence (Guo et al., 2017, figure 1) and the share of images; the figure's path."""
     count, confidence, accuracy = (values.numpy() for values in reliability(logits, labels))
     edges = [i / BINS for i in range(BINS + 1)]
-    (axes,) = new_panels(title, ["accuracy, or fraction of images"])
-    style = {"align": "edge", "color": COLOURS[5], "edgecolor": "white", "label": "accuracy"}
+    (axes,) = new_panels(title, ["accuracy, or fraction of images"], "confidence")
+    style = {"align": "edge", "color": "C5", "edgecolor": "white", "label": "accuracy"}
     axes.bar(edges[:-1], np.nan_to_num(accuracy), 1 / BINS, **style)
-    axes.plot(confidence, accuracy, ".", color=COLOURS[0], label="at a bin's mean confidence")
-    axes.plot([0, 1], [0, 1], "--", color=COLOURS[6], label="perfect calibration")
-    axes.stairs(count / count.sum(), edges, color=COLOURS[1], label="fraction of images")
-    axes.set(xlabel="confidence", xlim=(0, 1), ylim=(0, 1), xticks=[i / 5 for i in range(6)])
+    axes.plot(confidence, accuracy, ".", color="C0", label="at a bin's mean confidence")
+    axes.plot([0, 1], [0, 1], "--", color="C6", label="perfect calibration")
+    axes.stairs(count / count.sum(), edges, color="C1", label="fraction of images")
+    axes.set(xlim=(0, 1), ylim=(0, 1), xticks=[i / 5 for i in range(6)])
     return save_figure(axes, path)
 
 
@@ -90,12 +88,12 @@ def letters_of(path: str, letters: set[str]) -> set[str]:
     return set() if "LastResort" in Path(path).name else known
 
 
-@matplotlib.style.context("default")
+@figure_style
 def plot_pictures(pixels: list, names: list[str], answers: dict, classes: tuple[str, ...], path: Path) -> Path:
     """Draw pictures (B, S, S, 3) beside each model's probabilities (B, C), of many classes the likeliest; the path."""
     titles = drawable([Path(name).name for name in names], [f"picture {i + 1}" for i in range(len(names))])
     labels = drawable(list(classes), [f"class {i}" for i in range(len(classes))])
-    figure = new_figure(2.2 * len(names) + 0.4)
+    figure = Figure((7, 2.2 * len(names) + 0.4))
     grid = figure.subplots(len(names), 2, squeeze=False, width_ratios=(1, 2.4))
     height = 0.8 / len(answers)
     for i, (left, right) in enumerate(grid):
@@ -105,19 +103,17 @@ def plot_pictures(pixels: list, names: list[str], answers: dict, classes: tuple[
         likeliest = next(iter(answers.values()))[i].topk(min(CLASSES_SHOWN, len(classes))).indices
         shown = likeliest.sort().values
         for k, (model, probabilities) in enumerate(answers.items()):
-            colour = COLOURS[k % len(COLOURS)]
             places = [j + (k - (len(answers) - 1) / 2) * height for j in range(len(shown))]
-            right.barh(places, (100 * probabilities[i, shown]).numpy(), height, color=colour, label=model)
+            right.barh(places, (100 * probabilities[i, shown]).numpy(), height, label=model)
         right.set(xlim=(0, 100), yticks=range(len(shown)))
         right.set_yticklabels([labels[j] for j in shown.tolist()])
         right.tick_params(labelsize=8)
         right.invert_yaxis()
-        right.grid(axis="x", alpha=0.3)
     grid[-1, 1].set_xlabel("probability (%)")
     return save_figure(grid[0, 1], path)
 
 
-@matplotlib.style.context("default")
+@figure_style
 def plot_comparison(contents: list[dict], path: Path) -> Path:
     """Draw top-1 (%) and cross-entropy (nats) over the epochs of a table's runs, seeds as a mean on a band; the path.
 
@@ -128,20 +124,19 @@ def plot_comparison(contents: list[dict], path: Path) -> Path:
     contents = [c for c in contents if c["log"] and (c["run"]["subset"], c["run"]["holdout"]) == images]
     title = f"Accuracy and loss on the {'held-out' if last.holdout else 'test'} images of {last.dataset}"
     panels = new_panels(title, ["top-1 (%)", "cross-entropy (nats)"])
-    looks = itertools.cycle(itertools.product(("-", "--", ":"), COLOURS))
-    for (style, colour), (title, row) in zip(looks, rows_of(contents).items(), strict=False):
+    for title, row in rows_of(contents).items():
         logs = [parse_log(content["log"])[1] for content in row]
         for axes, key in zip(panels, ("top1", "loss"), strict=True):
             values = np.array([[line[last.split][key] for line in log] for log in logs])
             epochs, mean = range(1, values.shape[1] + 1), values.mean(axis=0)
             label = f"{title}: {mean[-1]:.2f}" + (f" (mean of {len(values)})" if len(values) > 1 else "")
-            axes.plot(epochs, mean, style, color=colour, marker="." if len(epochs) == 1 else None, label=label)
+            (line,) = axes.plot(epochs, mean, marker="." if len(epochs) == 1 else None, label=label)
             if len(values) > 1:
-                axes.fill_between(epochs, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
+                axes.fill_between(epochs, values.min(0), values.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
     return save_figure(panels[0], path)
 
 
-@matplotlib.style.context("default")
+@figure_style
 def plot_omitted(contents: list[dict], path: Path) -> Path | None:
     """Draw the accuracy (%) of each class, uncorrected and corrected, of the rows that never saw some; None if none."""
     rows = [(title, row) for title, row in rows_of(contents).items() if "bias" in row[0]["measured"]][:PANELS]
@@ -150,8 +145,8 @@ def plot_omitted(contents: list[dict], path: Path) -> Path | None:
     classes = rows[0][1][0]["data"]["classes"]
     ticks = range(0, len(classes), math.ceil(len(classes) / NAMES_SHOWN))
     names = drawable([classes[i] for i in ticks], [f"class {i}" for i in ticks])
-    figure = new_figure(1 + 1.7 * len(rows))
-    seen, never = (COLOURS[5], COLOURS[0]), (COLOURS[4], COLOURS[1])
+    figure = Figure((7, 1 + 1.7 * len(rows)))
+    seen, never = ("C5", "C0"), ("C4", "C1")
     for axes, (title, row) in zip(figure.subplots(len(rows), squeeze=False)[:, 0], rows, strict=True):
         omit = run_from(row[0]["run"]).omit
         for i, key in enumerate(("per_class", "corrected_per_class")):
@@ -164,7 +159,6 @@ def plot_omitted(contents: list[dict], path: Path) -> Path | None:
         turned = 0 if len(" ".join(names)) < 70 else 30
         style = {"fontsize": 8, "rotation": turned} if few else {"fontsize": 5, "rotation": 90}
         axes.set_xticklabels(names, **style)
-        axes.grid(axis="y", alpha=0.3)
     said = [f"{which}, {when}" for which in ("seen", "never seen") for when in ("uncorrected", "corrected")]
     patches = [Patch(color=colour, label=label) for colour, label in zip((*seen, *never), said, strict=True)]
     figure.legend(handles=patches, loc="outside upper center", ncols=2, fontsize=9)
@@ -179,26 +173,28 @@ def lines_of(rows: list[dict], key: str, words: Callable[[float], str], least: i
     return {title: line for title, line in lines.items() if len(line) >= least}
 
 
-@matplotlib.style.context("default")
+@figure_style
 def plot_images(results: dict, path: Path) -> Path | None:
     """Draw a table's top-1 (%) over the students' images, seeds as a mean on a band; None if no line has two points."""
     lines = lines_of(results["rows"], "student_images", lambda count: f", {count:,} images", least=2)
     if not lines:
         return None
-    (axes,) = new_panels("Students of a teacher that has seen all images", ["top-1 accuracy (%)"])
-    for colour, (title, rows) in zip(itertools.cycle(COLOURS), lines.items(), strict=False):
+    title = "Students of a teacher that has seen all images"
+    (axes,) = new_panels(title, ["top-1 accuracy (%)"], "training images of the student")
+    for title, rows in lines.items():
         of_line = [row["student_images"] for row in rows]
-        axes.plot(of_line, [row["top1"] for row in rows], marker=".", color=colour, label=title)
+        (line,) = axes.plot(of_line, [row["top1"] for row in rows], marker=".", label=title)
         seeds = [row.get("top1_of_seeds", [row["top1"]]) for row in rows]
-        axes.fill_between(of_line, [*map(min, seeds)], [*map(max, seeds)], color=colour, alpha=0.2, linewidth=0)
-    axes.set(xscale="log", xlabel="training images of the student")
+        style = {"color": line.get_color(), "alpha": 0.2, "linewidth": 0}
+        axes.fill_between(of_line, [*map(min, seeds)], [*map(max, seeds)], **style)
+    axes.set_xscale("log")
     counts = sorted({row["student_images"] for rows in lines.values() for row in rows})
     axes.set_xticks(counts, [f"{count:,}" for count in counts])
     axes.minorticks_off()
     return save_figure(axes, path)
 
 
-@matplotlib.style.context("default")
+@figure_style
 def plot_temperatures(results: dict, path: Path) -> Path | None:
     """Draw a table's gain of KD over T, above the teacher's entropy (nats); None if no line has three points."""
     gains = {gain["model"]: gain for gain in results["gains"]}
@@ -206,19 +202,18 @@ def plot_temperatures(results: dict, path: Path) -> Path | None:
     lines = lines_of(known, "temp", lambda temp: f", Temp = {format_number(temp)}", least=3)
     if not lines:
         return None
-    above, below = new_figure(5.4).subplots(2, sharex=True, height_ratios=(3, 2))
-    for colour, (title, rows) in zip(itertools.cycle(COLOURS), lines.items(), strict=False):
+    above, below = Figure((7, 5.4)).subplots(2, sharex=True, height_ratios=(3, 2))
+    for title, rows in lines.items():
         temps, of_line = [row["temp"] for row in rows], [gains[row["model"]] for row in rows]
         means = [gain["mean"] for gain in of_line]
         halves = [gain["ci"][1] - gain["mean"] if "ci" in gain else 0 for gain in of_line]
-        above.errorbar(temps, means, halves, marker=".", capsize=3, color=colour, label=title)
-        below.plot(temps, [row["teacher_entropy"] for row in rows], marker=".", color=colour)
-    above.axhline(0, color=COLOURS[6], linewidth=0.8)
+        above.errorbar(temps, means, halves, marker=".", capsize=3, label=title)
+        below.plot(temps, [row["teacher_entropy"] for row in rows], marker=".")
+    above.axhline(0, color="C6", linewidth=0.8)
     above.set(title="Gain of KD over the temperature", ylabel="points of top-1", xscale="log")
     below.set(xlabel="T", ylabel="teacher's entropy (nats)", ylim=(0, None))
     ticks = sorted({row["temp"] for rows in lines.values() for row in rows})
     below.set_xticks(ticks, [format_number(temp) for temp in ticks])
     for axes in (above, below):
         axes.minorticks_off()
-        axes.grid(alpha=0.3)
     return save_figure(above, path)
