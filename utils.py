@@ -332,17 +332,11 @@ def new_panels(title: str, ylabels: list[str], xlabel: str = "epoch", size: tupl
 
 
 def save_figure(axes, path: Path) -> Path:
-    """Write the figure of `axes`, whose labels are its legend, to `path` as PNG, atomically."""
+    """Write the figure of `axes`, whose labels are the legend below it, to `path` as PNG, atomically."""
     handles, labels = axes.get_legend_handles_labels()
-    if len(axes.figure.axes) > 1 and labels:
-        half = (len(labels) + 1) // 2
-        characters = sum(max(map(len, column), default=0) for column in (labels[:half], labels[half:]))
-        columns = 2 if characters < 88 else 1
-        more_rows = max(len(labels) // columns - 2, 0)
-        axes.figure.set_figheight(axes.figure.get_figheight() + 0.17 * more_rows)
-        axes.figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9)
-    elif labels:
-        axes.legend(fontsize=9)
+    if labels:
+        axes.figure.set_figheight(axes.figure.get_figheight() + 0.17 * len(labels))
+        axes.figure.legend(handles, labels, loc="outside lower center", fontsize=9)
     with writing(path) as temporary:
         axes.figure.savefig(temporary, dpi=120, format="png")
     return path
