@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
-from matplotlib.patches import Patch
 
 from evaluation.comparison import rows_of
 from evaluation.measures import BINS, reliability
@@ -19,29 +18,24 @@ from utils import figure_style, new_panels, parse_log, save_figure
 
 PICTURES_SHOWN = 12  # in one figure: more make it too tall
 CLASSES_SHOWN = 10  # beside a picture
-CELLS_WITH_NUMBERS, NAMES_SHOWN = 20, 100  # classes: of more, a figure is too crowded
+FEW_CLASSES, NAMES_SHOWN = 20, 100  # a figure of more is wide and without numbers, and does not name each
 PANELS = 8  # students in one figure of classes
 
 
 @figure_style
 def plot_confusion(numbers: dict, classes: tuple[str, ...], title: str, path: Path) -> Path:
     """Draw the confusion matrix, each row as percent of its class, without numbers where it is large; the path."""
-    ticks = range(0, len(classes), math.ceil(len(classes) / NAMES_SHOWN))
-    names = drawable([classes[i] for i in ticks], [f"class {i}" for i in ticks])
-    counts = torch.tensor(numbers["confusion"], dtype=torch.float64)
-    percent = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
-    few = len(classes) <= CELLS_WITH_NUMBERS
+    few = len(classes) <= FEW_CLASSES
+    ticks, names, style = class_ticks(classes)
+    counts = np.array(numbers["confusion"])
+    percent = 100 * counts / counts.sum(axis=1, keepdims=True).clip(min=1)
     (axes,) = new_panels(title, ["class"], "predicted", (7, 6) if few else (14, 13))
-    picture = axes.imshow(percent.numpy(), cmap="Blues", vmin=0, vmax=100, interpolation="none")
-    for i, row in enumerate(percent.tolist() if few else ()):
-        for j, value in enumerate(row):
-            colour = "white" if value > 50 else "black"
-            axes.text(j, i, f"{value:.0f}" if value else "", ha="center", va="center", fontsize=8, color=colour)
-    axes.set(xticks=ticks, yticks=ticks)
-    style = {"fontsize": None if few else 6}
-    turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if few else {"rotation": 90}
-    axes.set_xticklabels(names, **turned, **style)
-    axes.set_yticklabels(names, **style)
+    picture = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100, interpolation="none")
+    for (i, j), value in np.ndenumerate(percent) if few else ():
+        colour = "white" if value > 50 else "black"
+        axes.text(j, i, f"{value:.0f}" if value else "", ha="center", va="center", fontsize=8, color=colour)
+    axes.set_xticks(ticks, names, **style)
+    axes.set_yticks(ticks, names, fontsize=style["fontsize"])
     axes.grid(False)
     axes.figure.colorbar(picture, label="% of the class's images", shrink=1 if few else 0.5)
     return save_figure(axes, path)
@@ -60,6 +54,15 @@ def plot_reliability(logits: torch.Tensor, labels: torch.Tensor, title: str, pat
     axes.stairs(count / count.sum(), edges, color="C1", label="fraction of images")
     axes.set(xlim=(0, 1), ylim=(0, 1), xticks=[i / 5 for i in range(6)])
     return save_figure(axes, path)
+
+
+def class_ticks(classes: tuple[str, ...]) -> tuple[range, list[str], dict]:
+    """Places and names of an x axis's ticks at classes, of many at some, and the names' style; see `drawable`."""
+    ticks = range(0, len(classes), math.ceil(len(classes) / NAMES_SHOWN))
+    names = drawable([classes[i] for i in ticks], [f"class {i}" for i in ticks])
+    if len(classes) > FEW_CLASSES:
+        return ticks, names, {"fontsize": 6, "rotation": 90}
+    return ticks, names, {"fontsize": 9, "rotation": 45, "ha": "right", "rotation_mode": "anchor"}
 
 
 def drawable(names: list[str], otherwise: list[str]) -> list[str]:
@@ -143,26 +146,20 @@ def plot_omitted(contents: list[dict], path: Path) -> Path | None:
     if not rows:
         return None
     classes = rows[0][1][0]["data"]["classes"]
-    ticks = range(0, len(classes), math.ceil(len(classes) / NAMES_SHOWN))
-    names = drawable([classes[i] for i in ticks], [f"class {i}" for i in ticks])
-    figure = Figure((7, 1 + 1.7 * len(rows)))
-    seen, never = ("C5", "C0"), ("C4", "C1")
-    for axes, (title, row) in zip(figure.subplots(len(rows), squeeze=False)[:, 0], rows, strict=True):
-        omit = run_from(row[0]["run"]).omit
-        for i, key in enumerate(("per_class", "corrected_per_class")):
-            shares = np.array([content["measured"][key] for content in row], dtype=float).mean(axis=0)
-            colours = [(never if name in omit else seen)[i] for name in classes]
-            axes.bar(np.arange(len(classes)) + 0.4 * i - 0.2, 100 * shares, 0.4, color=colours)
+    ticks, names, style = class_ticks(classes)
+    figure = Figure((7 if len(classes) <= FEW_CLASSES else 14, 1 + 1.5 * len(rows)))
+    panels = figure.subplots(len(rows), sharex=True, squeeze=False)[:, 0]
+    for axes, (title, row) in zip(panels, rows, strict=True):
+        omitted = np.isin(classes, run_from(row[0]["run"]).omit)
+        for i, (when, key) in enumerate({"uncorrected": "per_class", "corrected": "corrected_per_class"}.items()):
+            shares = 100 * np.array([content["measured"][key] for content in row], dtype=float).mean(axis=0)
+            for which, colour, places in (("seen", "C0", ~omitted), ("never seen", "C1", omitted)):
+                look = {"color": colour, "alpha": 0.5 + 0.5 * i, "label": f"{which}, {when}"}
+                axes.bar(np.flatnonzero(places) + 0.4 * i - 0.2, shares[places], 0.4, **look)
         axes.set_title(title[:100], fontsize=10)
-        axes.set(ylabel="accuracy (%)", ylim=(0, 100), xlim=(-1, len(classes)), xticks=ticks)
-        few = len(classes) <= CELLS_WITH_NUMBERS
-        turned = 0 if len(" ".join(names)) < 70 else 30
-        style = {"fontsize": 8, "rotation": turned} if few else {"fontsize": 5, "rotation": 90}
-        axes.set_xticklabels(names, **style)
-    said = [f"{which}, {when}" for which in ("seen", "never seen") for when in ("uncorrected", "corrected")]
-    patches = [Patch(color=colour, label=label) for colour, label in zip((*seen, *never), said, strict=True)]
-    figure.legend(handles=patches, loc="outside upper center", ncols=2, fontsize=9)
-    return save_figure(figure.axes[0], path)
+        axes.set(ylabel="accuracy (%)", ylim=(0, 100), xlim=(-1, len(classes)))
+    panels[-1].set_xticks(ticks, names, **style)
+    return save_figure(panels[0], path)
 
 
 def lines_of(rows: list[dict], key: str, words: Callable[[float], str], least: int) -> dict[str, list[dict]]:
