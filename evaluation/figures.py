@@ -1,7 +1,8 @@
 """Figures of trained models: confusion, reliability, pictures, the comparison of runs, the paper's experiments."""
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -59,43 +60,39 @@ def plot_reliability(logits: torch.Tensor, labels: torch.Tensor, title: str, pat
 def class_ticks(classes: tuple[str, ...]) -> tuple[range, list[str], dict]:
     """Places and names of an x axis's ticks at classes, of many at some, and the names' style; see `drawable`."""
     ticks = range(0, len(classes), math.ceil(len(classes) / NAMES_SHOWN))
-    names = drawable([classes[i] for i in ticks], [f"class {i}" for i in ticks])
+    names = drawable(classes, "class")[:: ticks.step]
     if len(classes) > FEW_CLASSES:
         return ticks, names, {"fontsize": 6, "rotation": 90}
     return ticks, names, {"fontsize": 9, "rotation": 45, "ha": "right", "rotation_mode": "anchor"}
 
 
-def drawable(names: list[str], otherwise: list[str]) -> list[str]:
-    """Names as a figure shows them, of 24 characters at most; `otherwise` where no font has the letters.
+def drawable(names: Sequence[str], what: str, first: int = 0) -> list[str]:
+    """Names as a figure shows them, of 24 characters at most; `what` and a number where no font has the letters.
 
     Call it within a style's context and before the figure is made: it adds installed fonts that have missing letters.
     """
-    letters = set("".join(names))
-    missing = letters - letters_of(findfont(FontProperties()), letters)
-    regular = {face.name: face.fname for face in fontManager.ttflist if (face.style, face.weight) == ("normal", 400)}
-    for family in sorted(regular) if missing else ():
-        if found := letters_of(regular[family], missing):
+    missing = set("".join(names)) - letters_of(findfont(FontProperties()))
+    faces = [face for face in fontManager.ttflist if (face.style, face.weight) == ("normal", 400)]
+    fonts = {face.name: face.fname for face in faces if "LastResort" not in face.fname}  # a box for each
+    for family in sorted(fonts) if missing else ():
+        if found := missing & letters_of(fonts[family]):
             missing -= found
             matplotlib.rcParams["font.family"] = [*matplotlib.rcParams["font.family"], family]
-    shown = [other if missing & set(name) else name for name, other in zip(names, otherwise, strict=True)]
+    shown = [f"{what} {i}" if missing & set(name) else name for i, name in enumerate(names, first)]
     return [name if len(name) <= 24 else f"{name[:23]}…" for name in shown]
 
 
-def letters_of(path: str, letters: set[str]) -> set[str]:
-    """Which of these letters a font has; none if it can't be read, or has a box for each, as "Last Resort" does."""
-    try:
-        font = get_font(path)
-    except (OSError, RuntimeError):
-        return set()
-    known = {letter for letter in letters if font.get_char_index(ord(letter))}
-    return set() if "LastResort" in Path(path).name else known
+def letters_of(path: str) -> set[str]:
+    """The letters of a font; none if it can't be read."""
+    with contextlib.suppress(OSError, RuntimeError):
+        return set(map(chr, get_font(path).get_charmap()))
+    return set()
 
 
 @figure_style
 def plot_pictures(pixels: list, names: list[str], answers: dict, classes: tuple[str, ...], path: Path) -> Path:
     """Draw pictures (B, S, S, 3) beside each model's probabilities (B, C), of many classes the likeliest; the path."""
-    titles = drawable([Path(name).name for name in names], [f"picture {i + 1}" for i in range(len(names))])
-    labels = drawable(list(classes), [f"class {i}" for i in range(len(classes))])
+    titles, labels = drawable([Path(name).name for name in names], "picture", 1), drawable(classes, "class")
     figure = Figure((7, 2.2 * len(names) + 0.4))
     grid = figure.subplots(len(names), 2, squeeze=False, width_ratios=(1, 2.4))
     height = 0.8 / len(answers)
