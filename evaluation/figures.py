@@ -2,6 +2,8 @@
 
 import contextlib
 import math
+import re
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,7 +15,6 @@ from matplotlib.font_manager import FontProperties, findfont, fontManager, get_f
 
 from evaluation.comparison import rows_of
 from evaluation.measures import BINS, reliability
-from runtime.cli import format_number
 from training.runs import run_from
 from utils import figure_style, new_panels, parse_log, save_figure
 
@@ -73,7 +74,7 @@ def drawable(names: Sequence[str], what: str, first: int = 0) -> list[str]:
     """
     missing = set("".join(names)) - letters_of(findfont(FontProperties()))
     faces = [face for face in fontManager.ttflist if (face.style, face.weight) == ("normal", 400)]
-    fonts = {face.name: face.fname for face in faces if "LastResort" not in face.fname}  # a box for each
+    fonts = {face.name: face.fname for face in faces if "LastResort" not in face.fname}  # all boxes
     for family in sorted(fonts) if missing else ():
         if found := missing & letters_of(fonts[family]):
             missing -= found
@@ -127,13 +128,17 @@ def plot_comparison(contents: list[dict], path: Path) -> Path:
     for title, row in rows_of(contents).items():
         logs = [parse_log(content["log"])[1] for content in row]
         for axes, key in zip(panels, ("top1", "loss"), strict=True):
-            values = np.array([[line[last.split][key] for line in log] for log in logs])
-            epochs, mean = range(1, values.shape[1] + 1), values.mean(axis=0)
-            label = f"{title}: {mean[-1]:.2f}" + (f" (mean of {len(values)})" if len(values) > 1 else "")
-            (line,) = axes.plot(epochs, mean, marker="." if len(epochs) == 1 else None, label=label)
-            if len(values) > 1:
-                axes.fill_between(epochs, values.min(0), values.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
+            values = [[line[last.split][key] for line in lines] for lines in zip(*logs, strict=True)]
+            label = f"{title}: {statistics.mean(values[-1]):.2f}" + (f" (mean of {len(row)})" if len(row) > 1 else "")
+            plot_band(axes, range(1, len(values) + 1), values, marker="." if len(values) == 1 else None, label=label)
     return save_figure(panels[0], path)
+
+
+def plot_band(axes, x: Sequence[float], values: list[list[float]], **style) -> None:
+    """Draw a line through the mean of the values at each x, on a band from the least to the greatest."""
+    (line,) = axes.plot(x, [*map(statistics.mean, values)], **style)
+    if max(map(len, values)) > 1:
+        axes.fill_between(x, [*map(min, values)], [*map(max, values)], color=line.get_color(), alpha=0.2, linewidth=0)
 
 
 @figure_style
@@ -159,55 +164,46 @@ def plot_omitted(contents: list[dict], path: Path) -> Path | None:
     return save_figure(panels[0], path)
 
 
-def lines_of(rows: list[dict], key: str, words: Callable[[float], str], least: int) -> dict[str, list[dict]]:
-    """The rows with a number `key`, in its order, by their label without its `words`; a line has `least` or more."""
+def plot_rows(
+    rows: list[dict], key: str, words: str, least: int, title: str, xlabel: str, panels: dict[str, Callable], path: Path
+) -> Path | None:
+    """Draw numbers of a table's rows over their `key`; None if no line has `least` points.
+
+    A line is of rows whose titles differ in `words`, a regular expression, alone. `panels` are the y labels, each with
+    the function that gives a row's values, which are drawn as a mean on a band.
+    """
     lines: dict[str, list[dict]] = {}
     for row in sorted((row for row in rows if key in row), key=lambda row: row[key]):
-        lines.setdefault(row["model"].replace(words(row[key]), ""), []).append(row)
-    return {title: line for title, line in lines.items() if len(line) >= least}
+        lines.setdefault(re.sub(words, "", row["model"]), []).append(row)
+    lines = {label: line for label, line in lines.items() if len(line) >= least}
+    if not lines:
+        return None
+    drawn = new_panels(title, [*panels], xlabel)
+    for axes, values_of in zip(drawn, panels.values(), strict=True):
+        for label, line in lines.items():
+            plot_band(axes, [row[key] for row in line], [values_of(row) for row in line], marker=".", label=label)
+        axes.set_xscale("log")
+        axes.set_xticks(sorted({row[key] for line in lines.values() for row in line}))
+        axes.xaxis.set_major_formatter("{x:,.10g}")
+        axes.minorticks_off()
+        if axes.dataLim.ymin < 0:
+            axes.axhline(0, color="C6", linewidth=0.8)
+    return save_figure(drawn[0], path)
 
 
 @figure_style
 def plot_images(results: dict, path: Path) -> Path | None:
     """Draw a table's top-1 (%) over the students' images, seeds as a mean on a band; None if no line has two points."""
-    lines = lines_of(results["rows"], "student_images", lambda count: f", {count:,} images", least=2)
-    if not lines:
-        return None
-    title = "Students of a teacher that has seen all images"
-    (axes,) = new_panels(title, ["top-1 accuracy (%)"], "training images of the student")
-    for title, rows in lines.items():
-        of_line = [row["student_images"] for row in rows]
-        (line,) = axes.plot(of_line, [row["top1"] for row in rows], marker=".", label=title)
-        seeds = [row.get("top1_of_seeds", [row["top1"]]) for row in rows]
-        style = {"color": line.get_color(), "alpha": 0.2, "linewidth": 0}
-        axes.fill_between(of_line, [*map(min, seeds)], [*map(max, seeds)], **style)
-    axes.set_xscale("log")
-    counts = sorted({row["student_images"] for rows in lines.values() for row in rows})
-    axes.set_xticks(counts, [f"{count:,}" for count in counts])
-    axes.minorticks_off()
-    return save_figure(axes, path)
+    panels = {"top-1 accuracy (%)": lambda row: row.get("top1_of_seeds", [row["top1"]])}
+    title, xlabel = "Students of a teacher that has seen all images", "training images of the student"
+    return plot_rows(results["rows"], "student_images", r", [\d,]+ images", 2, title, xlabel, panels, path)
 
 
 @figure_style
 def plot_temperatures(results: dict, path: Path) -> Path | None:
-    """Draw a table's gain of KD over T, above the teacher's entropy (nats); None if no line has three points."""
-    gains = {gain["model"]: gain for gain in results["gains"]}
-    known = [row for row in results["rows"] if row["model"] in gains]
-    lines = lines_of(known, "temp", lambda temp: f", Temp = {format_number(temp)}", least=3)
-    if not lines:
-        return None
-    above, below = Figure((7, 5.4)).subplots(2, sharex=True, height_ratios=(3, 2))
-    for title, rows in lines.items():
-        temps, of_line = [row["temp"] for row in rows], [gains[row["model"]] for row in rows]
-        means = [gain["mean"] for gain in of_line]
-        halves = [gain["ci"][1] - gain["mean"] if "ci" in gain else 0 for gain in of_line]
-        above.errorbar(temps, means, halves, marker=".", capsize=3, label=title)
-        below.plot(temps, [row["teacher_entropy"] for row in rows], marker=".")
-    above.axhline(0, color="C6", linewidth=0.8)
-    above.set(title="Gain of KD over the temperature", ylabel="points of top-1", xscale="log")
-    below.set(xlabel="T", ylabel="teacher's entropy (nats)", ylim=(0, None))
-    ticks = sorted({row["temp"] for rows in lines.values() for row in rows})
-    below.set_xticks(ticks, [format_number(temp) for temp in ticks])
-    for axes in (above, below):
-        axes.minorticks_off()
-    return save_figure(above, path)
+    """Draw a table's gain of KD over T on its interval, and the teacher's entropy; None if no line has three points."""
+    gains = {gain["model"]: gain.get("ci", [gain["mean"]]) for gain in results["gains"]}
+    rows = [row for row in results["rows"] if row["model"] in gains]
+    panels = {"gain of KD (points of top-1)": lambda row: gains[row["model"]]}
+    panels["teacher's entropy (nats)"] = lambda row: [row["teacher_entropy"]]
+    return plot_rows(rows, "temp", ", Temp = [^,)]+", 3, "Gain of KD over the temperature", "T", panels, path)
