@@ -102,14 +102,12 @@ def plot_pictures(pixels: list, names: list[str], answers: dict, classes: tuple[
         left.set_title(titles[i], fontsize=9)
         left.axis("off")
         likeliest = next(iter(answers.values()))[i].topk(min(CLASSES_SHOWN, len(classes))).indices
-        shown = likeliest.sort().values
+        shown = likeliest.sort().values.tolist()
+        places = np.arange(len(shown))
         for k, (model, probabilities) in enumerate(answers.items()):
-            places = [j + (k - (len(answers) - 1) / 2) * height for j in range(len(shown))]
-            right.barh(places, (100 * probabilities[i, shown]).numpy(), height, label=model)
-        right.set(xlim=(0, 100), yticks=range(len(shown)))
-        right.set_yticklabels([labels[j] for j in shown.tolist()])
-        right.tick_params(labelsize=8)
-        right.invert_yaxis()
+            right.barh(places + k * height, 100 * probabilities[i, shown].numpy(), height, align="edge", label=model)
+        right.set_yticks(places + 0.4, [labels[j] for j in shown], fontsize=8)
+        right.set(xlim=(0, 100), ylim=(len(shown), -0.2))  # the first class at the top
     grid[-1, 1].set_xlabel("probability (%)")
     return save_figure(grid[0, 1], path)
 
