@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib.style
-import matplotlib.ticker
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
@@ -327,7 +326,7 @@ def new_panels(title: str, ylabels: list[str], xlabel: str = "epoch", size: tupl
     figure.suptitle(textwrap.fill(title, 68))
     for axes, ylabel in zip(panels, ylabels, strict=True):
         axes.set(xlabel=xlabel, ylabel=ylabel)
-        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+        axes.locator_params("x", integer=True)
     return panels
 
 

@@ -49,8 +49,7 @@ def plot_reliability(logits: torch.Tensor, labels: torch.Tensor, title: str, pat
     count, confidence, accuracy = (values.numpy() for values in reliability(logits, labels))
     edges = [i / BINS for i in range(BINS + 1)]
     (axes,) = new_panels(title, ["accuracy, or fraction of images"], "confidence")
-    style = {"align": "edge", "color": "C5", "edgecolor": "white", "label": "accuracy"}
-    axes.bar(edges[:-1], np.nan_to_num(accuracy), 1 / BINS, **style)
+    axes.bar(edges[:-1], np.nan_to_num(accuracy), 1 / BINS, align="edge", color="C5", ec="white", label="accuracy")
     axes.plot(confidence, accuracy, ".", color="C0", label="at a bin's mean confidence")
     axes.plot([0, 1], [0, 1], "--", color="C6", label="perfect calibration")
     axes.stairs(count / count.sum(), edges, color="C1", label="fraction of images")
