@@ -13,26 +13,20 @@ from runtime.cli import format_number
 
 EXTREMES = 10  # classes shown at each end, if there are too many to show all
 
-FORMATS = {
-    **dict.fromkeys(("ece", "agreement"), lambda value: f"{100 * value:.2f}%"),
-    **dict.fromkeys(("loss", "kl_to_teacher"), "{:.4f}".format),
-    **dict.fromkeys(("parameters", "images_per_second"), "{:,.0f}".format),
-    "macs": lambda value: f"{value / 1e6:,.1f} M",
-    "seconds": "{:,.0f} s".format,
-    "bytes": lambda value: f"{value / 1e6:,.2f} MB",
-    "latency_ms": "{:,.2f} ms".format,
-}
-# The titles of what is measured beside accuracy: a table's columns, and the rows of costs.
-MEASURED = {
-    "ece": "ECE", "loss": "NLL", "agreement": "Agreement", "kl_to_teacher": "KL", "macs": "MACs",
-    "seconds": "Training", "bytes": "Size", "latency_ms": "Latency", "images_per_second": "Images/s",
-}  # fmt: skip
-COSTS = {
-    "parameters": "parameters",
-    "macs": "multiply-accumulates per image",
-    "bytes": "checkpoint",
-    "latency_ms": "latency at batch 1",
-    "images_per_second": "images/s in batches",
+# What is said of a model beside accuracies: the title of a table's column, that of a row of costs, and the format.
+NUMBERS = {
+    "parameters": ("Parameters", "parameters", "{:,.0f}".format),
+    "epochs": ("Epochs", "", str),
+    "gain": ("Gain of KD", "", str),
+    "ece": ("ECE", "", "{:.2%}".format),
+    "loss": ("NLL", "", "{:.4f}".format),
+    "agreement": ("Agreement", "", "{:.2%}".format),
+    "kl_to_teacher": ("KL", "", "{:.4f}".format),
+    "macs": ("MACs", "multiply-accumulates per image", lambda value: f"{value / 1e6:,.1f} M"),
+    "seconds": ("Training", "", "{:,.0f} s".format),
+    "bytes": ("Size", "checkpoint", lambda value: f"{value / 1e6:,.2f} MB"),
+    "latency_ms": ("Latency", "latency at batch 1", "{:,.2f} ms".format),
+    "images_per_second": ("Images/s", "images/s in batches", "{:,.0f}".format),
 }
 
 
@@ -112,19 +106,20 @@ def fidelity_text(numbers: dict) -> str:
 
 def cost_text(cost: Cost, teacher: Cost | None) -> str:
     """The table of costs, beside the teacher's where there is one."""
+    columns, rows = ["student", "teacher", "ratio"] if teacher else ["this model"], []
+    for name in cost:
+        _, title, form = NUMBERS[name]
+        rows.append([title, quartiles(cost[name], form)])
+        if teacher:
+            ratio = medians(cost)[name] / medians(teacher)[name]
+            rows[-1] += [quartiles(teacher[name], form), f"{ratio:.3g} x" if ratio >= 1 else f"1/{1 / ratio:.3g}"]
+    return table(["Cost: median (quartiles)", *columns], rows)
 
-    def cell(values: tuple[float, ...], form: Callable) -> str:
-        low, high = form(values[0]), form(values[-1])
-        return low if len(values) == 1 else f"{form(values[1])} ({low} to {high})"
 
-    rows = [[title, cell(cost[name], FORMATS[name])] for name, title in COSTS.items()]
-    if teacher is None:
-        return table(["Cost: median (quartiles)", "this model"], rows)
-    own, others = medians(cost), medians(teacher)
-    for row, name in zip(rows, COSTS, strict=True):
-        ratio = own[name] / others[name]
-        row += [cell(teacher[name], FORMATS[name]), f"{ratio:.3g} x" if ratio >= 1 else f"1/{1 / ratio:.3g}"]
-    return table(["Cost: median (quartiles)", "student", "teacher", "ratio"], rows)
+def quartiles(values: tuple[float, ...], form: Callable[[float], str]) -> str:
+    """One number, or the median of three and both quartiles."""
+    low, high = form(values[0]), form(values[-1])
+    return low if len(values) == 1 else f"{form(values[1])} ({low} to {high})"
 
 
 def pictures_text(names: list[str], answers: dict[str, torch.Tensor], classes: tuple[str, ...]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from evaluation.comparison import rows_of
 from evaluation.figures import plot_comparison, plot_images, plot_omitted, plot_temperatures
 from evaluation.measures import holm, paired_gain
-from evaluation.report import FORMATS, MEASURED, table
+from evaluation.report import NUMBERS, table
 from runtime.files import write_json, writing
 from training.runs import is_baseline_of, is_kd_baseline_of, run_from, why_no_baseline
 from utils import parse_log
@@ -34,8 +34,7 @@ def collect(contents: list[dict]) -> dict:
     rows = rows_of(contents)
     for label, row in rows.items():
         runs = [run_from(content["run"]) for content in row]
-        numbers = {"model": label, "epochs": runs[0].num_epochs, "parameters": row[0]["measured"]["parameters"]}
-        numbers["seeds"] = [run.seed for run in runs]
+        numbers = {"model": label, "epochs": runs[0].num_epochs, "seeds": [run.seed for run in runs]}
         if runs[0].student_images:
             numbers["student_images"] = runs[0].student_images
         if len({tuple(content["machine"].values()) for content in row}) > 1:
@@ -46,7 +45,7 @@ def collect(contents: list[dict]) -> dict:
             numbers[key] = statistics.mean(values)
             if len(values) > 1:
                 numbers |= {f"{key}_sd": statistics.stdev(values), f"{key}_of_seeds": values}
-        shared = [key for key in MEASURED if all(key in m for m in measured)]
+        shared = [key for key in NUMBERS if all(key in m for m in measured)]
         numbers |= {key: statistics.mean(m[key] for m in measured) for key in shared}
         if "bias" in measured[0]:
             numbers["bias"] = [statistics.mean(values) for values in zip(*(m["bias"] for m in measured), strict=True)]
@@ -108,15 +107,15 @@ def verdict(gain: dict) -> str:
 
 def results_text(results: dict) -> str:
     """What `collect` returns as a Markdown table, with sentences on gains and notes."""
-    gains, rows = {gain["model"]: points(gain) for gain in results["gains"]}, []
+    gains, rows = {gain["model"]: {"gain": points(gain)} for gain in results["gains"]}, []
     for row in results["rows"]:
+        row = row | gains.get(row["model"], {})
         cells = {"Model": row["model"] + (f" {OTHER_MACHINES}" if "machines" in row else "")}
         for key, title in ACCURACIES.items():
             deviation = f" ± {row[f'{key}_sd']:.2f}" if f"{key}_sd" in row else ""
             cells[title] = f"{row[key]:.2f}%{deviation}" if key in row else ""
-        cells |= {"Parameters": f"{row['parameters']:,}", "Epochs": f"{row['epochs']}"}
-        cells["Gain of KD"] = gains.get(row["model"], "")
-        rows.append(cells | {title: FORMATS[key](row[key]) if key in row else "" for key, title in MEASURED.items()})
+        cells |= {title: form(row[key]) if key in row else "" for key, (title, _, form) in NUMBERS.items()}
+        rows.append(cells)
     titles = [title for title in rows[0] if any(cells[title] for cells in rows)]  # no empty columns
     texts = [table(titles, [[cells[title] for title in titles] for cells in rows]), *map(gain_text, results["gains"])]
     if results["gains_over_kd"]:
