@@ -46,9 +46,8 @@ def accuracy_text(numbers: dict, classes: tuple[str, ...]) -> str:
     count = numbers["images"]
     intervals = {key: wilson(round(numbers[key] * count), count) for key in TOPS if key in numbers}
     tops = [f"{TOPS[key]} {100 * low:.2f}% to {100 * high:.2f}%" for key, (low, high) in intervals.items()]
-    wrong = [(n, i, j) for i, row in enumerate(numbers["confusion"]) for j, n in enumerate(row) if n and i != j]
-    wrong.sort(key=lambda cell: -cell[0])
-    worst = [f"{classes[i]} predicted as {classes[j]} {n} times" for n, i, j in wrong[:3]]
+    wrong = sorted((-n, i, j) for i, row in enumerate(numbers["confusion"]) for j, n in enumerate(row) if n and i != j)
+    worst = [f"{classes[i]} predicted as {classes[j]} {-n} times" for n, i, j in wrong[:3]]
     lines = [
         f"95% intervals over {count:,} images: {', '.join(tops)}",
         *per_class_lines(numbers["per_class"], classes),
@@ -129,8 +128,7 @@ def pictures_text(names: list[str], answers: dict[str, torch.Tensor], classes: t
     for i, name in enumerate(names):
         lines.append(name)
         for model, probabilities in answers.items():
-            best = probabilities[i].topk(min(3, len(classes)))
-            found = zip(best.values.tolist(), best.indices.tolist(), strict=True)
-            words = (f"{classes[j]} {100 * p:.1f}%" for p, j in found)
+            best = probabilities[i].topk(min(3, len(classes))).indices.tolist()
+            words = (f"{classes[j]} {probabilities[i, j]:.1%}" for j in best)
             lines.append(f"  {model:{width}}  {', '.join(words)}")
     return "\n".join(lines)
