@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -88,9 +89,8 @@ class Bench:
         teacher.to(self.runtime.device, memory_format=self.runtime.memory_format)
         count = 10 * EVALUATION_BATCH if self.runtime.device.type == "cuda" else EVALUATION_BATCH
         views = Views(self.images[:count], self.spec, self.runtime.device)
-        return lambda: self.rate(
-            count, lambda: compute_logits(teacher, lambda rows: views.images(rows, 0), count, 10, self.runtime)
-        )
+        compute = partial(compute_logits, teacher, partial(views.images, k=0), count, 10, self.runtime)
+        return partial(self.rate, count, compute)
 
     def loader(self) -> Job:
         """The views of an epoch in batches, images per second."""
@@ -100,16 +100,15 @@ class Bench:
             for batch in epoch_order(torch.arange(IMAGES), 0, next(epochs)).split(self.batch_size):
                 views.images(batch, 0)
 
-        return lambda: self.rate(IMAGES, load_epoch)
+        return partial(self.rate, IMAGES, load_epoch)
 
     def baseline(self, role: str, kd: bool = False) -> Job:
         """Some steps of the baseline loop, images per second."""
         steps, device = self.steps["teacher" if kd else role], self.runtime.device
         model, optimizer = baseline_model(role, 10, device, lr=1e-4)
         teacher = build_model("teacher").to(device).eval() if kd else None
-        return lambda: self.rate(
-            steps * self.batch_size, lambda: baseline_steps(model, optimizer, self.batches, device, steps, teacher)
-        )
+        train = partial(baseline_steps, model, optimizer, self.batches, device, steps, teacher)
+        return partial(self.rate, steps * self.batch_size, train)
 
     def baseline_loader(self) -> float:
         """A job: batches of the DataLoader; what its workers have prepared is taken first, untimed."""
@@ -139,14 +138,11 @@ class Bench:
 def measure(bench: Bench) -> list[dict]:
     """All rows."""
     rate = bench.medians({"loader": bench.loader(), "DataLoader": bench.baseline_loader})
-    for role in ("teacher", "student"):
-        jobs = {role: bench.ours(role), f"baseline {role}": bench.baseline(role)}
-        if role == "teacher":
-            jobs["logits"] = bench.teacher_logits()
-        else:
-            jobs["baseline KD"] = bench.baseline(role, kd=True)
-            jobs |= {f"KD by {loss}": bench.ours(role, loss=loss) for loss in ("kd", *LOSSES)}
-        rate |= bench.medians(jobs)
+    jobs = {"teacher": bench.ours("teacher"), "baseline teacher": bench.baseline("teacher")}
+    rate |= bench.medians(jobs | {"logits": bench.teacher_logits()})
+    jobs = {"student": bench.ours("student"), "baseline student": bench.baseline("student")}
+    jobs["baseline KD"] = bench.baseline("student", kd=True)
+    rate |= bench.medians(jobs | {f"KD by {loss}": bench.ours("student", loss) for loss in ("kd", *LOSSES)})
     rate["KD, computing"] = 1 / (1 / rate["logits"] + 1 / rate["KD by kd"])
     return [
         {"name": name, "ours": rate[ours], "theirs": rate[theirs], "unit": unit, "ratio": rate[ours] / rate[theirs]}
