@@ -143,10 +143,9 @@ def run_all(wanted: list[dict], train, path: Path | None) -> list[dict]:
 def best_curves(results: list[dict]) -> dict[str, list[tuple[int, float, float, float]]]:
     """Each side's (epochs, lr, seconds, top-1 in percent) by length, with the best lr at each length."""
     best: dict[tuple, tuple] = {}
-    for result in results:
+    for result in sorted(results, key=lambda result: result["top1"]):  # the best of a length comes last
         side, epochs, lr = (result["settings"][name] for name in ("side", "num_epochs", "lr"))
-        if (side, epochs) not in best or 100 * result["top1"] > best[side, epochs][3]:
-            best[side, epochs] = epochs, lr, result["seconds"], 100 * result["top1"]
+        best[side, epochs] = epochs, lr, result["seconds"], 100 * result["top1"]
     return {side: [best[key] for key in sorted(best) if key[0] == side] for side in SIDES}
 
 
@@ -163,7 +162,7 @@ def time_to(curve: list[tuple[float, float]], target: float) -> tuple[float, flo
     return found, found
 
 
-def bounds_text(low: float, high: float, pattern: str) -> str:
+def bounds_text(low: float, high: float, pattern: str = "{:,.1f}") -> str:
     """A number that is known between bounds."""
     if low == high:
         return pattern.format(low)
@@ -182,10 +181,9 @@ def tables(best: dict[str, list[tuple]]) -> str:
     curves, rows = [[point[2:] for point in best[side]] for side in SIDES], []
     tops = [top1 for curve in curves for _, top1 in curve]
     for target in [target for target in range(5, 100, 5) if min(tops) <= target <= max(tops)]:
-        (low, high), (other_low, other_high) = (time_to(curve, target) for curve in curves)
-        times = [bounds_text(low, high, "{:,.1f}"), bounds_text(other_low, other_high, "{:,.1f}")]
-        ratio = other_low / high, other_high / low if low else math.inf
-        rows.append([f"{target}%", *times, bounds_text(*ratio, "{:.2f}")])
+        ours, theirs = (time_to(curve, target) for curve in curves)
+        ratio = theirs[0] / ours[1], theirs[1] / ours[0] if ours[0] else math.inf
+        rows.append([f"{target}%", bounds_text(*ours), bounds_text(*theirs), bounds_text(*ratio, "{:.2f}")])
     if rows:
         texts.append(table(["held-out top-1", "ours, s", "baseline loop, s", "baseline / ours"], rows))
     return "\n\n".join(texts)
@@ -231,10 +229,9 @@ def compare(arguments, options: config.TrainOptions) -> None:
     """Do the trainings, print both tables and draw the figure."""
     with start(options.device, options.precision, options.deterministic) as runtime:
         bench = Bench(options, arguments.images, runtime)
-        wanted = []
-        for epochs in arguments.lengths:  # the sides take turns: other load on the machine affects both
-            wanted += [bench.settings("ours", epochs)]
-            wanted += [bench.settings("baseline", epochs, lr) for lr in arguments.baseline_lr]
+        sides = [("ours", None), *(("baseline", lr) for lr in arguments.baseline_lr)]
+        # The sides take turns: other load on the machine affects both.
+        wanted = [bench.settings(side, epochs, lr) for epochs in arguments.lengths for side, lr in sides]
         with contextlib.redirect_stdout(sys.stderr):  # progress
             results = run_all(wanted, bench.train, arguments.json)
         best = best_curves(results)
