@@ -87,10 +87,8 @@ def bias_text(numbers: dict, omitted: tuple[str, ...]) -> str:
 
 def softness_text(numbers: dict, temp: float, classes: int) -> str:
     """What `softness` returns, in words."""
-    return (
-        f"T = {format_number(temp)}: mean largest probability {numbers['confidence']:.3f}, "
-        f"entropy {numbers['entropy']:.2f} of log C = {math.log(classes):.2f} nats"
-    )
+    entropy = f"entropy {numbers['entropy']:.2f} of log C = {math.log(classes):.2f} nats"
+    return f"T = {format_number(temp)}: mean largest probability {numbers['confidence']:.3f}, {entropy}"
 
 
 def fidelity_text(numbers: dict) -> str:
