@@ -15,14 +15,13 @@ MUON_MOMENTUM = 0.6  # of its convolutions
 # Of a quintic that is steep at zero: three steps bring singular values near one, not to it (Jordan et al., 2024).
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 3
-WARM_UP = 0.1  # fraction of all steps
 TINY = 1e-7  # keeps a norm from zero
 SMALLEST_GRAM = 64  # rows of a Gram matrix; smaller ones are padded
 
 
 def learning_rate(step: int, total: int, peak: float) -> float:
     """Linear warm-up over the first tenth of the steps 0 <= step < total, then a linear decay towards zero."""
-    warm_up = max(int(total * WARM_UP), 1)
+    warm_up = max(total // 10, 1)
     return peak * min((step + 1) / warm_up, (total - step) / max(total - warm_up, 1))
 
 
