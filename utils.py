@@ -116,8 +116,7 @@ def load_images(
         digest.update(tensor.numpy())
     mean, std = (spec.mean, spec.std) if spec.mean else pixel_statistics(train.pixels)
     flip = spec.flip if flip is None else flip
-    fingerprint = digest.hexdigest()[:16]
-    spec = replace(spec, mean=mean, std=std, flip=flip, fingerprint=fingerprint, train_images=len(train))
+    spec = replace(spec, mean=mean, std=std, flip=flip, fingerprint=digest.hexdigest()[:16], train_images=len(train))
     return Data(spec, train, test, tuple(notes))
 
 
@@ -191,10 +190,9 @@ class Views:
 
     def view_of(self, rows: torch.Tensor, k: int) -> torch.Tensor:
         """The k-th view (B,) of image rows (B,): every other k mirrored, all different until all are used."""
-        if not self.flip:
-            return 2 * self.crops[(self.starts[rows, 0] + k) % len(self.crops)]
-        mirrored = (self.mirrored_first[rows] + k) % 2
-        return 2 * self.crops[(self.starts[rows, mirrored] + k // 2) % len(self.crops)] + mirrored
+        mirrored = (self.mirrored_first[rows] + k) % 2 * self.flip  # 0 or 1; without mirror images 0
+        start = self.starts[rows, mirrored] + (k // 2 if self.flip else k)
+        return 2 * self.crops[start % len(self.crops)] + mirrored
 
     def images(self, rows: torch.Tensor, k: int) -> torch.Tensor:
         """Image rows (B,) in their k-th view, normalised (B, 3, S, S) channels_last."""
