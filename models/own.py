@@ -24,14 +24,13 @@ def build_own(name: str, num_classes: int, size: int) -> nn.Module:
     images = torch.zeros(2, 3, size, size).contiguous(memory_format=torch.channels_last)  # as in most trainings
     try:
         model = builder(num_classes=num_classes)
+        if not isinstance(model, nn.Module):
+            raise UserError(f"--student {name} returns a {type(model).__name__}, not a torch.nn.Module")
         with torch.no_grad():  # another model is tried in training, which changes batch norm
-            models = (model.eval(), builder(num_classes=num_classes).train()) if isinstance(model, nn.Module) else ()
-            outputs = [tried(images) for tried in models]
+            outputs = [tried(images) for tried in (model.eval(), builder(num_classes=num_classes).train())]
     except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError, LookupError) as error:
         called = f"num_classes={num_classes} and images {tuple(images.shape)}"
         raise UserError(f"--student {name} fails with {called}: {error}") from error
-    if not outputs:
-        raise UserError(f"--student {name} returns a {type(model).__name__}, not a torch.nn.Module")
     for shape in (tuple(getattr(output, "shape", ())) for output in outputs):
         if shape != (2, num_classes):
             raise UserError(f"--student {name} returns shape {shape} for 2 images, not {(2, num_classes)}")
