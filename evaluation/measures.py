@@ -47,19 +47,12 @@ def calibration_error(logits: torch.Tensor, labels: torch.Tensor) -> float:
 def measure(logits: torch.Tensor, labels: torch.Tensor) -> dict:
     """All that logits (N, C) and labels (N,) say of a model: fractions 0 to 1, nats, counts, as plain values."""
     count, classes = logits.shape
-    tops = accuracies(logits, labels)
+    numbers = {"images": count, "loss": float(F.cross_entropy(logits.double(), labels)), **accuracies(logits, labels)}
+    numbers["top1_ci"] = list(wilson(round(numbers["top1"] * count), count))
     pairs = labels * classes + predictions(logits, labels)
     confusion = torch.bincount(pairs, minlength=classes**2).view(classes, classes).tolist()  # of label, prediction
     per_class = [row[i] / sum(row) if sum(row) else None for i, row in enumerate(confusion)]
-    return {
-        "images": count,
-        "loss": float(F.cross_entropy(logits.double(), labels)),
-        **tops,
-        "top1_ci": list(wilson(round(tops["top1"] * count), count)),
-        "per_class": per_class,
-        "confusion": confusion,
-        "ece": calibration_error(logits, labels),
-    }
+    return numbers | {"per_class": per_class, "confusion": confusion, "ece": calibration_error(logits, labels)}
 
 
 def fidelity(logits: torch.Tensor, teacher_logits: torch.Tensor, labels: torch.Tensor) -> dict:

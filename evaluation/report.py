@@ -48,12 +48,9 @@ def accuracy_text(numbers: dict, classes: tuple[str, ...]) -> str:
     tops = [f"{TOPS[key]} {100 * low:.2f}% to {100 * high:.2f}%" for key, (low, high) in intervals.items()]
     wrong = sorted((-n, i, j) for i, row in enumerate(numbers["confusion"]) for j, n in enumerate(row) if n and i != j)
     worst = [f"{classes[i]} predicted as {classes[j]} {-n} times" for n, i, j in wrong[:3]]
-    lines = [
-        f"95% intervals over {count:,} images: {', '.join(tops)}",
-        *per_class_lines(numbers["per_class"], classes),
-        f"worst confusions: {', '.join(worst) or 'none'}",
-        f"expected calibration error {100 * numbers['ece']:.2f}% ({BINS} bins)",
-    ]
+    lines = [f"95% intervals over {count:,} images: {', '.join(tops)}", *per_class_lines(numbers["per_class"], classes)]
+    lines.append(f"worst confusions: {', '.join(worst) or 'none'}")
+    lines.append(f"expected calibration error {100 * numbers['ece']:.2f}% ({BINS} bins)")
     return "\n".join(lines)
 
 
