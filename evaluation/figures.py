@@ -72,12 +72,11 @@ def drawable(names: Sequence[str], what: str, first: int = 0) -> list[str]:
     Call it within a style's context and before the figure is made: it adds installed fonts that have missing letters.
     """
     missing = set("".join(names)) - letters_of(findfont(FontProperties()))
-    faces = [face for face in fontManager.ttflist if (face.style, face.weight) == ("normal", 400)]
-    fonts = {face.name: face.fname for face in faces if "LastResort" not in face.fname}  # all boxes
-    for family in sorted(fonts) if missing else ():
-        if found := missing & letters_of(fonts[family]):
+    for face in sorted(fontManager.ttflist, key=lambda face: face.name):
+        is_regular = (face.style, face.weight) == ("normal", 400) and "LastResort" not in face.fname  # all boxes
+        if missing and is_regular and (found := missing & letters_of(face.fname)):
             missing -= found
-            matplotlib.rcParams["font.family"] = [*matplotlib.rcParams["font.family"], family]
+            matplotlib.rcParams["font.family"] = [*matplotlib.rcParams["font.family"], face.name]
     shown = [f"{what} {i}" if missing & set(name) else name for i, name in enumerate(names, first)]
     return [name if len(name) <= 24 else f"{name[:23]}…" for name in shown]
 
