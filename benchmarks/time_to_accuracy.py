@@ -100,17 +100,15 @@ class Bench:
     def train_baseline(self, settings: dict) -> tuple[torch.nn.Module, float, Runtime]:
         """The same for the baseline loop; the DataLoader's start-up is not timed."""
         torch.manual_seed(settings["seed"])
-        device, spec, epochs = self.runtime.device, self.data.spec, settings["num_epochs"]
+        device, spec, images = self.runtime.device, self.data.spec, self.data.train[self.rows]
+        steps, warm_up = settings["num_epochs"] * (len(images) // baseline.BATCH_SIZE), settings["warm_up"]
         torch.backends.cudnn.allow_tf32 = True  # torch's default; our side in float32 does without
         model, optimizer = baseline.baseline_model(settings["role"], len(spec.classes), device, settings["lr"])
-        images, steps = self.data.train[self.rows], len(self.rows) // baseline.BATCH_SIZE
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: lr_factor(step, steps * epochs, settings["warm_up"])
-        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, steps, warm_up))
         with contextlib.closing(baseline.baseline_batches(images, spec, baseline.BATCH_SIZE, device)) as endless:
             batches = itertools.chain([next(endless)], endless)
             begun = time.perf_counter()
-            baseline.baseline_steps(model, optimizer, batches, device, steps * epochs, schedule=schedule)
+            baseline.baseline_steps(model, optimizer, batches, device, steps, schedule=schedule)
             self.runtime.synchronize()
             seconds = time.perf_counter() - begun
         torch.backends.cudnn.allow_tf32 = False
