@@ -32,13 +32,10 @@ NUMBERS = {
 
 def table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table whose source is aligned, so that it is the text too; numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    rules = [f":{'-' * (widths[0] + 1)}", *(f"{'-' * (width + 1)}:" for width in widths[1:])]
-    lines = []
-    for row in (header, *rows):
-        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        lines.append(f"| {' | '.join([row[0].ljust(widths[0]), *cells[1:]])} |")
-    return "\n".join([lines[0], f"|{'|'.join(rules)}|", *lines[1:]])
+    first, *others = (max(map(len, column)) for column in zip(header, *rows, strict=True))
+    row_format = f"| {{:<{first}}} |" + "".join(f" {{:>{width}}} |" for width in others)
+    rule = f"|:{'-' * (first + 1)}|" + "".join(f"{'-' * (width + 1)}:|" for width in others)
+    return "\n".join([row_format.format(*header), rule, *(row_format.format(*row) for row in rows)])
 
 
 def accuracy_text(numbers: dict, classes: tuple[str, ...]) -> str:
