@@ -97,10 +97,9 @@ def plot_pictures(pixels: list, names: list[str], answers: dict, classes: tuple[
     height = 0.8 / len(answers)
     for i, (left, right) in enumerate(grid):
         left.imshow(pixels[i])
-        left.set_title(titles[i], fontsize=9)
+        left.set_title(titles[i])
         left.axis("off")
-        likeliest = next(iter(answers.values()))[i].topk(min(CLASSES_SHOWN, len(classes))).indices
-        shown = likeliest.sort().values.tolist()
+        shown = sorted(next(iter(answers.values()))[i].topk(min(CLASSES_SHOWN, len(classes))).indices.tolist())
         places = np.arange(len(shown))
         for k, (model, probabilities) in enumerate(answers.items()):
             right.barh(places + k * height, 100 * probabilities[i, shown].numpy(), height, align="edge", label=model)
@@ -154,12 +153,12 @@ def plot_omitted(contents: list[dict], path: Path) -> Path | None:
             for which, colour, places in (("seen", "C0", ~omitted), ("never seen", "C1", omitted)):
                 look = {"color": colour, "alpha": 0.5 + 0.5 * i, "label": f"{which}, {when}"}
                 axes.bar(np.flatnonzero(places) + 0.4 * i - 0.2, shares[places], 0.4, **look)
-        axes.set_title(title[:100], fontsize=10)
-        axes.set(ylabel="accuracy (%)", ylim=(0, 100), xlim=(-1, len(classes)))
+        axes.set(title=title[:100], ylabel="accuracy (%)", ylim=(0, 100), xlim=(-1, len(classes)))
     panels[-1].set_xticks(ticks, names, **style)
     return save_figure(panels[0], path)
 
 
+@figure_style
 def plot_rows(
     rows: list[dict], key: str, words: str, least: int, title: str, xlabel: str, panels: dict[str, Callable], path: Path
 ) -> Path | None:
@@ -187,7 +186,6 @@ def plot_rows(
     return save_figure(drawn[0], path)
 
 
-@figure_style
 def plot_images(results: dict, path: Path) -> Path | None:
     """Draw a table's top-1 (%) over the students' images, seeds as a mean on a band; None if no line has two points."""
     panels = {"top-1 accuracy (%)": lambda row: row.get("top1_of_seeds", [row["top1"]])}
@@ -195,7 +193,6 @@ def plot_images(results: dict, path: Path) -> Path | None:
     return plot_rows(results["rows"], "student_images", r", [\d,]+ images", 2, title, xlabel, panels, path)
 
 
-@figure_style
 def plot_temperatures(results: dict, path: Path) -> Path | None:
     """Draw a table's gain of KD over T on its interval, and the teacher's entropy; None if no line has three points."""
     gains = {gain["model"]: gain.get("ci", [gain["mean"]]) for gain in results["gains"]}
