@@ -66,8 +66,7 @@ def paired_differences(row: list[dict], others: list[dict], are_paired: Callable
     """The differences in top-1 (points) between the runs of a row and their partners among `others`."""
     found = []
     for content in row:
-        run = run_from(content["run"])
-        folder = Path(content["path"]).parent
+        run, folder = run_from(content["run"]), Path(content["path"]).parent
         partners = [other for other in others if are_paired(run_from(other["run"]), run)]
         partner = min(partners, key=lambda other: Path(other["path"]).parent != folder, default=None)
         if partner:
