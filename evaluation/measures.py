@@ -64,11 +64,10 @@ def fidelity(logits: torch.Tensor, teacher_logits: torch.Tensor, labels: torch.T
     student, teacher = predictions(logits, labels), predictions(teacher_logits, labels)
     log_p, log_q = (F.log_softmax(values.double(), 1) for values in (teacher_logits, logits))
     cells = 2 * (teacher != labels).long() + (student != labels).long()
-    return {
-        "agreement": (student == teacher).double().mean().item(),
-        "kl_to_teacher": F.kl_div(log_q, log_p, reduction="batchmean", log_target=True).item(),
-        "contingency": torch.bincount(cells, minlength=4).view(2, 2).tolist(),
-    }
+    agreement = (student == teacher).double().mean().item()
+    kl = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True).item()
+    contingency = torch.bincount(cells, minlength=4).view(2, 2).tolist()
+    return {"agreement": agreement, "kl_to_teacher": kl, "contingency": contingency}
 
 
 def softness(logits: torch.Tensor, temp: float) -> dict[str, float]:
