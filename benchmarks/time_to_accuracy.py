@@ -170,11 +170,10 @@ def bounds_text(low: float, high: float, pattern: str = "{:,.1f}") -> str:
 
 def tables(best: dict[str, list[tuple]]) -> str:
     """The best trainings of both sides, and the seconds of each to target accuracies with their ratio."""
-    cells = [
-        [SIDES[side], f"{epochs}", f"{lr:g}", f"{seconds:,.1f}", f"{top1:.2f}%"]
-        for side, points in best.items()
-        for epochs, lr, seconds, top1 in points
-    ]
+    cells = []
+    for side, points in best.items():
+        for epochs, lr, seconds, top1 in points:
+            cells.append([SIDES[side], f"{epochs}", f"{lr:g}", f"{seconds:,.1f}", f"{top1:.2f}%"])
     texts = [table(["side", "epochs", "peak lr", "seconds", "held-out top-1"], cells)]
     curves, rows = [[point[2:] for point in best[side]] for side in SIDES], []
     tops = [top1 for curve in curves for _, top1 in curve]
