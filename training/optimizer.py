@@ -60,19 +60,17 @@ def orthogonalise(matrices: list[torch.Tensor], dtype: torch.dtype) -> None:
     for matrix in matrices:
         wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
         alike.setdefault(wide.shape, []).append(wide)
-    by_size: dict[int, list[torch.Tensor]] = {}
-    for (side, _), same in alike.items():
-        size = max(SMALLEST_GRAM, 2 ** (side - 1).bit_length())
-        by_size.setdefault(size, []).append(torch.stack(same).to(dtype))
-    results = {}
-    for size, batches in by_size.items():
-        grams = [F.pad(batch.bmm(batch.mT), (0, size - batch.shape[1]) * 2) for batch in batches]
-        products = newton_schulz(torch.cat(grams)).split([len(batch) for batch in batches])
-        for batch, product in zip(batches, products, strict=True):
-            side = batch.shape[1]
-            results[batch.shape[1:]] = product[:, :side, :side].bmm(batch).unbind()
+    batches = {shape: torch.stack(same).to(dtype) for shape, same in alike.items()}
+    by_size: dict[int, list[torch.Size]] = {}
+    for shape in batches:
+        by_size.setdefault(max(SMALLEST_GRAM, 2 ** (shape[0] - 1).bit_length()), []).append(shape)
+    for size, shapes in by_size.items():
+        grams = [F.pad(batches[shape].bmm(batches[shape].mT), (0, size - shape[0]) * 2) for shape in shapes]
+        products = newton_schulz(torch.cat(grams)).split([len(batches[shape]) for shape in shapes])
+        for shape, product in zip(shapes, products, strict=True):
+            batches[shape] = product[:, : shape[0], : shape[0]].bmm(batches[shape])
     targets = [matrix for same in alike.values() for matrix in same]
-    torch._foreach_copy_(targets, [result for shape in alike for result in results[shape]])
+    torch._foreach_copy_(targets, [result for batch in batches.values() for result in batch])
 
 
 def as_matrix(weight: torch.Tensor) -> torch.Tensor:
