@@ -40,7 +40,7 @@ class Options:
     omit: tuple[str, ...] | None = option(DATA, "the student gets no image of these classes (names or numbers)")
     student_images: tuple[int, ...] | None = option(DATA, "the student gets N images; --all takes several", FROM_1)
     temp: tuple[float, ...] | None = option(KD, "temperature (default of kd: 5, CIFAR-100: 2); --all: several", TEMP)
-    loss: tuple[str, ...] | None = option(KD, "kd (default), ls, dkd, ttm or wttm; --all: several", choices=LOSS_DEFAULTS)
+    loss: tuple[str, ...] | None = option(KD, "kd (default), ls, dkd, ttm, wttm; --all: several", choices=LOSS_DEFAULTS)
     teacher: Path | None = option(KD, "the teacher: a checkpoint, state dict or folder of logits", folder_name)
     device: str = option(MACHINE, "auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:N or mps", DEVICE, "auto")
     precision: str = option(MACHINE, "auto (bf16 where faster), bf16, fp16 (CUDA) or fp32", str, "auto", PRECISIONS)
