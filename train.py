@@ -162,7 +162,7 @@ def train(
         content = run.finished_state()
         if runtime.is_main:
             checkpoint.save(files.checkpoint, content)
-            figures = plot_curves(files.log, files.plots)
+            figures = plot_curves(files.log, files.log.parent)
             files.resume.unlink(missing_ok=True)
             print(f"saved {files.checkpoint}, {files.log} and {', '.join(path.name for path in figures)}")
         runtime.barrier()
@@ -172,7 +172,7 @@ def train(
 def begin(run: Run, images: int, resume: bool) -> None:
     """Restore an unfinished run, or start the log of a new one."""
     config, runtime = run.config, run.runtime
-    make_folder(run.files.plots)
+    make_folder(run.files.log.parent)
     exists = run.files.resume.exists()
     runtime.barrier()
     if exists and resume:
@@ -180,7 +180,7 @@ def begin(run: Run, images: int, resume: bool) -> None:
         return runtime.barrier()  # before the first process can finish and remove what the others read
     recipe = ", ".join(f"{name} {getattr(config, name)}" for name in ("optimizer", *RECIPE_FIELDS, "seed"))
     device = machine(runtime)["device"]
-    runtime.print(f"{run.files.stem}: {images:,} images, {run.steps} steps per epoch, {device}, {recipe}")
+    runtime.print(f"{config.stem}: {images:,} images, {run.steps} steps per epoch, {device}, {recipe}")
     run.write_log(json.dumps(run.header() | {"split": config.split}) + "\n")
     run.save()  # fail now if it can't be written
     if runtime.is_main:

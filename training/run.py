@@ -1,7 +1,7 @@
 """The state of a training run: its model, optimizer, log and position; how it is saved and resumed."""
 
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -20,32 +20,17 @@ from utils import parse_log, seed_of
 METRICS = ("loss", "ce", "kl", "top1", "top5")
 
 
-@dataclass(frozen=True)
 class RunFiles:
-    """The files of a run."""
+    """The files of a run: its checkpoint, its log, and the resume state while it is unfinished."""
 
-    weights: Path  # folder
-    plots: Path  # folder
-    stem: str
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.weights / f"{self.stem}.pt"
-
-    @property
-    def resume(self) -> Path:
-        """The resume state of an unfinished run."""
-        return self.weights / f"{self.stem}.last.pt"
-
-    @property
-    def log(self) -> Path:
-        return self.plots / f"{self.stem}.jsonl"
+    def __init__(self, weights: Path, plots: Path, stem: str) -> None:
+        self.checkpoint, self.resume = weights / f"{stem}.pt", weights / f"{stem}.last.pt"
+        self.log = plots / f"{stem}.jsonl"
 
 
 def files_of(run: RunName, options) -> RunFiles:
     """The files of a run; the teacher of --all is shared by all --name folders."""
-    if options.all and run.role == "teacher":
-        return RunFiles(options.weights_path, options.plots_path, run.stem)
+    options = replace(options, name=None) if options.all and run.role == "teacher" else options
     return RunFiles(options.weights_folder, options.plots_folder, run.stem)
 
 
@@ -131,10 +116,9 @@ class Run:
         world = runtime.world_size
         self.batch_size = min(config.batch_size, images) // world * world
         if config.batch_size % world or not self.batch_size:
-            raise UserError(
-                f"{files.stem}: a batch of {min(config.batch_size, images)} can't be split over {world} processes: "
-                f"give a --batch_size that is a multiple of {world}, or more images"
-            )
+            why = f"a batch of {min(config.batch_size, images)} can't be split over {world} processes"
+            advice = f"give a --batch_size that is a multiple of {world}, or more images"
+            raise UserError(f"{config.stem}: {why}: {advice}")
         self.steps = images // self.batch_size  # of an epoch; its last, smaller batch is left out
         self.total_steps = self.steps * config.num_epochs
         torch.manual_seed(config.seed)  # of the initial weights
@@ -207,10 +191,9 @@ class Run:
         bad = (~torch.isfinite(self.losses[: self.step])).nonzero()
         if len(bad):
             step, how = int(bad[0]), "--tto True " if self.config.role == "teacher" else ""
-            raise UserError(
-                f"the loss of {self.files.stem} is {self.losses[step]:g} at epoch {self.epoch + 1}, step {step + 1}: "
-                f"train it again with a lower rate: {how}--lr {self.config.lr / 10:.4g} --resume False"
-            )
+            what = f"the loss of {self.config.stem} is {self.losses[step]:g} at epoch {self.epoch + 1}, step {step + 1}"
+            advice = f"train it again with a lower rate: {how}--lr {self.config.lr / 10:.4g} --resume False"
+            raise UserError(f"{what}: {advice}")
 
     def header(self) -> dict:
         """What a checkpoint and a log begin with."""
