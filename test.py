@@ -45,7 +45,7 @@ from runtime.processes import start
 from training.plan import name_of
 from training.recipes import LOSS_DEFAULTS
 from training.run import load_model, mismatch, spec_of
-from training.runs import row_order, run_from
+from training.runs import RunName, row_order, run_from
 from training.teacher_logits import load_teacher
 from utils import Images, held_out_logits, load_images
 
@@ -171,7 +171,8 @@ def export(model: torch.nn.Module, path: Path, content: dict) -> str:
 
 def compare(options: config.TestOptions, runtime: Runtime) -> None:
     """Evaluate all finished checkpoints of the data set and write their table; UserError if there is none."""
-    contents, name = find_checkpoints(options, runtime), name_of(options)
+    name = name_of(options)
+    contents = find_checkpoints(options, name, runtime)
     data = load_images(options.dataset, options.data_path, runtime, None, options.skip_broken, options.size)
     for note in data.notes:
         runtime.print(note)
@@ -184,33 +185,26 @@ def compare(options: config.TestOptions, runtime: Runtime) -> None:
         results.publish(shown, options.plots_folder / f"comparison_{options.dataset}{name.images_suffix}")
 
 
-def find_checkpoints(options: config.TestOptions, runtime: Runtime) -> list[dict]:
-    """The data set's finished checkpoints below --weights_path and its --name folder, teachers first; others are named.
+def find_checkpoints(options: config.TestOptions, name: RunName, runtime: Runtime) -> list[dict]:
+    """The finished checkpoints below --weights_path and its --name folder of runs on the images of `name`, in order.
 
-    With --teacher, that teacher, its students and those without KD.
+    With --teacher, that teacher, its students and those without KD. Files that can't be shown are named.
     """
-    contents, paths = [], sorted(options.weights_folder.rglob("*.pt"))
-    for path in dict.fromkeys([*paths, *filter(None, [options.teacher])]):
-        if not path.name.endswith(".last.pt"):
-            try:
-                contents.append(finished(checkpoint.load(path)))
-            except UserError as error:
-                runtime.print(f"left out: {error}")
-    fingerprints = (None,)
-    if options.teacher:
-        content = checkpoint.load(options.teacher, or_state_dict=True)
-        fingerprints = None, checkpoint.fingerprint(content["model"])
-
-    def is_shown(content: dict) -> bool:
-        run = run_from(content["run"])
-        if options.teacher and run.role == "teacher":
-            return content["path"] == options.teacher
-        images = options.dataset, options.size, options.subset, options.holdout
-        fits = (run.dataset, run.size, run.subset, run.holdout) == images
-        return fits and (not options.teacher or run.teacher in fingerprints)
-
-    found = [content for content in contents if is_shown(content)]
-    return sorted(found, key=lambda content: row_order(run_from(content["run"])))
+    teacher = checkpoint.load(options.teacher, or_state_dict=True) if options.teacher else None
+    contents = [finished(teacher)] if teacher and "run" in teacher else []
+    taught_by = [None, checkpoint.fingerprint(teacher["model"])] if teacher else []
+    for path in sorted(options.weights_folder.rglob("*.pt")):
+        if path.name.endswith(".last.pt") or path == options.teacher:
+            continue
+        try:
+            content = finished(checkpoint.load(path))
+            run = run_from(content["run"])
+            is_shown = not teacher or (run.role == "student" and run.teacher in taught_by)
+            if is_shown and run.teacher_name == name.teacher_name:  # then the images are the same
+                contents.append(content)
+        except UserError as error:
+            runtime.print(f"left out: {error}")
+    return sorted(contents, key=lambda content: row_order(run_from(content["run"])))
 
 
 def classify(options: config.TestOptions, runtime: Runtime) -> None:
