@@ -54,36 +54,31 @@ PUBLISHED = Path(__file__).resolve().parent / "results"
 
 def find_checkpoint(options: config.TestOptions, runtime: Runtime) -> dict:
     """The checkpoint that the options name, or the published one of that name; UserError if it can't be evaluated."""
-    if options.checkpoint:
-        content = checkpoint.load(options.checkpoint)
-        if options.student and not run_from(content["run"]).student:
-            raise UserError(f"{options.checkpoint} is not a student of your own: leave --student out")
-        if content["run"]["role"] == "teacher" and options.teacher:
-            raise UserError(f"{options.checkpoint} is a teacher: leave --teacher out")
-        return finished(content)
-    name = name_of(options)
-    path = options.weights_folder / f"{name.stem}.pt"
-    if options.tto and not path.exists():
-        path = options.weights_path / path.name  # the teacher of --all
-    if options.tto and options.teacher:
-        path = options.teacher
-        if not path.exists():
-            raise UserError(f"no teacher {path}: check the name that --teacher gives")
-    published = PUBLISHED / options.dataset / path.name
-    if not path.exists() and published.exists() and not options.folders("weights_path", "name"):
-        runtime.print(f"{path} does not exist: evaluating the published {published}")
-        return checkpoint.load(published)
-    if not path.exists():
-        folders = {key: value for key, value in options.folders().items() if key != "teacher" or name.kd}
-        train = name.command("train.py", **folders)
-        raise UserError(f"no checkpoint {path}: train it with `{train}`, or give its folder in --weights_path")
-    content = checkpoint.load(path)
+    name, named = name_of(options), options.checkpoint or (options.teacher if options.tto else None)
+    if named and not options.checkpoint and not named.exists():
+        raise UserError(f"no teacher {named}: check the name that --teacher gives")
+    folders = [options.weights_folder, options.weights_path] if options.tto else [options.weights_folder]
+    paths = [folder / f"{name.stem}.pt" for folder in folders]  # the teacher of --all is in --weights_path itself
+    published = PUBLISHED / options.dataset / f"{name.stem}.pt"
+    if not options.folders("weights_path", "name"):
+        paths.append(published)
+    path = named or next((path for path in paths if path.exists()), None)
+    if path is None:
+        known = {key: value for key, value in options.folders().items() if key != "teacher" or name.kd}
+        train = name.command("train.py", **known)
+        raise UserError(f"no checkpoint {paths[0]}: train it with `{train}`, or give its folder in --weights_path")
+    if path is published:
+        runtime.print(f"{paths[0]} does not exist: evaluating the published {published}")
+    content = finished(checkpoint.load(path))
     run = run_from(content["run"])
-    facts = ("role", "dataset", "size", "subset", "holdout")
-    if any(getattr(run, fact) != getattr(name, fact) for fact in facts):
+    if options.checkpoint and options.student and not run.student:
+        raise UserError(f"{path} is not a student of your own: leave --student out")
+    if options.checkpoint and options.teacher and run.role == "teacher":
+        raise UserError(f"{path} is a teacher: leave --teacher out")
+    if not options.checkpoint and (run.role, run.teacher_name) != (name.role, name.teacher_name):
         what = f"{run.title} of {run.dataset}, not {name.title} of {name.dataset}"
         raise UserError(f"{path} contains {what}: give --checkpoint {path} to evaluate it anyway")
-    return finished(content)
+    return content
 
 
 def finished(content: dict) -> dict:
