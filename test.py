@@ -18,9 +18,8 @@ if sys.version_info < (3, 10):  # noqa: UP036 - older versions fail further down
     print("test.py: error: this needs Python 3.10 or later", file=sys.stderr)
     sys.exit(2)
 
-import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import config
@@ -32,7 +31,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
-from data_sets import DATA_SETS
+from data_sets import DATA_SETS, DataSet
 from data_sets.pictures import read_picture, reject_decompression_bombs
 from evaluation import figures, inference, report, results
 from evaluation.comparison import TOPS, as_trained, measure_all, measure_checkpoint
@@ -45,8 +44,8 @@ from runtime.processes import start
 from training.plan import name_of
 from training.recipes import LOSS_DEFAULTS
 from training.run import load_model, mismatch, spec_of
-from training.runs import RunName, row_order, run_from
-from training.teacher_logits import load_teacher
+from training.runs import RunConfig, RunName, row_order, run_from
+from training.teacher_logits import TeacherLogits, load_teacher
 from utils import Images, held_out_logits, load_images
 
 PUBLISHED = Path(__file__).resolve().parent / "results"
@@ -91,11 +90,10 @@ def finished(content: dict) -> dict:
     return content
 
 
-@contextlib.contextmanager
-def skip_teacher_errors(options: config.TestOptions, tell: Callable[[str], None]) -> Iterator[None]:
-    """Pass a UserError about the teacher to `tell` and leave the block; with --teacher, raise it."""
+def find_teacher(run: RunConfig, options, spec: DataSet, runtime: Runtime, tell: Callable) -> TeacherLogits | None:
+    """A student's teacher; without --teacher it may be missing or unfit, which is passed to `tell`, and then None."""
     try:
-        yield
+        return load_teacher(run, options, spec, runtime) if run.role == "student" else None
     except UserError as error:
         if options.teacher:
             raise
@@ -123,14 +121,12 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
     images = data.held_out(run.subset, run.holdout)
     logits, numbers = measure_checkpoint(model, content, images, data, runtime)
     teacher_cost, imitation = None, {}
-    if run.role == "student":
-        with skip_teacher_errors(options, notes.append):
-            teacher = load_teacher(run, options, data.spec, runtime)
-            imitation = fidelity(logits, teacher.test_logits(images, run.holdout), images.labels)
-            if run.kd and teacher.model and run.teacher != teacher.fingerprint:  # a folder has one of its own
-                notes.append(f"{teacher.path} is not the teacher that this student learned from")
-            if teacher.model and runtime.is_main:
-                teacher_cost = inference.measure_cost(teacher.model, teacher.path, runtime, run.size)
+    if teacher := find_teacher(run, options, data.spec, runtime, notes.append):
+        imitation = fidelity(logits, teacher.test_logits(images, run.holdout), images.labels)
+        if run.kd and teacher.model and run.teacher != teacher.fingerprint:  # a folder has one of its own
+            notes.append(f"{teacher.path} is not the teacher that this student learned from")
+        if teacher.model and runtime.is_main:
+            teacher_cost = inference.measure_cost(teacher.model, teacher.path, runtime, run.size)
     if not runtime.is_main:
         return
     cost = inference.measure_cost(model, path, runtime, run.size)
@@ -207,11 +203,10 @@ def classify(options: config.TestOptions, runtime: Runtime) -> None:
     contents = [find_checkpoint(options, runtime)]
     run, spec = run_from(contents[0]["run"]), spec_of(contents[0])
     images, rows, names = read_pictures(options, contents[0], runtime)
-    if run.role == "student" and not options.soften:
-        with skip_teacher_errors(options, runtime.print):
-            if options.teacher and options.teacher.is_dir():
-                raise UserError(f"{options.teacher} holds logits, not a model: give a checkpoint")
-            contents.append(load_teacher(run, options, spec, runtime).content)
+    if options.teacher and options.teacher.is_dir():
+        raise UserError(f"{options.teacher} holds logits, not a model: give a checkpoint")
+    if not options.soften and (teacher := find_teacher(run, options, spec, runtime, runtime.print)):
+        contents.append(teacher.content)
     answers = {}
     for content in contents:
         its_run = run_from(content["run"])
