@@ -18,7 +18,6 @@ if sys.version_info < (3, 10):  # noqa: UP036 - older versions fail further down
     print("test.py: error: this needs Python 3.10 or later", file=sys.stderr)
     sys.exit(2)
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -103,15 +102,14 @@ def find_teacher(run: RunConfig, options, spec: DataSet, runtime: Runtime, tell:
 def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
     """Print the report of one checkpoint and write its figures and files; an export needs no folder of images."""
     content = find_checkpoint(options, runtime)
-    run, path = run_from(content["run"]), content["path"]
+    run, path, pictures, saved = run_from(content["run"]), content["path"], options.data_path / "train", []
     runtime = as_trained(runtime, run, options.precision)
     model = load_model(content, runtime, options.student)
-    for file in filter(None, (options.json, options.export)):
-        make_folder(file.parent)
-    has_images = run.dataset != "folder" or os.path.isdir(options.data_path / "train")
-    if options.export and not options.json and not has_images:
-        text = export(model, options.export, content) if runtime.is_main else ""
-        return runtime.print(f"saved {text}; not evaluated, because there is no {options.data_path / 'train'}")
+    if options.export and runtime.is_main:
+        difference = inference.export_model(model, options.export, content["data"])
+        saved.append(f"{options.export} (reloaded, its logits differ by at most {difference:.1g})")
+    if options.export and not options.json and run.dataset == "folder" and not pictures.is_dir():
+        return runtime.print(f"saved {', '.join(saved)}; not evaluated, because there is no {pictures}")
     data = load_images(run.dataset, options.data_path, runtime, run.flip, options.skip_broken, size=run.size)
     if why := mismatch(content, run, data.spec, same_images=False):
         raise UserError(f"{path} {why}")
@@ -132,7 +130,7 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
     cost = inference.measure_cost(model, path, runtime, run.size)
     classes, title = data.spec.classes, f"{run.title} on {run.dataset}"
     stem = options.plots_folder / path.stem
-    saved = [
+    saved += [
         figures.plot_confusion(numbers, classes, f"{title}: confusion", Path(f"{stem}_confusion.png")),
         figures.plot_reliability(logits, images.labels, f"{title}: reliability", Path(f"{stem}_reliability.png")),
     ]
@@ -149,15 +147,7 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
         print(f"\n{report.bias_text(numbers, run.omit)}")
     print(f"\n{report.fidelity_text(imitation)}\n" if imitation else "")
     print(report.cost_text(cost, teacher_cost))
-    if options.export:  # last, because it may fail
-        saved.append(export(model, options.export, content))
     print(f"\nsaved {', '.join(map(str, saved))}")
-
-
-def export(model: torch.nn.Module, path: Path, content: dict) -> str:
-    """Export a model; the file and how exact it is, in words."""
-    difference = inference.export_model(model, path, content["data"])
-    return f"{path} (reloaded, its logits differ by at most {difference:.1g})"
 
 
 def compare(options: config.TestOptions, runtime: Runtime) -> None:
