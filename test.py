@@ -27,7 +27,6 @@ from runtime.cli import answer_early, format_number
 if __name__ == "__main__":
     answer_early(config.parse_test)  # --help and a wrong option answer here, before torch is imported
 
-import numpy as np
 import torch
 
 from data_sets import DATA_SETS, DataSet
@@ -221,7 +220,7 @@ def read_pictures(options: config.TestOptions, content: dict, runtime: Runtime) 
     run = run_from(content["run"])
     if options.image:
         with reject_decompression_bombs():
-            pixels = torch.from_numpy(np.stack([read_picture(path, size=run.size) for path in options.image]))
+            pixels = torch.stack([torch.tensor(read_picture(path, size=run.size)) for path in options.image])
         return Images(pixels, torch.zeros(len(pixels))), list(range(len(pixels))), [*map(str, options.image)]
     data = load_images(run.dataset, options.data_path, runtime, skip_broken=options.skip_broken, size=run.size)
     if why := mismatch(content, run, data.spec, same_images=False):
