@@ -156,7 +156,7 @@ def compare(options: config.TestOptions, runtime: Runtime) -> None:
     data = load_images(options.dataset, options.data_path, runtime, None, options.skip_broken, options.size)
     for note in data.notes:
         runtime.print(note)
-    shown = measure_all(contents, name, data, runtime, cost=True, student=options.student, precision=options.precision)
+    shown = measure_all(contents, name, data, runtime, options)
     if not shown:
         command = name.command("train.py --all True", **options.folders("data_path", "weights_path", "name"))
         where = f"{options.dataset} in {options.weights_folder}"
