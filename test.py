@@ -29,7 +29,7 @@ if __name__ == "__main__":
 
 import torch
 
-from data_sets import DATA_SETS, DataSet
+from data_sets import DataSet
 from data_sets.pictures import read_picture, reject_decompression_bombs
 from evaluation import figures, inference, report, results
 from evaluation.comparison import TOPS, as_trained, measure_all, measure_checkpoint
@@ -40,8 +40,7 @@ from runtime.errors import UserError, exit_code
 from runtime.files import make_folder, write_json
 from runtime.processes import start
 from training.plan import name_of
-from training.recipes import LOSS_DEFAULTS
-from training.run import load_model, mismatch, spec_of
+from training.run import finished, load_model, mismatch, spec_of
 from training.runs import RunConfig, RunName, row_order, run_from
 from training.teacher_logits import TeacherLogits, load_teacher
 from utils import Images, held_out_logits, load_images
@@ -75,16 +74,6 @@ def find_checkpoint(options: config.TestOptions, runtime: Runtime) -> dict:
     if not options.checkpoint and (run.role, run.teacher_name) != (name.role, name.teacher_name):
         what = f"{run.title} of {run.dataset}, not {name.title} of {name.dataset}"
         raise UserError(f"{path} contains {what}: give --checkpoint {path} to evaluate it anyway")
-    return content
-
-
-def finished(content: dict) -> dict:
-    """A finished run's checkpoint; UserError if the run is unfinished, or of other code than this."""
-    if "metrics" not in content:
-        raise UserError(f"{content['path']} is an unfinished run: rerun its command to finish it")
-    for name, known in {"dataset": DATA_SETS, "loss": (None, *LOSS_DEFAULTS)}.items():
-        if content["run"][name] not in known:
-            raise UserError(f"{content['path']} has the {name} {content['run'][name]}, which this code lacks")
     return content
 
 

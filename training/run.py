@@ -14,6 +14,7 @@ from runtime.device import Runtime, machine
 from runtime.errors import UserError
 from runtime.files import writing
 from training.optimizer import learning_rate, make_optimizer, set_learning_rate
+from training.recipes import LOSS_DEFAULTS
 from training.runs import UNKNOWN, RunConfig, RunName, describe_differences, run_from, saw_held_out
 from utils import parse_log, seed_of
 
@@ -71,22 +72,30 @@ def mismatch(content: dict, name: RunName, spec: DataSet, same_images: bool = Tr
     return ""
 
 
-def teacher_mismatch(content: dict, student: RunName, spec: DataSet) -> str:
-    """Why a checkpoint can't teach a student on these images, or "" if it can."""
+def finished(content: dict) -> dict:
+    """A finished run's checkpoint; UserError if the run is unfinished, or of other code than this."""
     if "metrics" not in content:
-        return "is an unfinished run"
-    return "is a student" if content["run"]["role"] != "teacher" else mismatch(content, student, spec)
+        raise UserError(f"{content['path']} is an unfinished run: rerun its command to finish it")
+    for name, known in {"dataset": DATA_SETS, "loss": (None, *LOSS_DEFAULTS)}.items():
+        if content["run"][name] not in known:
+            raise UserError(f"{content['path']} has the {name} {content['run'][name]}, which this code lacks")
+    return content
+
+
+def check_teacher(content: dict, student: RunName, spec: DataSet) -> None:
+    """UserError if a checkpoint can't teach a student on these images."""
+    why = mismatch(content, student, spec) if finished(content)["run"]["role"] == "teacher" else "is a student"
+    if why:
+        raise UserError(f"the teacher {content['path']} {why}: choose another one with --teacher or --weights_path")
 
 
 def check_same(content: dict, run: RunConfig) -> None:
     """UserError if a file is of another run than `run`, whose teacher may not be known yet."""
-    found, ignoring = run_from(content["run"]), set() if run.teacher else {"teacher", "teacher_unknown"}
-    kind, advice = "a finished run", "keep both with --name WORD, or replace it with --resume False (not with --all)"
+    kind, ignoring = "a finished run", set() if run.teacher else {"teacher", "teacher_unknown"}
     if "metrics" not in content:
-        ignoring |= {"processes", "sync_bn"}  # sync_bn is False for a single process
-        kind = "an unfinished run"
-        advice = "rerun it with its own options to resume it, delete it, or restart it with --resume False (not --all)"
-    if why := describe_differences(found, run, ignoring):
+        kind, ignoring = "an unfinished run", ignoring | {"processes", "sync_bn"}  # sync_bn needs several
+    if why := describe_differences(run_from(content["run"]), run, ignoring):
+        advice = "give its own options, keep both with --name WORD, or replace it with --resume False (not with --all)"
         raise UserError(f"{content['path']} is {kind} with {why}: {advice}")
 
 
@@ -100,10 +109,10 @@ def find_finished(run: RunConfig, options, spec: DataSet) -> dict | None:
     if is_unfinished or not (options.resume and files.checkpoint.exists()):
         return None
     content = checkpoint.load(files.checkpoint)
-    if not is_shared:
+    if is_shared:
+        check_teacher(content, run, spec)
+    else:
         check_same(content, run)
-    elif why := teacher_mismatch(content, run, spec):
-        raise UserError(f"the teacher {files.checkpoint} {why}: give another --weights_path and --plots_path")
     return content
 
 

@@ -15,7 +15,7 @@ from runtime import checkpoint
 from runtime.device import Runtime
 from runtime.errors import UserError, reason
 from runtime.files import load_arrays, save_arrays, write_json
-from training.run import describe_data, load_model, teacher_mismatch
+from training.run import check_teacher, describe_data, load_model
 from training.runs import UNKNOWN, RunConfig
 from utils import Images, Views, compute_logits, held_out_logits
 
@@ -165,8 +165,8 @@ def load_teacher(
     if content is None and not path.is_dir():
         content = checkpoint.load(path, or_state_dict=True)
         content = content if "run" in content else complete_state_dict(content, student, spec)
-    if content and (why := teacher_mismatch(content, student, spec)):
-        raise UserError(f"the teacher {path} {why}: choose another one with --teacher or --weights_path")
+    if content:
+        check_teacher(content, student, spec)
     return TeacherLogits(path, spec, runtime, options.weights_path, content)
 
 
