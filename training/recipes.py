@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, fields, replace
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """The numbers of a training."""
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 
 from data_sets import SIDE
 from runtime.cli import format_number, typed
-from training.recipes import LOSS_DEFAULTS
+from training.recipes import LOSS_DEFAULTS, Recipe
 
 DEFAULT_SEED = 42
 LONGEST_WORDS = 80  # characters of the omitted classes in a file name
@@ -104,20 +104,13 @@ class RunName:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(RunName):
+class RunConfig(Recipe, RunName):
     """Everything that shapes a run's result, as plain values; the machine does not belong to it."""
 
     num_classes: int
     images: str  # the fingerprint of the data set, or UNKNOWN
     flip: bool
     optimizer: str
-    num_epochs: int
-    batch_size: int
-    lr: float
-    head_lr: float
-    norm_lr: float
-    weight_decay: float
-    views: int
     kd_weights: tuple[float, ...]  # without KD ()
     ce_weight: float  # without KD 1.0
     sync_bn: bool
