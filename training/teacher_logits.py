@@ -28,6 +28,7 @@ class TeacherLogits:
     def __init__(self, path: Path, spec: DataSet, runtime: Runtime, weights_path: Path, content: dict | None) -> None:
         """`content` is the teacher's checkpoint, None if `path` is a folder. UserError if it can't teach on `spec`."""
         self.path, self.spec, self.runtime, self.content, self.model = path, spec, runtime, content, None
+        self.is_unknown = content is None or content["run"]["images"] == UNKNOWN  # on which images it was trained
         self.in_memory: dict[str, np.ndarray] = {}  # what can't be written
         self.view_seconds = 0.0  # to compute the logits of one view
         if content is None:
@@ -45,25 +46,19 @@ class TeacherLogits:
     @property
     def title(self) -> str:
         """The path, and the seed of a teacher that train.py trained."""
-        if self.is_unknown:
-            return f"{self.path} ({'state dict' if self.content else 'logits'}: its training images are unknown)"
-        return f"{self.path} (seed {self.content['run']['seed']})"
+        origin = "its training images are unknown" if self.is_unknown else f"seed {self.content['run']['seed']}"
+        return f"{self.path} ({origin})"
 
-    @property
-    def is_unknown(self) -> bool:
-        """Whether it can't be known on which images the teacher was trained."""
-        return self.content is None or self.content["run"]["images"] == UNKNOWN
-
-    def missing(self, count: int) -> list[int]:
+    def missing(self, count: int) -> list[str]:
         """Which of the first `count` views have no logits yet."""
-        names = {k: f"{k:02}.npz" for k in range(count)}
-        return [k for k in names if names[k] not in self.in_memory and not (self.folder / names[k]).exists()]
+        names = [f"{k:02}.npz" for k in range(count)]
+        return [name for name in names if name not in self.in_memory and not (self.folder / name).exists()]
 
     def check_views(self, count: int) -> None:
         """UserError if a folder of logits lacks one of the first `count` views, before hours of training."""
         missing = self.missing(count)
         if self.model is None and missing:
-            lacks = f"lacks the logits of {len(missing)} of {count} views, the first is {missing[0]:02}.npz"
+            lacks = f"lacks the logits of {len(missing)} of {count} views, the first is {missing[0]}"
             raise UserError(f"{self.folder} {lacks}: write them (docs/own.md), or give a smaller --views")
 
     def view_logits(self, k: int, views: Views, rows: torch.Tensor) -> torch.Tensor:
@@ -83,15 +78,14 @@ class TeacherLogits:
 
     def cached(self, name: str, count: int, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The first `count` logits, float16, read, or computed and kept; UserError if a folder of logits lacks them."""
-        path, logits = self.folder / name, self.in_memory.get(name)
-        if logits is None or len(logits) < count:
+        path, logits = self.folder / name, self.in_memory.get(name, ())
+        if len(logits) < count:
             try:
                 logits = read_logits(path, self.key, count, len(self.spec.classes))
             except ValueError as error:
                 if self.model is None:
                     raise UserError(f"can't use {path}: {error}; write it again, or give another --teacher") from error
-                logits = None
-        if self.runtime.agree(logits is None)[0]:  # if one lacks them, all compute
+        if self.runtime.agree(len(logits) < count)[0]:  # if one lacks them, all compute
             start, failed = time.monotonic(), False
             logits = self.in_memory[name] = compute().half().numpy()
             self.view_seconds = time.monotonic() - start
