@@ -129,7 +129,7 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
         saved.append(write_json(options.json, values | imitation))
     tops = " ".join(f"{name} {100 * numbers[name]:.2f}%" for name in TOPS if name in numbers)
     print(f"{run.split} loss {numbers['loss']:.4f} {tops}")
-    print("\n".join([f"{path} on {run.dataset}, {device_title(runtime)}, {runtime.precision}", *notes, ""]))
+    print(f"{path} on {run.dataset}, {device_title(runtime)}, {runtime.precision}", *notes, "", sep="\n")
     print(report.accuracy_text(numbers, classes))
     if run.omit:
         print(f"\n{report.bias_text(numbers, run.omit)}")
@@ -143,8 +143,7 @@ def compare(options: config.TestOptions, runtime: Runtime) -> None:
     name = name_of(options)
     contents = find_checkpoints(options, name, runtime)
     data = load_images(options.dataset, options.data_path, runtime, None, options.skip_broken, options.size)
-    for note in data.notes:
-        runtime.print(note)
+    runtime.print(*data.notes)
     shown = measure_all(contents, name, data, runtime, options)
     if not shown:
         command = name.command("train.py --all True", **options.folders("data_path", "weights_path", "name"))
@@ -196,11 +195,10 @@ def classify(options: config.TestOptions, runtime: Runtime) -> None:
             answers[label] = (logits[rows] / temp).softmax(1)
     if options.soften:
         told = [report.softness_text(softness(logits, temp), temp, len(spec.classes)) for temp in options.soften]
-        runtime.print("\n".join([f"over {len(images):,} images, at", *told]))
+        runtime.print(f"over {len(images):,} images, at", *told)
     if runtime.is_main:
         path = options.plots_folder / f"{contents[0]['path'].stem}_{'softened' if options.soften else 'images'}.png"
-        pixels = images.pixels[rows].numpy()
-        figures.plot_pictures(pixels, names[: figures.PICTURES_SHOWN], answers, spec.classes, path)
+        figures.plot_pictures(images.pixels[rows].numpy(), names[: figures.PICTURES_SHOWN], answers, spec.classes, path)
         print(f"{report.pictures_text(names, answers, spec.classes)}\nsaved {path}")
 
 
@@ -214,8 +212,7 @@ def read_pictures(options: config.TestOptions, content: dict, runtime: Runtime) 
     data = load_images(run.dataset, options.data_path, runtime, skip_broken=options.skip_broken, size=run.size)
     if why := mismatch(content, run, data.spec, same_images=False):
         raise UserError(f"{content['path']} {why}")
-    for note in data.notes:
-        runtime.print(note)
+    runtime.print(*data.notes)
     images = data.held_out(run.subset, run.holdout)
     labels = images.labels.tolist()
     rows = sorted(labels.index(label) for label in set(labels))[:4]

@@ -232,8 +232,7 @@ def prepare(options: config.TrainOptions, runtime: Runtime) -> tuple[Data, list[
     if options.sync_bn and runtime.device.type != "cuda":
         raise UserError("--sync_bn True needs CUDA devices: leave it out")
     data = load_images(options.dataset, options.data_path, runtime, options.flip, options.skip_broken, options.size)
-    for note in data.notes:
-        runtime.print(note)
+    runtime.print(*data.notes)
     runs = plan(options, data.spec, runtime.precision, runtime.world_size)
     counts = [len(data.rows(run.subset, run.holdout, run.omit, run.student_images)) for run in runs]
     if options.all or options.student:  # fail before the teacher is trained, not after

@@ -88,10 +88,10 @@ class Runtime:
             dist.all_reduce(summed)
         return summed
 
-    def print(self, text: str) -> None:
-        """Print a line, once for all processes."""
-        if self.is_main:
-            print(text, flush=True)
+    def print(self, *lines: str) -> None:
+        """Print lines, once for all processes."""
+        if self.is_main and lines:
+            print(*lines, sep="\n", flush=True)
 
     def share_buffers(self, model: nn.Module) -> None:
         """Give every process the buffers of the first: without --sync_bn each has its own batch norm statistics."""
