@@ -60,8 +60,7 @@ def find_checkpoint(options: config.TestOptions, runtime: Runtime) -> dict:
         paths.append(published)
     path = named or next((path for path in paths if path.exists()), None)
     if path is None:
-        known = {key: value for key, value in options.folders().items() if key != "teacher" or name.kd}
-        train = name.command("train.py", **known)
+        train = name.command("train.py", **options.folders())
         raise UserError(f"no checkpoint {paths[0]}: train it with `{train}`, or give its folder in --weights_path")
     if path is published:
         runtime.print(f"{paths[0]} does not exist: evaluating the published {published}")

@@ -52,9 +52,8 @@ class RunName:
     def omitted(self) -> str:
         """The omitted classes in words; of many, their number and a hash of their names."""
         words = " ".join(self.omit)
-        if len(words) <= LONGEST_WORDS:
-            return words
-        return f"{len(self.omit)} classes {hashlib.sha256(words.encode()).hexdigest()[:8]}"
+        many = f"{len(self.omit)} classes {hashlib.sha256(words.encode()).hexdigest()[:8]}"
+        return words if len(words) <= LONGEST_WORDS else many
 
     @property
     def images_suffix(self) -> str:
@@ -81,25 +80,21 @@ class RunName:
     def title(self) -> str:
         """The run in a table or a figure, without its seed."""
         student = f"Student {self.student}" if self.student else "Student"
-        if self.role == "teacher":
-            title = "Teacher (VGG19 with BN)"
-        elif self.kd:
-            title = f"{student} (with {LOSS_DEFAULTS[self.loss].function.upper()}, Temp = {format_number(self.temp)})"
-        else:
-            title = f"{student} (w/o KD)"
+        kd = f"with {LOSS_DEFAULTS[self.loss].function.upper()}, Temp = {typed(self.temp)}" if self.kd else "w/o KD"
+        title = "Teacher (VGG19 with BN)" if self.role == "teacher" else f"{student} ({kd})"
         title += f", omit {self.omitted}" if self.omit else ""
         title += f", {self.student_images:,} images" if self.student_images else ""
         names = [name for name in ("size", "subset", "holdout") if getattr(self, name) != getattr(RunName, name)]
         return title + "".join(f", {name} {getattr(self, name)}" for name in names)
 
     def command(self, script: str, **folders) -> str:
-        """What to type to train ("train.py") or to evaluate ("test.py") this run, with further options."""
+        """What to type to train ("train.py") or to evaluate ("test.py") this run; only one with KD has a --teacher."""
         options = {"tto": True} if self.role == "teacher" else {}
         if self.kd:
             options |= {"kd": True} | ({"loss": self.loss} if self.loss != "kd" else {}) | {"temp": self.temp}
         names = ("dataset", "seed", "subset", "holdout", "omit", "student_images", "student", "size")
         options |= {name: getattr(self, name) for name in names if getattr(self, name) != getattr(RunName, name)}
-        words = [f"--{name} {typed(value)}" for name, value in (options | folders).items()]
+        words = [f"--{name} {typed(v)}" for name, v in (options | folders).items() if self.kd or name != "teacher"]
         return " ".join(["python", script, *words])
 
 
@@ -208,8 +203,7 @@ def labels(runs: list[RunConfig]) -> list[str]:
     """A title for each of these rows, with the fields that tell it apart from others of its title."""
     found = []
     for run in runs:
-        rivals = [other for other in runs if other.title == run.title]
-        names = {name for rival in rivals for name in differences(run, rival, {"seed"})}
+        names = {name for other in runs if other.title == run.title for name in differences(run, other, {"seed"})}
         apart = [f"{f.name} {value_text(run, f.name)}" for f in fields(RunConfig) if f.name in names]
         found.append(", ".join([run.title, *apart]))
     return found
