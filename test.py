@@ -105,16 +105,15 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
         notes.append(f"{path} {why}")
     images = data.held_out(run.subset, run.holdout)
     logits, numbers = measure_checkpoint(model, content, images, data, runtime)
-    teacher_cost, imitation = None, {}
+    imitation = {}
     if teacher := find_teacher(run, options, data.spec, runtime, notes.append):
         imitation = fidelity(logits, teacher.test_logits(images, run.holdout), images.labels)
         if run.kd and teacher.model and run.teacher != teacher.fingerprint:  # a folder has one of its own
             notes.append(f"{teacher.path} is not the teacher that this student learned from")
-        if teacher.model and runtime.is_main:
-            teacher_cost = inference.measure_cost(teacher.model, teacher.path, runtime, run.size)
     if not runtime.is_main:
         return
     cost = inference.measure_cost(model, path, runtime, run.size)
+    teacher_cost = teacher and teacher.model and inference.measure_cost(teacher.model, teacher.path, runtime, run.size)
     classes, title = data.spec.classes, f"{run.title} on {run.dataset}"
     stem = options.plots_folder / path.stem
     saved += [

@@ -247,8 +247,7 @@ def seconds_left(
     """Estimated seconds left for this student and later ones, from an epoch's `training` and `evaluation` time."""
     whole, all_epochs = teacher.spec.train_images, epochs + sum(other.num_epochs for other in later)
     views = min(len(teacher.missing(run.views)), all_epochs)
-    for other in later:
-        epochs += other.num_epochs * (other.student_images or whole) / (run.student_images or whole)
+    epochs += sum(other.num_epochs * (other.student_images or whole) for other in later) / (run.student_images or whole)
     return epochs * training + all_epochs * evaluation + views * teacher.view_seconds
 
 

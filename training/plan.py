@@ -43,10 +43,9 @@ def resolve(name: RunName, options, data: DataSet, precision: str, processes: in
     kd_weights, ce_weight = default_weights(name.loss) if name.kd else ((), 1.0)
     if name.kd and options.alpha is not None:
         kd_weights, ce_weight = (options.alpha,), round(1 - options.alpha, 12)
-    if name.kd and options.kd_weight is not None:
-        kd_weights = options.kd_weight
-    if name.kd and options.ce_weight is not None:
-        ce_weight = options.ce_weight
+    if name.kd:
+        kd_weights = options.kd_weight or kd_weights
+        ce_weight = ce_weight if options.ce_weight is None else options.ce_weight
     values = {f: getattr(options, f) for f in ("optimizer", "compile", "deterministic")}
     values |= {"num_classes": len(data.classes), "images": data.fingerprint, "flip": data.flip, "precision": precision}
     values |= {"kd_weights": kd_weights, "ce_weight": ce_weight, "processes": processes}

@@ -64,8 +64,7 @@ class TeacherLogits:
     def view_logits(self, k: int, views: Views, rows: torch.Tensor) -> torch.Tensor:
         """Logits (N, C) float16 on the device: row i is training image i in its k-th view, for all i in `rows`."""
         count, classes, title = int(rows.max()) + 1, len(self.spec.classes), f"teacher's logits of view {k}"
-        images_of = partial(views.images, k=k)
-        compute = partial(compute_logits, self.model, images_of, count, classes, self.runtime, title)
+        compute = partial(compute_logits, self.model, partial(views.images, k=k), count, classes, self.runtime, title)
         return self.cached(f"{k:02}.npz", count, compute).to(self.runtime.device)
 
     def test_logits(self, images: Images, holdout: int = 0) -> torch.Tensor:
