@@ -94,7 +94,7 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
     model = load_model(content, runtime, options.student)
     if options.export and runtime.is_main:
         difference = inference.export_model(model, options.export, content["data"])
-        saved.append(f"{options.export} (reloaded, its logits differ by at most {difference:.1g})")
+        saved += [f"{options.export} (reloaded, its logits differ by at most {difference:.1g})"]
     if options.export and not options.json and run.dataset == "folder" and not pictures.is_dir():
         return runtime.print(f"saved {', '.join(saved)}; not evaluated, because there is no {pictures}")
     data = load_images(run.dataset, options.data_path, runtime, run.flip, options.skip_broken, size=run.size)
@@ -116,15 +116,13 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
     teacher_cost = teacher and teacher.model and inference.measure_cost(teacher.model, teacher.path, runtime, run.size)
     classes, title = data.spec.classes, f"{run.title} on {run.dataset}"
     stem = options.plots_folder / path.stem
-    saved += [
-        figures.plot_confusion(numbers, classes, f"{title}: confusion", Path(f"{stem}_confusion.png")),
-        figures.plot_reliability(logits, images.labels, f"{title}: reliability", Path(f"{stem}_reliability.png")),
-    ]
+    saved += [figures.plot_confusion(numbers, classes, f"{title}: confusion", Path(f"{stem}_confusion.png"))]
+    saved += [figures.plot_reliability(logits, images.labels, f"{title}: reliability", Path(f"{stem}_reliability.png"))]
     if "bias" in numbers:
-        saved.append(figures.plot_omitted([content | {"measured": numbers}], Path(f"{stem}_omitted.png")))
+        saved += [figures.plot_omitted([content | {"measured": numbers}], Path(f"{stem}_omitted.png"))]
     if options.json:
         values = {"checkpoint": str(path), "role": run.role, **numbers, **inference.medians(cost)}
-        saved.append(write_json(options.json, values | imitation))
+        saved += [write_json(options.json, values | imitation)]
     tops = " ".join(f"{name} {100 * numbers[name]:.2f}%" for name in TOPS if name in numbers)
     print(f"{run.split} loss {numbers['loss']:.4f} {tops}")
     print(f"{path} on {run.dataset}, {device_title(runtime)}, {runtime.precision}", *notes, "", sep="\n")
@@ -139,10 +137,9 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
 def compare(options: config.TestOptions, runtime: Runtime) -> None:
     """Evaluate all finished checkpoints of the data set and write their table; UserError if there is none."""
     name = name_of(options)
-    contents = find_checkpoints(options, name, runtime)
     data = load_images(options.dataset, options.data_path, runtime, None, options.skip_broken, options.size)
     runtime.print(*data.notes)
-    shown = measure_all(contents, name, data, runtime, options)
+    shown = measure_all(find_checkpoints(options, name, runtime), name, data, runtime, options)
     if not shown:
         command = name.command("train.py --all True", **options.folders("data_path", "weights_path", "name"))
         where = f"{options.dataset} in {options.weights_folder}"

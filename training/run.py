@@ -53,8 +53,7 @@ def load_model(content: dict, runtime: Runtime, student: str | None = None) -> t
     run = run_from(content["run"])
     if run.student and run.student != student:  # no code runs because a checkpoint names it
         raise UserError(f"{content['path']} is a student of {run.student}: give --student {run.student} to run that")
-    model = checkpoint.load_weights(build_model_of(run), content)
-    use_products(model, runtime.max_product_side)
+    model = use_products(checkpoint.load_weights(build_model_of(run), content), runtime.max_product_side)
     return model.to(runtime.device, memory_format=runtime.memory_format).eval().requires_grad_(False)
 
 
@@ -126,13 +125,11 @@ class Run:
         self.batch_size = min(config.batch_size, images) // world * world
         if config.batch_size % world or not self.batch_size:
             why = f"a batch of {min(config.batch_size, images)} can't be split over {world} processes"
-            advice = f"give a --batch_size that is a multiple of {world}, or more images"
-            raise UserError(f"{config.stem}: {why}: {advice}")
+            raise UserError(f"{config.stem}: {why}: give a --batch_size that is a multiple of {world}, or more images")
         self.steps = images // self.batch_size  # of an epoch; its last, smaller batch is left out
         self.total_steps = self.steps * config.num_epochs
         torch.manual_seed(config.seed)  # of the initial weights
-        self.model = build_model_of(config)
-        use_products(self.model, 0 if config.compile else runtime.max_product_side)
+        self.model = use_products(build_model_of(config), 0 if config.compile else runtime.max_product_side)
         if config.sync_bn:
             self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.model.to(runtime.device, memory_format=runtime.memory_format)
@@ -156,9 +153,8 @@ class Run:
     @property
     def place(self) -> str:
         """The epoch and step in words."""
-        if self.epoch == self.config.num_epochs:
-            return "the end of the last epoch"
-        return f"epoch {self.epoch + 1}, step {self.step}/{self.steps}"
+        step = f"epoch {self.epoch + 1}, step {self.step}/{self.steps}"
+        return step if self.epoch < self.config.num_epochs else "the end of the last epoch"
 
     def begin_epoch(self, epoch: int) -> None:
         """Go before the first step of an epoch, counted from 0."""

@@ -146,7 +146,7 @@ def read_description(folder: Path, spec: DataSet) -> str:
 def load_teacher(
     student: RunConfig, options, spec: DataSet, runtime: Runtime, content: dict | None = None
 ) -> TeacherLogits:
-    """A student's teacher, `content` if it was read before: a checkpoint, state dict or folder; UserError if unfit."""
+    """A student's teacher: `content` if it is known to fit, a checkpoint, state dict or folder; UserError if unfit."""
     name = student.teacher_name
     path = content["path"] if content else options.teacher or options.weights_path / f"{name.stem}.pt"
     if options.teacher and not path.exists():
@@ -158,7 +158,6 @@ def load_teacher(
     if content is None and not path.is_dir():
         content = checkpoint.load(path, or_state_dict=True)
         content = content if "run" in content else complete_state_dict(content, student, spec)
-    if content:
         check_teacher(content, student, spec)
     return TeacherLogits(path, spec, runtime, options.weights_path, content)
 
