@@ -114,8 +114,7 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
         return
     cost = inference.measure_cost(model, path, runtime, run.size)
     teacher_cost = teacher and teacher.model and inference.measure_cost(teacher.model, teacher.path, runtime, run.size)
-    classes, title = data.spec.classes, f"{run.title} on {run.dataset}"
-    stem = options.plots_folder / path.stem
+    classes, title, stem = data.spec.classes, f"{run.title} on {run.dataset}", options.plots_folder / path.stem
     saved += [figures.plot_confusion(numbers, classes, f"{title}: confusion", Path(f"{stem}_confusion.png"))]
     saved += [figures.plot_reliability(logits, images.labels, f"{title}: reliability", Path(f"{stem}_reliability.png"))]
     if "bias" in numbers:

@@ -24,13 +24,11 @@ def plan(options, data: DataSet, precision: str, processes: int) -> list[RunConf
     if options.all:
         names = [] if options.teacher else [first.teacher_name]
         matched = [f"kd_as_{loss}" for loss in losses if options.matched and LOSS_DEFAULTS[loss].function != "kd"]
+        temps = {loss: options.temp or temps_of(options.dataset, loss) for loss in (*losses, *matched)}
         for seed in range(first.seed, first.seed + options.seeds):
             for images in options.student_images or (None,):
                 student = replace(first, seed=seed, student_images=images)
-                names.append(student)
-                for loss in dict.fromkeys((*losses, *matched)):
-                    for temp in options.temp or temps_of(options.dataset, loss):
-                        names.append(replace(student, loss=loss, temp=temp))
+                names += [student, *(replace(student, loss=loss, temp=temp) for loss in temps for temp in temps[loss])]
     return [resolve(name, options, data, precision, processes) for name in names]
 
 
