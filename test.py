@@ -51,8 +51,6 @@ PUBLISHED = Path(__file__).resolve().parent / "results"
 def find_checkpoint(options: config.TestOptions, runtime: Runtime) -> dict:
     """The checkpoint that the options name, or the published one of that name; UserError if it can't be evaluated."""
     name, named = name_of(options), options.checkpoint or (options.teacher if options.tto else None)
-    if named and not options.checkpoint and not named.exists():
-        raise UserError(f"no teacher {named}: check the name that --teacher gives")
     folders = [options.weights_folder, options.weights_path] if options.tto else [options.weights_folder]
     paths = [folder / f"{name.stem}.pt" for folder in folders]  # the teacher of --all is in --weights_path itself
     published = PUBLISHED / options.dataset / f"{name.stem}.pt"

@@ -112,7 +112,7 @@ WRONG_INPUTS = {
     "a damaged resume state": (TRAIN, f"{STEM}.last.pt is damaged", damaged(f"{STEM}.last.pt")),
     "never trained": ("test.py --weights_path w",
                       "no checkpoint w/student.pt: train it with `python train.py --weights_path w`, or give"),
-    "no teacher to test": ("test.py --tto True --teacher my.pt", "error: no teacher my.pt: check the name"),
+    "no teacher to test": ("test.py --tto True --teacher my.pt", "error: no checkpoint my.pt: check the path"),
     "nothing to compare": ("test.py --compare True --dataset digits --data_path {digits}",
                            "no finished checkpoint of digits in weights"),
     "data is a file": ("train.py", NO_CIFAR10, lambda at: (at / "data").touch()),

@@ -158,7 +158,7 @@ def test_a_teacher_that_cannot_be_used_is_left_out_and_a_named_one_is_an_error(r
     save(name="pupil.pt")
     save("--tto", "elsewhere.pt", images="c" * 16)
     for name, tells in {
-        "none.pt": "no teacher weights/none.pt: ",
+        "none.pt": "no checkpoint weights/none.pt: ",
         "torn.pt": "weights/torn.pt is damaged",
         "others.pt": "the teacher weights/others.pt has 100 classes (apple, aquarium_fish, baby, ...) that are not ",
         "pupil.pt": "the teacher weights/pupil.pt is a student: choose another one with --teacher",
@@ -169,7 +169,7 @@ def test_a_teacher_that_cannot_be_used_is_left_out_and_a_named_one_is_an_error(r
             Path("weights/teacher.pt").symlink_to(file.name)
         assert set(report_of()) == KEYS
         output = capfd.readouterr().out
-        told = tells.replace(name, "teacher.pt")
+        told = tells.replace(name, "teacher.pt").replace("no checkpoint", "no teacher")  # which names the command
         assert f"not compared with the teacher: {told}" in output and "Fidelity" not in output
         Path("report.json").unlink()
         assert evaluate(f"--teacher={file}", "--json=report.json") == 2

@@ -149,9 +149,7 @@ def load_teacher(
     """A student's teacher: `content` if it is known to fit, a checkpoint, state dict or folder; UserError if unfit."""
     name = student.teacher_name
     path = content["path"] if content else options.teacher or options.weights_path / f"{name.stem}.pt"
-    if options.teacher and not path.exists():
-        raise UserError(f"no teacher {path}: check the name that --teacher gives")
-    if not path.exists():
+    if not (options.teacher or path.exists()):
         folders = options.folders("data_path", "skip_broken", "flip", "weights_path", "plots_path")
         train = name.command("train.py", **folders)
         raise UserError(f"no teacher {path}: train one with `{train}`, or name another with --teacher")

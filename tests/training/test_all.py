@@ -185,7 +185,7 @@ def test_a_name_is_of_the_students_and_a_holdout_of_the_teacher_too(learn, tmp_p
 
 def test_all_with_a_teacher_trains_no_other_and_shows_it_in_the_table(learn, tmp_path, capfd):
     assert learn(*ALL, "--teacher=none.pt") == 2
-    assert "no teacher none.pt" in capfd.readouterr().err and not Path("weights").exists()
+    assert "no checkpoint none.pt" in capfd.readouterr().err and not Path("weights").exists()
     assert learn("--tto", "--subset=80", "--holdout=8") == 0
     path = Path("weights/digits_teacher_subset80_holdout8.pt").rename("mine.pt")
     assert learn(*ALL, f"--teacher={path}") == 0, "all are evaluated on the students' images"
