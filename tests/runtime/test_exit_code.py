@@ -97,7 +97,8 @@ def test_a_second_signal_interrupts_at_once():
             assert stop.number == signal.SIGINT
             signal.raise_signal(signal.SIGINT)
 
-    assert exit_code(work) == 130
+    before = signal.getsignal(signal.SIGINT)
+    assert exit_code(work) == 130 and signal.getsignal(signal.SIGINT) == before
 
 
 def test_under_torchrun_which_sends_each_signal_twice_the_second_is_ignored(monkeypatch):
