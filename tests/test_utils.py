@@ -3,7 +3,6 @@
 import itertools
 from dataclasses import replace
 
-import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -246,12 +245,3 @@ def test_curves_show_what_the_log_says(command, split, tmp_path, monkeypatch):
         "cross-entropy (nats)": {"train": [1.0, 1.0], split: [1.1, 1.1]},
     }
     assert curves == expected | ({"soft term (nats)": {"train": [0.5, 0.5]}} if run.kd else {})
-
-
-def test_curves_neither_change_nor_depend_on_the_hosts_matplotlib(tmp_path):
-    write_log(tmp_path / "run.jsonl", run_of())
-    expected = [path.read_bytes() for path in utils.plot_curves(tmp_path / "run.jsonl", tmp_path)]
-    with matplotlib.rc_context({"font.size": 30, "lines.linewidth": 9, "backend": "pdf"}):
-        before = dict.copy(matplotlib.rcParams)
-        assert [path.read_bytes() for path in utils.plot_curves(tmp_path / "run.jsonl", tmp_path)] == expected
-        assert dict.copy(matplotlib.rcParams) == before

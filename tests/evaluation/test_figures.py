@@ -108,12 +108,17 @@ def test_a_table_is_drawn_over_the_number_of_images_and_over_the_temperature(dra
     assert figures.plot_images(few, path) is None is figures.plot_temperatures(few, path)
 
 
-def test_the_users_matplotlib_style_changes_no_figure(tmp_path):
-    bytes_of = []
-    for style in ({}, {"axes.facecolor": "red", "font.family": "no such font", "savefig.bbox": "tight"}):
-        with matplotlib.rc_context(style):
-            bytes_of.append(plot_comparison(tmp_path, {"": (50.0,)}).read_bytes())
-    assert bytes_of[0] == bytes_of[1]
+def test_the_users_matplotlib_style_changes_no_figure_and_is_not_changed(tmp_path):
+    write_log(tmp_path / "run.jsonl", run_of())
+
+    def drawn_bytes() -> list[bytes]:
+        paths = [plot_comparison(tmp_path, {"": (50.0,)}), *plot_curves(tmp_path / "run.jsonl", tmp_path)]
+        return [path.read_bytes() for path in paths]
+
+    expected, style = drawn_bytes(), {"axes.facecolor": "red", "font.family": "no such font", "savefig.bbox": "tight"}
+    with matplotlib.rc_context(style | {"font.size": 30, "lines.linewidth": 9, "backend": "pdf"}):
+        before = dict.copy(matplotlib.rcParams)
+        assert drawn_bytes() == expected and dict.copy(matplotlib.rcParams) == before
 
 
 @pytest.mark.parametrize("count, named, numbers", [(20, 20, 400), (21, 21, 0), (1000, 100, 0)])
