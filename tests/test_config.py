@@ -41,12 +41,6 @@ def test_arguments_from_python_may_be_numbers_and_paths(monkeypatch):
         assert (options.subset, options.kd, options.temp, options.weights_path) == (200, True, (2.5,), Path("w"))
 
 
-def test_the_rules_name_declared_options_only():
-    declared = {f.name for options in (config.TrainOptions, config.TestOptions) for f in fields(options)}
-    for rules in (config.NEEDS, config.EXCLUDES):
-        assert {*rules, *" ".join(rules.values()).split()} <= declared
-
-
 def test_a_tilde_is_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     options = parse_test(["--weights_path=~/x", "--image", "~/x.png"])
