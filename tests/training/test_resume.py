@@ -3,7 +3,6 @@
 train.py with tiny models in one process, or in two as under torchrun, that sends itself a signal at a given moment.
 """
 
-import functools
 import itertools
 import os
 import re
@@ -109,17 +108,13 @@ def assert_equal(found: dict, expected: dict) -> None:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(run, tmp_path_factory):
-    """A function from a number of processes to the folder of their run that was not interrupted."""
-
-    @functools.cache
-    def of(processes: int) -> Path:
-        folder = tmp_path_factory.mktemp("uninterrupted")
+def uninterrupted(run, tmp_path_factory) -> dict[int, Path]:
+    """The folders of a run in one process and of one in two that were not interrupted."""
+    folders = {processes: tmp_path_factory.mktemp("uninterrupted") for processes in (1, 2)}
+    for processes, folder in folders.items():
         codes, _, errors = run(folder, processes)
         assert codes == [0] * processes, errors
-        return folder
-
-    return of
+    return folders
 
 
 @pytest.mark.parametrize(
@@ -141,17 +136,17 @@ def test_an_interrupted_run_resumes_bit_exactly(processes, moment, number, run, 
     assert f"resuming weights/{STEM}.last.pt at " in again and "may differ" not in again
     if number != KILL:
         assert f"resuming {where}\n" in again
-    assert_equal(result(tmp_path), result(uninterrupted(processes)))
+    assert_equal(result(tmp_path), result(uninterrupted[processes]))
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_student_is_bit_equal_with_logits_that_were_computed_and_read(processes, run, uninterrupted):
-    folder = uninterrupted(processes)
+    folder = uninterrupted[processes]
     expected = result(folder)
     codes, _, errors = run(folder, processes, "any view", more=["--resume=False"])
     assert codes == [0] * processes, "the teacher computed something: " + errors
     assert_equal(result(folder), expected)
-    of_one = result(uninterrupted(1))["logits"]
+    of_one = result(uninterrupted[1])["logits"]
     assert all(np.array_equal(expected["logits"][name], array) for name, array in of_one.items())
 
 
