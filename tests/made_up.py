@@ -1,6 +1,7 @@
-"""Checkpoints, logs, images and models as train.py makes or leaves them, without the data and the training."""
+"""Checkpoints, logs, images and models as train.py makes or leaves them, without its training; damaged files."""
 
 import json
+import os
 import shlex
 from collections import OrderedDict
 from dataclasses import asdict, replace
@@ -14,6 +15,7 @@ from torch import nn
 from config import parse_train
 from data_sets import DATA_SETS, SIDE, DataSet
 from models import build_model
+from runtime import checkpoint
 from runtime.device import Runtime
 from training.plan import plan
 from training.run import describe_data
@@ -68,6 +70,30 @@ def content_of(
 def write_log(path: Path, run: RunConfig, tops: tuple[float, ...] = (50.0,)) -> None:
     """The log of a run, with one test top-1 (%) per epoch."""
     path.write_text(content_of(run, tops, tiny_student())["log"])
+
+
+def flip_bit(path: Path, place: int | None = None) -> None:
+    """Flip a bit in the middle of a file, or at a place."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 if place is None else place] ^= 1
+    path.write_bytes(content)
+
+
+def damaged(path: Path) -> None:
+    """A checkpoint, a bit of it flipped."""
+    checkpoint.save(path, {"model": {"weight": torch.zeros(10_000)}})
+    flip_bit(path)
+
+
+class Hostile:
+    """A pickle that makes a folder when a careless reader loads it."""
+
+    def __reduce__(self):
+        return os.mkdir, ("hacked",)
+
+
+def hostile(path: Path) -> None:
+    torch.save({"format": checkpoint.FORMAT, "model": Hostile()}, path)
 
 
 def random_images(count: int, seed: int = 0, size: int = SIDE) -> Images:

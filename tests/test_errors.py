@@ -1,14 +1,16 @@
-"""What a user gets wrong: exit code 2, one line on stderr, and every file as it was."""
+"""What a user, a disk or a network gets wrong: exit code 2, one line on stderr, and every file as it was."""
 
 import os
 import shlex
+import socketserver
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, assert_one_line, snapshot
-from damage import QUICK, damaged, flip_bit, hostile, link_data
+from made_up import damaged, flip_bit, hostile
 
 import config
 
@@ -90,6 +92,7 @@ def test_a_wrong_option_is_one_line(command, tells, capsys):
     assert not out
 
 
+QUICK = "--dataset digits --subset 40 --batch_size 8 --num_epochs 1 --device cpu --precision fp32 --data_path {digits}"
 TRAIN, KD, STEM = f"train.py {QUICK}", f"train.py {QUICK} --kd True", "digits_student_subset40"
 NO_CIFAR10 = "no complete CIFAR10 in data, and the download from https://www.cs.toronto.edu/.* failed: "
 # A command, a pattern that its error line must match, and what is done to its folder before.
@@ -107,9 +110,9 @@ WRONG_INPUTS = {
     "no teacher": (f"{KD} --holdout 8 --weights_path w --seed 7",
                    "no teacher w/digits_teacher_subset40_holdout8.pt: train one with `python train.py --tto True "
                    "--dataset digits --subset 40 --holdout 8 --data_path .* --weights_path w`"),
-    "a damaged teacher": (f"{KD} --teacher weights/my.pt", "weights/my.pt is damaged", damaged("my.pt")),
-    "a damaged finished run": (TRAIN, f"{STEM}.pt is damaged", damaged(f"{STEM}.pt")),
-    "a damaged resume state": (TRAIN, f"{STEM}.last.pt is damaged", damaged(f"{STEM}.last.pt")),
+    "a damaged teacher": (f"{KD} --teacher my.pt", "my.pt is damaged", lambda at: damaged(at / "my.pt")),
+    "a damaged finished run": (TRAIN, f"{STEM}.pt is damaged", lambda at: damaged(at / f"weights/{STEM}.pt")),
+    "a damaged resume state": (TRAIN, "last.pt is damaged", lambda at: damaged(at / f"weights/{STEM}.last.pt")),
     "never trained": ("test.py --weights_path w",
                       "no checkpoint w/student.pt: train it with `python train.py --weights_path w`, or give"),
     "no teacher to test": ("test.py --tto True --teacher my.pt", "error: no checkpoint my.pt: check the path"),
@@ -142,6 +145,15 @@ def test_a_wrong_input_is_one_line_and_harms_nothing(name, refuse, tmp_path):
     refuse(command, tells)
 
 
+def link_data(folder: Path, cifar10: Path) -> Path:
+    """The real files, as links, in `folder`/data."""
+    batches = folder / "data" / "cifar-10-batches-py"
+    batches.mkdir(parents=True, exist_ok=True)
+    for file in (cifar10 / batches.name).iterdir():
+        (batches / file.name).symlink_to(file.resolve())
+    return batches
+
+
 @pytest.mark.parametrize("name, damage", [("data_batch_2", flip_bit), ("test_batch", Path.unlink)])
 def test_a_damaged_or_missing_file_of_the_data_is_one_line(name, damage, refuse, tmp_path, cifar10):
     file = link_data(tmp_path, cifar10) / name
@@ -160,3 +172,48 @@ def test_code_in_a_checkpoint_never_runs_in_a_process_that_a_user_starts(tmp_pat
     done = subprocess.run(command, cwd=tmp_path, env=notebook, capture_output=True, text=True, timeout=300)
     assert_one_line(done, "weights/teacher.pt holds Python objects")
     assert not (tmp_path / "hacked").exists()
+
+
+class BreaksOff(socketserver.StreamRequestHandler):
+    """Promise the archive, send a part of it and close the connection."""
+
+    def handle(self):
+        while self.rfile.readline().strip():
+            pass
+        self.wfile.write(b"HTTP/1.0 200 OK\r\nContent-Length: 170498071\r\n\r\n" + bytes(100_000))
+
+
+def test_a_download_that_breaks_off_leaves_no_data_and_a_later_run_recovers(tmp_path, cifar10, forked):
+    command = ["train.py", "--subset=16", "--batch_size=8", "--num_epochs=1", "--device=cpu"]
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), BreaksOff) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/cifar-10-python.tar.gz"
+        done = forked(*command, folder=tmp_path, url=url)
+        server.shutdown()
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith(f"train.py: error: no complete CIFAR10 in data, and the download from {url} failed: ")
+    again = forked(*command, folder=tmp_path)
+    assert_one_line(again, "no complete CIFAR10 in data")  # the part that came is not taken for the data
+    assert not (tmp_path / "weights").exists()
+    link_data(tmp_path, cifar10)
+    done = forked(*command, folder=tmp_path, tiny=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "weights" / "student_subset16.pt").exists()
+
+
+@pytest.mark.parametrize("file_size, tells", [(5000, f"weights/{STEM}.last.pt"), (400, f"plots/{STEM}.jsonl")])
+def test_a_full_disk_leaves_all_files_as_they_were(file_size, tells, tmp_path, digits, forked):
+    words = QUICK.format(digits=digits).split()
+    again = ["train.py", *words, "--lr=0.2", "--resume=False"]
+    assert forked("train.py", *words, folder=tmp_path, tiny=True).returncode == 0
+    before = snapshot(tmp_path)
+    done = forked(*again, folder=tmp_path, file_size=file_size, tiny=True)
+    assert_one_line(done, f"can't write {tells}: .*unchanged")
+    after = snapshot(tmp_path)
+    if file_size > 400:  # the log of the new run was begun
+        log = str(tmp_path / "plots" / f"{STEM}.jsonl")
+        assert after.pop(log) != before.pop(log)
+    assert after == before
+    done = forked(*again, folder=tmp_path, tiny=True)
+    assert done.returncode == 0, "the disk has space again: " + done.stderr

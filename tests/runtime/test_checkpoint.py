@@ -4,8 +4,7 @@ import os
 
 import pytest
 import torch
-from damage import Hostile, hostile
-from made_up import tiny_student
+from made_up import Hostile, hostile, tiny_student
 
 from models import build_model
 from runtime import checkpoint

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, snapshot
-from damage import Hostile, flip_bit
-from made_up import CPU, TinyTeacher, content_of, random_images, run_of
+from made_up import CPU, Hostile, TinyTeacher, content_of, flip_bit, random_images, run_of
 
 import utils
 from data_sets import DATA_SETS
