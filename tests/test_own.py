@@ -1,18 +1,24 @@
-"""The user's own student, teacher and image size, through train.py and test.py with tiny models."""
+"""The user's own student, teacher, image size and data set, through train.py and test.py with tiny models."""
 
 import json
 import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import one_line
-from made_up import TinyTeacher, draw
+import torchvision
+from conftest import REPOSITORY, one_line
+from made_up import CPU, TinyTeacher, draw
+from PIL import Image
 
 import test as test_script
-from data_sets import pictures
+import train
+from data_sets import DATA_SETS, DataSet, pictures
 from models import build_own
+from runtime import checkpoint
+from utils import load_images
 
 LEARN = ["--views=2"]
 MODULE = """
@@ -149,3 +155,34 @@ def test_what_does_not_fit_into_memory_is_said_before_it_is_read(learn, monkeypa
     monkeypatch.setattr(pictures, "available_memory", lambda: 10**6)
     assert learn("--size=96") == 2
     assert "120 images of 96 x 96 pixels need 0.0 GB of memory, and 0.0 GB are free" in capfd.readouterr().err
+
+
+class DrawnSVHN:
+    """Torchvision's SVHN without its files: splits by name, pixels (N, 3, 32, 32), labels and no targets."""
+
+    def __init__(self, root, split="train", download=False):
+        if not download:
+            raise RuntimeError("Dataset not found or corrupted. You can use download=True to download it")
+        generator = np.random.default_rng(split == "test")
+        self.data = generator.integers(0, 256, (60, 3, 32, 32), dtype=np.uint8)
+        self.labels = generator.integers(0, 10, 60)
+
+    def __getitem__(self, index):
+        return Image.fromarray(self.data[index].transpose(1, 2, 0)), int(self.labels[index])
+
+    def __len__(self):
+        return len(self.data)
+
+
+def test_a_row_as_the_docs_show_it_is_all_that_a_new_data_set_takes(tiny_models, tmp_path, monkeypatch):
+    row = re.search(r"```python\n(DataSet\(.*?\)),\n```", (REPOSITORY / "docs" / "data.md").read_text(), re.DOTALL)[1]
+    monkeypatch.setattr(torchvision.datasets, "SVHN", DrawnSVHN)
+    monkeypatch.setitem(DATA_SETS, "svhn", eval(row, {"DataSet": DataSet}))
+    monkeypatch.chdir(tmp_path)
+    words = ["--dataset=svhn", "--device=cpu", "--precision=fp32"]
+    assert train.main([*words, "--all", "--temp", "5", "--num_epochs=1", "--batch_size=20"]) == 0
+    assert checkpoint.load(tmp_path / "weights" / "svhn_student.pt")["data"]["classes"] == list("0123456789")
+    assert test_script.main([*words, "--kd"]) == 0
+    images, drawn = load_images("svhn", tmp_path, CPU).test, DrawnSVHN("", "test", download=True)
+    assert images.labels.tolist() == drawn.labels.tolist() and images.pixels.shape == (60, 32, 32, 3)
+    assert np.array_equal(images.pixels, drawn.data.transpose(0, 2, 3, 1))
