@@ -48,23 +48,26 @@ def test_publish_writes_the_table_its_numbers_the_figure_and_all_logs(tmp_path, 
         assert picture.width == 840
 
 
-def test_the_figure_shows_the_rows_of_the_table(tmp_path, monkeypatch):
+def test_the_figure_shows_the_rows_of_the_table_and_a_copy_of_a_run_is_one(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr("evaluation.figures.save_figure", lambda axes, path: drawn.append(axes))
     contents = [
         content("--tto"), content(top1=60.0, path="a.pt"), content(top1=50.0, path="copy.pt"),
-        content("--seed=43", 70.0), content("--kd"), content("--kd --views=8"),
+        content(top1=40.0, path="b.pt"), content("--seed=43", 70.0), content("--kd"), content("--kd --views=8"),
     ]  # fmt: skip
     publish(contents, tmp_path)
     rows = {row["model"]: f"{row['top1']:.2f}" for row in json.loads((tmp_path / "results.json").read_text())["rows"]}
     labels = [label.removesuffix(" (mean of 2)").split(": ") for label in drawn[0].get_legend_handles_labels()[1]]
-    assert dict(labels) == rows and len(labels) == 5
+    assert dict(labels) == rows and len(labels) == 6
+    copies = [(STUDENT, "65.00"), (f"{STUDENT}, copy.pt", "50.00"), (f"{STUDENT}, b.pt", "40.00")]
+    assert [*rows.items()][1:4] == copies
 
 
-def test_one_pair_has_a_difference_and_no_interval():
-    found = collect([content(), content("--kd", 70.5)])
+def test_one_pair_has_a_difference_and_no_interval_or_verdict():
+    found = collect([content(), content("--kd", 70.5), content("--kd --loss=dkd", 71.5)])
     text = results_text(found)
-    assert cells(text)[-1][-1] == "+0.50 (one pair)" and not found["notes"]
+    assert cells(text)[3][-1] == "+0.50 (one pair)" and not found["notes"]
+    assert cells(text)[-1] == [DKD, KD, "+1.00 (one pair)", "one pair: not tested"]
     assert f"{KD} gains +0.50 points of top-1 over the same-seed baseline without KD (one pair, no interval: " in text
     assert "seed noise" not in text
 
@@ -153,19 +156,6 @@ def test_verdicts_are_corrected_for_the_number_of_comparisons_in_the_table():
     assert verdicts(dkd, wttm, ttm, ls) == {
         "DKD": "better", "WTTM": "not significant", "TTM": "not significant", "LS": "worse",
     }  # fmt: skip
-
-
-def test_one_pair_of_losses_is_not_tested():
-    text = results_text(collect([content("--kd"), content("--kd --loss=dkd", 71.0)]))
-    assert cells(text)[-1] == [DKD, KD, "+1.00 (one pair)", "one pair: not tested"]
-
-
-def test_copies_of_a_run_are_rows_of_their_own():
-    copies = [content(top1=top1, path=f"{name}.pt") for name, top1 in (("student", 70.0), ("old", 60.0), ("b", 50.0))]
-    found = collect([*copies, content("--seed=43", 80.0)])
-    assert [(row["model"], row["top1"]) for row in found["rows"]] == [
-        (STUDENT, 75.0), (f"{STUDENT}, old.pt", 60.0), (f"{STUDENT}, b.pt", 50.0),
-    ]  # fmt: skip
 
 
 def test_of_many_classes_the_worst_and_the_best_are_listed():
