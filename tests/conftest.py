@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torchvision
 
 import models
+import train
 import utils
 from evaluation import figures, inference, results
 from utils import load_images
@@ -67,8 +68,6 @@ def tiny_models(monkeypatch):
 @pytest.fixture
 def no_figures(monkeypatch):
     """Nothing is drawn of a run, its report and its table."""
-    import train
-
     monkeypatch.setattr(train, "plot_curves", lambda *_: [])
     monkeypatch.setattr(results, "plot_comparison", lambda contents, path: path)
     for name in ("plot_confusion", "plot_reliability"):
@@ -81,8 +80,6 @@ def learn(request, digits, tiny_models, no_figures, tmp_path, monkeypatch):
 
     Further options are those that the test's module calls LEARN.
     """
-    import train
-
     monkeypatch.setattr(utils, "DIGITS_IMAGES", {"train": 100, "test": 20})
     monkeypatch.chdir(tmp_path)
     options = ["--dataset=digits", f"--data_path={digits}", "--device=cpu", "--precision=fp32"]
@@ -100,13 +97,10 @@ def digits(tmp_path_factory) -> Path:
 
 def snapshot(folder: Path) -> dict[str, str]:
     """Every file below `folder`, with the hash of its bytes, and every link with its target."""
-    files = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_symlink():
-            files[str(path)] = os.readlink(path)
-        elif path.is_file():
-            files[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return files
+    paths = sorted(folder.rglob("*"))
+    links = {str(path): os.readlink(path) for path in paths if path.is_symlink()}
+    files = [path for path in paths if path.is_file() and not path.is_symlink()]
+    return links | {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def assert_one_line(done: subprocess.CompletedProcess, tells: str) -> None:

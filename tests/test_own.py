@@ -20,7 +20,6 @@ from models import build_own
 from runtime import checkpoint
 from utils import load_images
 
-LEARN = ["--views=2"]
 MODULE = """
 import torch
 from torch import nn

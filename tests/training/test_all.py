@@ -17,7 +17,6 @@ from runtime import checkpoint
 from runtime.errors import Stopped
 
 RUNS = ["teacher", "student_seed7", "student_kd_t5_seed7", "student_seed8", "student_kd_t5_seed8"]
-LEARN = ["--views=2"]
 ALL = ["--all", "--temp", "5"]
 
 
