@@ -12,6 +12,7 @@ from made_up import CPU, random_images, run_of, runs_of
 
 import train
 import training.run
+import training.runs
 from config import parse_test, parse_train
 from data_sets import DATA_SETS
 from runtime.device import Runtime
@@ -19,16 +20,7 @@ from runtime.errors import UserError
 from training.plan import name_of, plan
 from training.recipes import CIFAR, LOSS_DEFAULTS, OPTIMIZERS, RECIPE_FIELDS, LossDefaults, recipe_of, scale_recipe
 from training.run import Run, RunFiles
-from training.runs import (
-    RunConfig,
-    describe_differences,
-    differences,
-    is_baseline_of,
-    is_kd_baseline_of,
-    labels,
-    row_order,
-    saw_held_out,
-)
+from training.runs import RunConfig, describe_differences, differences, is_baseline_of, is_kd_baseline_of, labels
 from utils import Data
 
 SPEC = replace(DATA_SETS["cifar10"], fingerprint="a" * 16, train_images=50_000)
@@ -225,14 +217,14 @@ def test_plain_kd_beside_another_loss_is_of_the_same_teacher_and_recipe():
 )  # fmt: skip
 def test_whether_a_teacher_was_trained_on_images_that_are_held_out(teacher, student, saw):
     (run,), (name,) = runs_of(f"--dataset digits --tto {teacher}"), runs_of(f"--dataset digits {student}")
-    assert saw_held_out(run, name, 5000) is saw
+    assert training.runs.saw_held_out(run, name, 5000) is saw
 
 
 def test_the_order_of_a_table():
     commands = ("--tto", "", "--seed 43", "--kd", "--kd --temp 20", "--kd --loss ls", "--kd --loss ls --seed 43")
     runs = [*map(run_of, commands), run_of("--kd --loss dkd --temp 1"), run_of("--kd --loss kd_as_ls")]
     shuffled = runs[5:] + runs[:5]
-    assert sorted(shuffled, key=row_order) == runs
+    assert sorted(shuffled, key=training.runs.row_order) == runs
 
 
 def test_rows_of_one_title_say_in_what_they_differ():
