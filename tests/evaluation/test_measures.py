@@ -147,16 +147,13 @@ def test_paired_gain_against_a_case_worked_by_hand():
     assert measures.paired_gain([0.5, 0.5])["p"] == 1 and measures.paired_gain([0.0, 0.0])["p"] == 1
 
 
-@pytest.mark.parametrize(
-    ("ps", "significant"),
-    [
+def test_holm_against_examples_worked_by_hand():
+    for ps, significant in (
         ([0.05], [True]),
         # Holm (1979): the smallest against 0.05 / 4, the next against 0.05 / 3, ...; the first failure ends it.
         ([0.01, 0.04, 0.03, 0.005], [True, False, False, True]),  # 0.005 and 0.01 pass, 0.03 > 0.025
         ([0.03, 0.01, 0.02], [True, True, True]),  # 0.01 <= 0.0167, 0.02 <= 0.025, 0.03 <= 0.05
         ([0.02, 0.04, 0.02], [False, False, False]),  # 0.02 > 0.0167: nor what would pass alone
         ([0.0125, 0.9, 0.0166, 0.9], [True, False, True, False]),
-    ],
-)
-def test_holm_against_examples_worked_by_hand(ps, significant):
-    assert measures.holm(ps) == significant
+    ):
+        assert measures.holm(ps) == significant, ps
