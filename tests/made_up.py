@@ -20,15 +20,10 @@ from runtime.device import Runtime
 from training.plan import plan
 from training.run import describe_data
 from training.runs import RunConfig
-from utils import Images, parse_log
+from utils import Images
 
 CPU = Runtime(torch.device("cpu"), None)
 CLASSES = 10
-
-
-def read_log(path: Path) -> tuple[dict, list[dict]]:
-    """A log's header and the lines of its epochs."""
-    return parse_log(path.read_text())
 
 
 def cells(text: str) -> list[list[str]]:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import one_line
-from made_up import CPU, TinyTeacher, cells, content_of, random_images, read_log, run_of, tiny_student
+from made_up import CPU, TinyTeacher, cells, content_of, random_images, run_of, tiny_student
 from PIL import Image
 
 import config
@@ -27,7 +27,7 @@ from runtime import checkpoint
 from training.plan import name_of
 from training.run import describe_data
 from training.teacher_logits import describe_logits, write_logits
-from utils import Data, held_out_logits, load_images
+from utils import Data, held_out_logits, load_images, parse_log
 
 KEYS = {
     "checkpoint", "role", "images", "loss", "top1", "top5", "top1_ci", "per_class", "confusion", "ece",
@@ -93,7 +93,7 @@ def test_the_first_line_repeats_the_logs_last_line(learn, digits, capfd):
         capfd.readouterr()
         assert test_script.main([*words, which, "--json=report.json"]) == 0
         name = name_of(config.parse_test([*words, which])).stem
-        _, lines = read_log(Path("plots", f"{name}.jsonl"))
+        _, lines = parse_log(Path("plots", f"{name}.jsonl").read_text())
         logged, numbers = lines[-1]["test"], json.loads(Path("report.json").read_text())
         assert logged == {"loss": numbers["loss"], "top1": 100 * numbers["top1"], "top5": 100 * numbers["top5"]}
         first = f"test loss {logged['loss']:.4f} top1 {logged['top1']:.2f}% top5 {logged['top5']:.2f}%\n"

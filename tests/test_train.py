@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import one_line, snapshot
-from made_up import CPU, read_log
+from made_up import CPU
 
 import train
 import training.run
@@ -19,7 +19,7 @@ from runtime import checkpoint
 from runtime.device import Runtime
 from runtime.errors import Stopped
 from training.run import load_model
-from utils import load_images
+from utils import load_images, parse_log
 
 STEM = "digits_student_subset40"
 
@@ -54,7 +54,7 @@ def test_plain_kd_trains_with_kd_loss_of_the_images_that_the_student_sees(learn,
         assert torch.equal(targets, labels[rows]) and numbers == [3.0, 0.7]
         torch.testing.assert_close(logits.float(), teacher(batch), rtol=2e-3, atol=2e-3)  # in half precision
     assert len({tuple(rows.tolist()) for rows, _ in batches}) == 10, "each epoch has an order of its own"
-    _, lines = read_log(tmp_path / "plots" / "digits_student_kd_t3_subset40.jsonl")
+    _, lines = parse_log((tmp_path / "plots" / "digits_student_kd_t3_subset40.jsonl").read_text())
     assert [line["train"]["loss"] for line in lines] == [123.0, 123.0]
     assert [line["lr"] for line in lines] == pytest.approx([0.1 * 5 / 9, 0.1 / 9]), "of the next or the last step"
     assert all(line["train"]["ce"] < 10 for line in lines), "CE and KL are logged as they are"
@@ -66,7 +66,8 @@ def test_bf16_learns_what_float32_learns_within_a_hosts_autocast_too(learn, tmp_
     for precision in ("fp32", "bf16", "bf16"):
         with torch.autocast("cpu", torch.bfloat16, enabled=len(losses) == 2):
             assert learn(f"--precision={precision}", "--num_epochs=6", "--resume=False") == 0
-        losses.append([line["train"]["loss"] for line in read_log(tmp_path / "plots" / f"{STEM}.jsonl")[1]])
+        _, lines = parse_log((tmp_path / "plots" / f"{STEM}.jsonl").read_text())
+        losses.append([line["train"]["loss"] for line in lines])
     assert losses[0][-1] < 0.9 * losses[0][0] and losses[1] == losses[2]
     assert losses[1] == pytest.approx(losses[0], rel=0.03)
 
@@ -100,7 +101,7 @@ def test_with_compile_each_step_is_the_compiled_models_and_the_time_of_compiling
     monkeypatch.setattr(torch, "compile", compiled)
     monkeypatch.setattr(training.run.time, "monotonic", lambda: clock[0])
     assert learn("--compile") == 0
-    _, (line,) = read_log(tmp_path / "plots" / f"{STEM}.jsonl")
+    _, (line,) = parse_log((tmp_path / "plots" / f"{STEM}.jsonl").read_text())
     assert (line["seconds"], line["images_per_second"]) == (104.0, 0.4)
 
 
@@ -121,8 +122,8 @@ def test_a_checkpoint_and_a_log_say_the_same_of_their_run(learn, tmp_path):
     assert learn("--seed=7", "--holdout=10") == 0
     stem = "digits_student_seed7_subset40_holdout10"
     content = checkpoint.load(tmp_path / "weights" / f"{stem}.pt")
-    header, lines = read_log(tmp_path / "plots" / f"{stem}.jsonl")
     assert content["log"] == (tmp_path / "plots" / f"{stem}.jsonl").read_text()
+    header, lines = parse_log(content["log"])
     assert content["metrics"] == lines[-1][header["split"]] and content["epoch"] == len(lines) == 1
     assert {key: content[key] for key in ("machine", "title")} == {key: header[key] for key in ("machine", "title")}
     assert json.loads(json.dumps(content["run"])) == header["run"]

@@ -16,7 +16,7 @@ import conftest
 import pytest
 import torch
 from conftest import REPOSITORY, run_as_main, run_together
-from made_up import CPU, read_log, tiny_student
+from made_up import CPU, tiny_student
 
 import models
 import train
@@ -25,7 +25,7 @@ from runtime import checkpoint
 from runtime.errors import UserError
 from runtime.files import locked
 from runtime.processes import start
-from utils import load_images
+from utils import load_images, parse_log
 
 SUBSET = 85  # 17 test images, which two processes can't share evenly
 STEM = f"digits_student_subset{SUBSET}"
@@ -69,7 +69,7 @@ def pair(tmp_path_factory, tmp_path):
 
 def result(folder: Path) -> tuple[dict, list[dict]]:
     """The weights of the finished run, and the lines of its log."""
-    return checkpoint.load(folder / f"{STEM}.pt")["model"], read_log(folder / f"{STEM}.jsonl")[1]
+    return checkpoint.load(folder / f"{STEM}.pt")["model"], parse_log((folder / f"{STEM}.jsonl").read_text())[1]
 
 
 def test_two_processes_train_what_one_does(tmp_path, options, pair, monkeypatch):
