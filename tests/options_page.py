@@ -30,32 +30,19 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def option_rows() -> list[list[str]]:
-    """One row per option, in the order of the help."""
-    shared = {f.name for f in fields(Options)}
-    rows = []
+def page() -> str:
+    """The whole page: one row per option, in the order of the help, and one per data set, role and optimizer."""
+    shared, options, recipes = {f.name for f in fields(Options)}, [], []
     for script, options_class in (("both", Options), ("train.py", TrainOptions), ("test.py", TestOptions)):
         for f in fields(options_class):
             if script == "both" or f.name not in shared:
-                rows.append([f"`--{f.name}`", script, f.metadata["help"].replace("<", "&lt;")])  # no HTML tag
-    return rows
-
-
-def recipe_rows() -> list[list[str]]:
-    """One row per data set, role and optimizer."""
-    rows = []
-    for name, recipes in (("CIFAR-10, CIFAR-100", CIFAR), ("digits", DIGITS)):
-        for (role, optimizer), recipe in recipes.items():
+                options.append([f"`--{f.name}`", script, f.metadata["help"].replace("<", "&lt;")])  # no HTML tag
+    for name, of_data_set in (("CIFAR-10, CIFAR-100", CIFAR), ("digits", DIGITS)):
+        for (role, optimizer), recipe in of_data_set.items():
             numbers = [getattr(recipe, field) for field in RECIPE_FIELDS]
-            rows.append([name, role, optimizer, *("all" if n is None else format_number(n) for n in numbers)])
-    return rows
-
-
-def page() -> str:
-    """The whole page."""
+            recipes.append([name, role, optimizer, *("all" if n is None else format_number(n) for n in numbers)])
     recipe_header = ["data set", "role", "optimizer", *(f"`--{name}`" for name in RECIPE_FIELDS)]
-    texts = [INTRODUCTION, table(["option", "script", "meaning"], option_rows())]
-    texts += [RECIPES, table(recipe_header, recipe_rows())]
+    texts = [INTRODUCTION, table(["option", "script", "meaning"], options), RECIPES, table(recipe_header, recipes)]
     return "\n\n".join(texts) + "\n"
 
 
