@@ -47,10 +47,6 @@ def test_no_flipped_bit_of_a_checkpoint_goes_unseen(tmp_path):
     assert refused > len(flips) // 2
 
 
-def torch_save(content, **keywords):
-    return lambda path: torch.save(content, path, **keywords)
-
-
 def truncated(path) -> None:
     checkpoint.save(path, CONTENT)
     os.truncate(path, path.stat().st_size - 1)
@@ -60,17 +56,17 @@ STATE = tiny_student().state_dict()
 DAMAGED = "is damaged, or no file that torch.save wrote: train it again, or give another file"
 FOREIGN = "file.pt is not a checkpoint of this project: train it again, or give another file"
 WRONG = {
-    "missing": (lambda path: None, "no checkpoint .*file.pt"),
-    "a folder": (lambda path: path.mkdir(), "can't read .*file.pt: Is a directory"),
-    "empty": (lambda path: path.touch(), DAMAGED),
-    "text": (lambda path: path.write_text("these are my notes\n"), DAMAGED),
+    "missing": (lambda at: None, "no checkpoint .*file.pt"),
+    "a folder": (lambda at: at.mkdir(), "can't read .*file.pt: Is a directory"),
+    "empty": (lambda at: at.touch(), DAMAGED),
+    "text": (lambda at: at.write_text("these are my notes\n"), DAMAGED),
     "truncated": (truncated, DAMAGED),
-    "a state dict": (torch_save(STATE), FOREIGN),
-    "a list": (torch_save([1, 2, 3]), FOREIGN),
-    "format before": (torch_save(CONTENT | {"format": 2}), "has format 2, this version reads format 3"),
+    "a state dict": (lambda at: torch.save(STATE, at), FOREIGN),
+    "a list": (lambda at: torch.save([1, 2, 3], at), FOREIGN),
+    "format before": (lambda at: torch.save(CONTENT | {"format": 2}, at), "has format 2, this version reads format 3"),
     "code": (hostile, "file.pt"),
-    "code, old style": (torch_save({"model": Hostile()}, _use_new_zipfile_serialization=False), "file.pt"),
-    "a whole model": (torch_save(tiny_student()), "file.pt"),
+    "code, old style": (lambda at: torch.save([Hostile()], at, _use_new_zipfile_serialization=False), "file.pt"),
+    "a whole model": (lambda at: torch.save(tiny_student(), at), "file.pt"),
 }  # fmt: skip
 
 
