@@ -1,4 +1,4 @@
-"""Loaders, views, loss, metrics and curves, each against a formula or a slow computation of its own."""
+"""Loaders, views, loss and metrics, each against a formula or a slow computation of its own."""
 
 import itertools
 from dataclasses import replace
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from made_up import CPU, TinyTeacher, random_images, run_of, write_log
+from made_up import CPU, TinyTeacher, random_images
 
 import utils
 from data_sets import DATA_SETS
@@ -212,27 +212,3 @@ def test_a_row_is_what_the_real_data_say_without_the_file_of_class_names(name, r
     assert data.spec.mean == pytest.approx(mean, abs=5e-4) and data.spec.std == pytest.approx(std, abs=5e-4)
     assert (len(data.train), len(data.test), data.spec.train_images) == (50_000, 10_000, 50_000)
     assert torch.bincount(data.test.labels).tolist() == [10_000 // len(data.spec.classes)] * len(data.spec.classes)
-
-
-@pytest.mark.parametrize("command, split", [("", "test"), ("--kd", "test"), ("--holdout 8", "holdout")])
-def test_curves_show_what_the_log_says(command, split, tmp_path, monkeypatch):
-    path, run = tmp_path / "run.jsonl", run_of(command)
-    write_log(path, run, tops=(40.0, 60.0))
-    curves = {}
-
-    def save_figure(axes, path, real=utils.save_figure):
-        for panel in axes.figure.axes:
-            curves[panel.get_ylabel()] = {line.get_label(): line.get_ydata().tolist() for line in panel.lines}
-        assert axes.figure.get_suptitle() == f"{run.title} on cifar10: {path.stem.removeprefix('run_')}"
-        return real(axes, path)
-
-    monkeypatch.setattr(utils, "save_figure", save_figure)
-    paths = utils.plot_curves(path, tmp_path)
-    assert paths == [tmp_path / "run_accuracy.png", tmp_path / "run_loss.png"]
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
-    expected = {
-        "top-1 (%)": {"train": [0.0, 0.0], split: [40.0, 60.0]},
-        "top-5 (%)": {"train": [90.0, 90.0], split: [95.0, 95.0]},
-        "cross-entropy (nats)": {"train": [1.0, 1.0], split: [1.1, 1.1]},
-    }
-    assert curves == expected | ({"soft term (nats)": {"train": [0.5, 0.5]}} if run.kd else {})

@@ -9,6 +9,7 @@ import torch
 from made_up import content_of, run_of, tiny_student, write_log
 from matplotlib.font_manager import fontManager
 
+import utils
 from evaluation import figures
 from utils import plot_curves, save_figure
 
@@ -29,8 +30,28 @@ def drawn(monkeypatch) -> list:
             assert box.x0 >= 0 and box.x1 <= axes.figure.bbox.width and box.y0 >= 0
         return saved
 
-    monkeypatch.setattr(figures, "save_figure", save)
+    for module in (figures, utils):
+        monkeypatch.setattr(module, "save_figure", save)
     return drawn
+
+
+@pytest.mark.parametrize("command, split", [("", "test"), ("--kd", "test"), ("--holdout 8", "holdout")])
+def test_curves_show_what_the_log_says(command, split, tmp_path, drawn):
+    path, run = tmp_path / "run.jsonl", run_of(command)
+    write_log(path, run, tops=(40.0, 60.0))
+    paths, names = plot_curves(path, tmp_path), ("accuracy", "loss")
+    assert paths == [tmp_path / f"run_{name}.png" for name in names]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+    assert [axes.figure.get_suptitle() for axes in drawn] == [f"{run.title} on cifar10: {name}" for name in names]
+    curves = {}
+    for panel in (*drawn[0].figure.axes, *drawn[1].figure.axes):
+        curves[panel.get_ylabel()] = {line.get_label(): line.get_ydata().tolist() for line in panel.lines}
+    expected = {
+        "top-1 (%)": {"train": [0.0, 0.0], split: [40.0, 60.0]},
+        "top-5 (%)": {"train": [90.0, 90.0], split: [95.0, 95.0]},
+        "cross-entropy (nats)": {"train": [1.0, 1.0], split: [1.1, 1.1]},
+    }
+    assert curves == expected | ({"soft term (nats)": {"train": [0.5, 0.5]}} if run.kd else {})
 
 
 def plot_comparison(path: Path, runs: dict[str, tuple]) -> Path:
@@ -174,6 +195,6 @@ def test_a_class_and_a_picture_may_have_any_name(tmp_path, drawn):
     figures.plot_comparison([content], tmp_path / "comparison.png")
     answers, names = {run.title: torch.full((2, 3), 1 / 3)}, ["$\\frac$.png", "_a_{b}^c ä 1%.png"]
     figures.plot_pictures(PIXELS, names, answers, CLASSES, tmp_path / "pictures.png")
-    assert [axes.get_title() for axes in drawn[1].figure.axes[::2]] == names
+    assert [axes.get_title() for axes in drawn[-1].figure.axes[::2]] == names
     content["measured"] = {"per_class": [0.5] * 10, "corrected_per_class": [0.6] * 10, "bias": [1.0]}
     assert figures.plot_omitted([content], tmp_path / "omitted.png").exists()
