@@ -24,17 +24,14 @@ def random_logits(batch: int = 6, scale: float = 4.0):
     return student, teacher, torch.randint(0, 10, (batch,), generator=generator)
 
 
-def test_kd_loss_is_computed_in_float32_whatever_comes_in():
+def test_kd_loss_is_computed_in_float32_and_refuses_values_out_of_range():
     student, teacher, targets = (t.bfloat16() if t.is_floating_point() else t for t in random_logits(scale=20.0))
     loss = kd_loss(student, teacher, targets, 5.0, 0.9)
     assert loss.dtype == torch.float32
     assert torch.equal(loss, kd_loss(student.float(), teacher.float(), targets, 5.0, 0.9))
-
-
-@pytest.mark.parametrize("temp, alpha", [(0, 0.5), (float("nan"), 0.5), (5, -0.1), (5, 1.1), (5, float("nan"))])
-def test_kd_loss_refuses_values_out_of_range(temp, alpha):
-    with pytest.raises(ValueError, match="temp|alpha"):
-        kd_loss(*random_logits(), temp, alpha)
+    for temp, alpha in ((0, 0.5), (float("nan"), 0.5), (5, -0.1), (5, 1.1), (5, float("nan"))):
+        with pytest.raises(ValueError, match="temp|alpha"):
+            kd_loss(student, teacher, targets, temp, alpha)
 
 
 def test_topk_correct_is_what_a_sort_says_and_ties_and_nan_count_against_the_target():
