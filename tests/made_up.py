@@ -24,6 +24,7 @@ from utils import Images
 
 CPU = Runtime(torch.device("cpu"), None)
 CLASSES = 10
+TEACHER, STUDENT, KD = "Teacher (VGG19 with BN)", "Student (w/o KD)", "Student (with KD, Temp = 5)"  # titles
 
 
 def cells(text: str) -> list[list[str]]:

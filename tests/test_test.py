@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import one_line
-from made_up import CPU, TinyTeacher, cells, content_of, random_images, run_of, tiny_student
+from made_up import CPU, KD, STUDENT, TEACHER, TinyTeacher, cells, content_of, random_images, run_of, tiny_student
 from PIL import Image
 
 import config
@@ -33,7 +33,6 @@ KEYS = {
     "parameters", "macs", "bytes", "latency_ms", "images_per_second",
 }  # fmt: skip
 FIDELITY = {"agreement", "kl_to_teacher", "contingency"}
-TEACHER, STUDENT, KD = "Teacher (VGG19 with BN)", "Student (w/o KD)", "Student (with KD, Temp = 5)"
 
 
 def made_up_data(name: str) -> Data:

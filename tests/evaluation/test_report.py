@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from made_up import cells, content_of, run_of, tiny_student
+from made_up import KD, STUDENT, TEACHER, cells, content_of, run_of, tiny_student
 from PIL import Image
 
 from evaluation import report
@@ -18,7 +18,6 @@ def content(command: str = "", top1: float = 70.0, path: str = "x.pt", device: s
 
 
 MODEL = tiny_student()
-TEACHER, STUDENT, KD = "Teacher (VGG19 with BN)", "Student (w/o KD)", "Student (with KD, Temp = 5)"
 
 
 def test_publish_writes_the_table_its_numbers_the_figure_and_all_logs(tmp_path, capsys):

@@ -90,7 +90,7 @@ def test_a_compilation_that_fails_is_known_and_a_bug_in_a_model_is_none(compiler
         assert tells in told and "\n" not in told
 
 
-def test_a_second_signal_interrupts_at_once():
+def test_a_second_signal_interrupts_at_once_but_not_under_torchrun_which_sends_each_twice(monkeypatch):
     def work():
         with StopSignal() as stop:
             signal.raise_signal(signal.SIGINT)
@@ -99,9 +99,6 @@ def test_a_second_signal_interrupts_at_once():
 
     before = signal.getsignal(signal.SIGINT)
     assert exit_code(work) == 130 and signal.getsignal(signal.SIGINT) == before
-
-
-def test_under_torchrun_which_sends_each_signal_twice_the_second_is_ignored(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
     with StopSignal() as stop:
         for _ in range(2):
