@@ -379,16 +379,23 @@ def test_compare_shows_of_each_checkpoint_the_numbers_of_its_report(report_of, c
     assert lines[2][8:10] == ["", ""], "the teacher is not compared with itself"
 
 
-def test_compare_reads_the_folders_of_a_sweep_and_with_name_one_of_them(compare):
+def test_compare_shows_the_runs_of_the_folders_and_of_the_images_that_its_options_name(compare):
     save(weights=1)
+    save("--holdout=8", weights=2)
+    save("--dataset=digits", weights=3)
     save("--kd", weights=2)
     save("--kd --alpha=0.5", folder="weights/a05", weights=3)
     save("--kd --alpha=0.5 --seed=43", folder="weights/a05", weights=4)
     rows, labels, _ = compare()
     half = "Student (with KD, Temp = 5, 0.5 KL + 0.5 CE)"
     assert set(labels) == {STUDENT, KD, half} and [42, 43] in [row["seeds"] for row in rows]
-    _, labels, output = compare("--name=a05")
-    assert labels == [half] and "saved plots/a05/comparison_cifar10:" in output
+    for option, label, folder in (
+        ("--name=a05", half, "a05/comparison_cifar10"),
+        ("--holdout=8", f"{STUDENT}, holdout 8", "comparison_cifar10_holdout8"),
+        ("--dataset=digits", STUDENT, "comparison_digits"),
+    ):
+        _, labels, output = compare(option)
+        assert labels == [label] and f"saved plots/{folder}:" in output
 
 
 def test_students_of_two_teachers_are_two_rows_each_beside_its_own(report_of, compare):
@@ -444,17 +451,6 @@ def test_what_cannot_be_compared_is_named_and_left_out(compare):
     lines = [line for line in output.splitlines() if line.startswith("left out: ")]
     assert labels == [STUDENT] and len(lines) == 7
     assert sorted(re.search(r"weights/(\w)\.pt", line)[1] for line in lines) == [*"abcdefg"]
-
-
-def test_only_runs_of_the_same_images_are_compared(compare):
-    save(weights=1)
-    save("--holdout=8", weights=2)
-    save("--dataset=digits", weights=3)
-    assert compare()[1] == [STUDENT]
-    _, labels, output = compare("--holdout=8")
-    assert labels == [f"{STUDENT}, holdout 8"] and "saved plots/comparison_cifar10_holdout8:" in output
-    _, labels, output = compare("--dataset=digits")
-    assert labels == [STUDENT] and "saved plots/comparison_digits:" in output
 
 
 def test_it_runs_where_another_module_is_called_test(monkeypatch, tmp_path, capfd):
