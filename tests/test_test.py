@@ -37,9 +37,8 @@ FIDELITY = {"agreement", "kl_to_teacher", "contingency"}
 
 def made_up_data(name: str) -> Data:
     """20 test images, which run_of's fingerprint names as those of its runs."""
-    spec, numbers = DATA_SETS[name], {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)}
-    spec = replace(spec, fingerprint="a" * 16, train_images=50_000, **({} if spec.mean else numbers))
-    return Data(spec, random_images(50, 1), random_images(20))
+    numbers = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4), "fingerprint": "a" * 16, "train_images": 50_000}
+    return Data(replace(DATA_SETS[name], **numbers), random_images(50, 1), random_images(20))
 
 
 DATA = made_up_data("cifar10")

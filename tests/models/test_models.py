@@ -1,7 +1,5 @@
 """The models: what they compute, cost and start from; small maps as a matrix product."""
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -119,16 +117,14 @@ def test_only_maps_up_to_the_limit_are_products(monkeypatch):
 
 def test_gradients_in_bfloat16_are_those_of_a_convolution():
     torch.manual_seed(0)
-    plain = Conv3x3(64, 64, bias=False)
-    products = use_products(copy.deepcopy(plain), 4)
+    convolution, images = Conv3x3(64, 64, bias=False), torch.randn(8, 64, 4, 4, requires_grad=True)
     grads = []
-    for convolution in (plain, products):
-        images = torch.randn(8, 64, 4, 4, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    for up_to in (0, 4):
+        use_products(convolution, up_to)
         with torch.autocast("cpu", torch.bfloat16):
             maps = convolution(images.contiguous(memory_format=torch.channels_last))
         assert maps.dtype == torch.bfloat16
-        maps.float().square().sum().backward()
-        grads.append((images.grad, convolution.weight.grad))
+        grads.append(torch.autograd.grad(maps.float().square().sum(), (images, convolution.weight)))
     for a, b in zip(*grads, strict=True):
         assert (a - b).norm() < 0.01 * a.norm()
 
