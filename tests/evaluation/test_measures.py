@@ -47,7 +47,7 @@ def test_confusion_agrees_with_top1_on_ties():
     assert (logits.gather(1, predicted[:, None])[:, 0] == logits.max(1).values).all()
 
 
-def test_calibration_error_against_loops_over_bins():
+def test_calibration_error_against_loops_over_bins_and_an_edge_is_in_the_bin_below():
     generator = torch.Generator().manual_seed(1)
     logits = 3 * torch.randn(400, 10, generator=generator, dtype=torch.float64)
     labels = torch.randint(0, 10, (400,), generator=generator)
@@ -64,9 +64,6 @@ def test_calibration_error_against_loops_over_bins():
     count, mean_confidence, accuracy = measures.reliability(logits, labels)
     assert count.sum() == 400 and (count > 0).sum() == filled < 15
     assert (accuracy.isnan() == (count == 0)).all() and (mean_confidence.isnan() == (count == 0)).all()
-
-
-def test_a_confidence_on_an_edge_is_in_the_bin_below():
     count, confidence, accuracy = measures.reliability(torch.zeros(2, 3), torch.tensor([0, 1]))  # 1/3 = 5/15
     assert count.tolist() == [0] * 4 + [2] + [0] * 10
     assert confidence[4] == pytest.approx(1 / 3) and accuracy[4] == 0

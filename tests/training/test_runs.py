@@ -177,11 +177,6 @@ def test_which_runs_belong_together(name):
     assert name in OF_KD or not is_baseline_of(changed(baseline, name), run)
 
 
-def test_a_baseline_is_the_student_without_kd_of_one_with_it():
-    runs = run_of(""), run_of("--kd --loss dkd"), run_of("--tto")
-    assert [(run, other) for run in runs for other in runs if is_baseline_of(run, other)] == [runs[:2]]
-
-
 def test_differences_in_words():
     run, other = run_of("--kd --loss dkd"), run_of("--kd --loss dkd --kd_weight 2 8 --lr 0.5", teacher="c" * 16)
     weights = "kd_weights 1 8, not 2 8"
@@ -192,8 +187,10 @@ def test_differences_in_words():
     assert describe_differences(first, second) == "teacher resnet18-1, not resnet18-2"
 
 
-def test_plain_kd_beside_another_loss_is_of_the_same_teacher_and_recipe():
+def test_baselines_are_the_student_without_kd_and_plain_kd_of_the_same_teacher_and_recipe():
     dkd = run_of("--kd --loss dkd")
+    runs = run_of(""), dkd, run_of("--tto")
+    assert [(run, other) for run in runs for other in runs if is_baseline_of(run, other)] == [runs[:2]]
     for command in ("--kd", "--kd --temp 20", "--kd --loss kd_as_dkd", "--kd --loss kd_as_dkd --temp 1"):
         assert is_kd_baseline_of(run_of(command), dkd), command
         assert not is_kd_baseline_of(dkd, run_of(command)), command
