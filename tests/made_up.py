@@ -63,11 +63,6 @@ def content_of(
     return header | described | {"model": model.state_dict()}
 
 
-def write_log(path: Path, run: RunConfig, tops: tuple[float, ...] = (50.0,)) -> None:
-    """The log of a run, with one test top-1 (%) per epoch."""
-    path.write_text(content_of(run, tops, tiny_student())["log"])
-
-
 def flip_bit(path: Path, place: int | None = None) -> None:
     """Flip a bit in the middle of a file, or at a place."""
     content = bytearray(path.read_bytes())

@@ -6,6 +6,7 @@ import shlex
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -168,13 +169,7 @@ def test_a_finished_run_with_other_options_is_not_overwritten(learn, tmp_path, c
 def stopped(learn, monkeypatch, tmp_path):
     """The path of the resume state of a run that was stopped after two steps."""
     with monkeypatch.context() as patch:
-
-        def record(run, *arguments, real=train.Run.record):
-            real(run, *arguments)
-            if run.step == 2:
-                raise Stopped(15)
-
-        patch.setattr(train.Run, "record", record)
+        patch.setattr(train, "save_or_stop", Mock(side_effect=[None, Stopped(15)]))  # called after each step
         assert learn() == 128 + 15
     return tmp_path / "weights" / f"{STEM}.last.pt"
 

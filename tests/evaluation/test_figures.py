@@ -6,7 +6,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from made_up import content_of, run_of, tiny_student, write_log
+from made_up import content_of, run_of, tiny_student
 from matplotlib.font_manager import fontManager
 
 import utils
@@ -38,7 +38,7 @@ def drawn(monkeypatch) -> list:
 @pytest.mark.parametrize("command, split", [("", "test"), ("--kd", "test"), ("--holdout 8", "holdout")])
 def test_curves_show_what_the_log_says(command, split, tmp_path, drawn):
     path, run = tmp_path / "run.jsonl", run_of(command)
-    write_log(path, run, tops=(40.0, 60.0))
+    path.write_text(content_of(run, (40.0, 60.0), tiny_student())["log"])
     paths, names = plot_curves(path, tmp_path), ("accuracy", "loss")
     assert paths == [tmp_path / f"run_{name}.png" for name in names]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
@@ -130,7 +130,7 @@ def test_a_table_is_drawn_over_the_number_of_images_and_over_the_temperature(dra
 
 
 def test_the_users_matplotlib_style_changes_no_figure_and_is_not_changed(tmp_path):
-    write_log(tmp_path / "run.jsonl", run_of())
+    (tmp_path / "run.jsonl").write_text(content_of(run_of(), model=tiny_student())["log"])
 
     def drawn_bytes() -> list[bytes]:
         paths = [plot_comparison(tmp_path, {"": (50.0,)}), *plot_curves(tmp_path / "run.jsonl", tmp_path)]
@@ -190,7 +190,7 @@ def test_letters_are_of_an_installed_font_or_else_the_name_is_a_number(tmp_path,
 def test_a_class_and_a_picture_may_have_any_name(tmp_path, drawn):
     run = run_of("", omit=("$\\frac$",))
     content = content_of(run, (50.0,), tiny_student()) | {"path": "student.pt"}
-    write_log(tmp_path / "run.jsonl", run)
+    (tmp_path / "run.jsonl").write_text(content["log"])
     plot_curves(tmp_path / "run.jsonl", tmp_path)
     figures.plot_comparison([content], tmp_path / "comparison.png")
     answers, names = {run.title: torch.full((2, 3), 1 / 3)}, ["$\\frac$.png", "_a_{b}^c ä 1%.png"]

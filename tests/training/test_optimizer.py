@@ -191,9 +191,7 @@ def test_each_parameter_of_the_real_models_has_its_own_decay_rate_and_momentum(o
 class CountLaunches(TorchDispatchMode):
     """Counts the operations that launch a kernel on a GPU: all but views."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
+    count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         returned = [value.alias_info for value in function._schema.returns]

@@ -9,6 +9,7 @@ import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import conftest
 import numpy as np
@@ -165,11 +166,8 @@ def test_saving_takes_a_hundredth_of_the_time_and_happens_once_a_second_at_most(
 
 
 def test_a_run_that_fails_at_once_may_be_started_with_other_options(learn, monkeypatch, capfd):
-    def update(run, loss):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "update", update)
+        patch.setattr(Run, "update", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
         assert learn() == 2 and "give train.py a smaller --batch_size" in capfd.readouterr().err
     assert learn("--batch_size=4") == 0
 
