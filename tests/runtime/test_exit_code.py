@@ -4,6 +4,7 @@ import ast
 import errno
 import importlib
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -24,7 +25,6 @@ from runtime.errors import Stopped, StopSignal, UserError, exit_code, known_fail
         (Stopped(signal.SIGTERM), 143, "stopped; rerun the command to resume (without --resume False)\n"),
         (KeyboardInterrupt(), 130, "interrupted; rerun the command (train.py resumes from its last save)\n"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."), 2, "a smaller --batch_size"),
-        (RuntimeError("MPS backend out of memory (MPS allocated: 18.04 GB)"), 2, "a smaller --batch_size"),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `x`"), 2, "a smaller --batch_size"),
         (torch.AcceleratorError("CUDA error: no kernel image is available\nfor"), 2, "not support this GPU"),
         (torch.AcceleratorError("CUDA error: CUDA-capable device(s) is/are busy or unavailable"), 2, "give another"),
@@ -68,7 +68,7 @@ echo "x.cpp:1:10: fatal error: Python.h: No such file" >&2; exit 1
     "compiler, size, tells",
     [
         ("no-such-compiler", 3, "No working C"),
-        ("", 3, "x.cpp:1:10: fatal error: Python.h: No such file; "),
+        ("", 3, "x.cpp:1:10: fatal error: Python.h: No such file"),
         ("", 2, None),  # a bug in a model
     ],
 )
@@ -83,11 +83,8 @@ def test_a_compilation_that_fails_is_known_and_a_bug_in_a_model_is_none(compiler
         torch.compile(lambda x: (x @ torch.ones(size, 3)).sin())(torch.ones(1, 3))
     torch._dynamo.reset()
     told = known_failure(error.value)
-    if tells is None:
-        assert told is None
-    else:
-        assert told.startswith("--compile True failed: ") and told.endswith("; leave --compile out")
-        assert tells in told and "\n" not in told
+    one_line = f"--compile True failed: .*{tells}.*; leave --compile out"
+    assert re.fullmatch(one_line, told) if tells else told is None
 
 
 def test_a_second_signal_interrupts_at_once_but_not_under_torchrun_which_sends_each_twice(monkeypatch):

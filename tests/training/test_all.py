@@ -72,8 +72,7 @@ def test_stopped_after_each_run_it_gives_the_same_table(learn, tmp_path, monkeyp
 
 @pytest.mark.parametrize("later, epochs, expected", [(2, 1, 9 * 5 + 3 * 20), (0, 2, 2 * 5 + 2 * 20), (0, 0, 0)])
 def test_the_time_left_is_of_all_epochs_and_the_logits_that_are_missing(later, epochs, expected):
-    spec = SimpleNamespace(train_images=100)
-    teacher = SimpleNamespace(missing=lambda views: list(range(views)), view_seconds=20.0, spec=spec)
+    teacher = SimpleNamespace(missing=range, view_seconds=20.0, spec=SimpleNamespace(train_images=100))
     run = run_of("--num_epochs=4 --views=3")
     assert train.seconds_left([run] * later, run, teacher, epochs, 4.0, 1.0) == expected
     fewer = replace(run, student_images=25)
