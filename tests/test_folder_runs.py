@@ -14,7 +14,6 @@ import utils
 
 CLASSES = ("$\\frac$ & x", "naïve chat", "日本")  # in the order of their names
 WORDS = ["--dataset=folder", "--data_path=my $pictures", "--device=cpu", "--precision=fp32"]
-SIZE = ["--num_epochs=1", "--batch_size=12", "--views=2"]
 
 
 @pytest.fixture
@@ -28,7 +27,7 @@ def root(tiny_models, no_figures, tmp_path, monkeypatch):
 
 
 def learn(*words: str) -> int:
-    return train.main([*WORDS, *SIZE, *words])
+    return train.main([*WORDS, "--num_epochs=1", "--batch_size=12", "--views=2", *words])
 
 
 def evaluate(*words: str) -> int:

@@ -211,9 +211,7 @@ def test_every_link_and_option_on_the_pages_exists():
         assert {*re.findall(r"--([a-z][\w-]*)", text)} <= known, name
 
 
-COMMANDS = {
-    line for page in PAGES.values() for line in re.findall(r"(?:^|`|&& )(python t\w+\.py[^`\n]*)", page, re.MULTILINE)
-}
+COMMANDS = {*re.findall(r"(?:^|`|&& )(python t\w+\.py[^`\n]*)", "\n".join(PAGES.values()), re.MULTILINE)}
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))

@@ -6,7 +6,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from made_up import content_of, run_of, tiny_student
+from made_up import KD, STUDENT, content_of, run_of, tiny_student
 from matplotlib.font_manager import fontManager
 
 import utils
@@ -60,26 +60,20 @@ def plot_comparison(path: Path, runs: dict[str, tuple]) -> Path:
     return figures.plot_comparison(contents, path / "comparison.png")
 
 
-def test_the_comparison_shows_runs_that_differ_in_the_seed_alone_as_one_mean(tmp_path, drawn):
+def test_the_comparison_shows_runs_that_differ_in_the_seed_alone_as_one_mean_and_one_epoch_as_a_point(tmp_path, drawn):
     runs = {"": (44.0, 50.0), "--kd": (40.0, 60.0), "--seed=43": (48.0, 52.0), "--kd --seed=43 --alpha=0.5": (60, 70)}
     plot_comparison(tmp_path, runs)
     lines, labels = drawn[0].get_legend_handles_labels()
-    assert labels == [
-        "Student (w/o KD): 51.00 (mean of 2)",
-        "Student (with KD, Temp = 5): 60.00",
-        "Student (with KD, Temp = 5, 0.5 KL + 0.5 CE): 70.00",
-    ]
+    half = "Student (with KD, Temp = 5, 0.5 KL + 0.5 CE)"
+    assert labels == [f"{STUDENT}: 51.00 (mean of 2)", f"{KD}: 60.00", f"{half}: 70.00"]
     assert [line.get_ydata().tolist() for line in drawn[0].lines] == [[46, 51], [40, 60], [60, 70]]
     assert len({line.get_color() for line in lines}) == 3 and {line.get_marker() for line in lines} == {"None"}
     (band,) = drawn[0].collections
     assert band.get_datalim(drawn[0].transData).intervaly.tolist() == [44, 52]
     assert drawn[0].figure.get_suptitle() == "Accuracy and loss on the test images of cifar10"
-
-
-def test_a_run_of_one_epoch_is_a_point_and_of_held_out_images_says_so(tmp_path, drawn):
     plot_comparison(tmp_path, {"--tto": (60.0,), "--holdout=8": (50.0,)})
-    assert [line.get_marker() for line in drawn[0].lines] == ["."]
-    assert drawn[0].figure.get_suptitle() == "Accuracy and loss on the held-out images of cifar10"
+    assert [line.get_marker() for line in drawn[1].lines] == ["."]
+    assert drawn[1].figure.get_suptitle() == "Accuracy and loss on the held-out images of cifar10"
 
 
 LOSSES = ["--kd"] + [f"--kd --loss={loss} --temp={temp}" for loss in ("ls", "dkd", "wttm") for temp in (2, 4, 8)]
@@ -116,9 +110,8 @@ def test_a_table_is_drawn_over_the_number_of_images_and_over_the_temperature(dra
     path = tmp_path / "figure.png"
     assert figures.plot_images(results, path) == figures.plot_temperatures(results, path) == path
     assert drawn[0].get_legend_handles_labels()[1] == [f"Student (with KD, Temp = {temp})" for temp in (20, 5, 1)]
-    assert [line.get_xydata().tolist() for line in drawn[0].lines] == [
-        [[150, temp + 0.5], [5000, temp + 0.5]] for temp in (20, 5, 1)
-    ]  # fmt: skip
+    points = [[[150, temp + 0.5], [5000, temp + 0.5]] for temp in (20, 5, 1)]
+    assert [line.get_xydata().tolist() for line in drawn[0].lines] == points
     assert drawn[0].collections[0].get_datalim(drawn[0].transData).intervaly.tolist() == [20, 21]
     assert drawn[1].get_legend_handles_labels()[1] == [f"Student (with KD), {count} images" for count in ("5,000", 150)]
     assert drawn[1].lines[0].get_xydata().tolist() == [[1, 1], [5, 5], [20, 20]]
