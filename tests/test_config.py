@@ -26,10 +26,13 @@ def test_booleans_mean_what_they_say(parse):
         assert all(parse(["--kd", word]).kd is parse([f"--kd={word}"]).kd is meant for word in words)
 
 
-def test_hyphens_and_underscores_are_the_same_in_a_name_and_stay_in_a_value():
+def test_hyphens_and_underscores_are_the_same_in_a_name_not_in_a_value_and_a_tilde_is_the_home_folder(monkeypatch):
     options = parse_train(["--num-epochs", "3", "--weights-path=a-b"])
     assert options == parse_train(["--num_epochs", "3", "--weights_path=a-b"])
     assert options.num_epochs == 3 and str(options.weights_path) == "a-b"
+    monkeypatch.setenv("HOME", "/home/me")
+    options = parse_test(["--weights_path=~/x", "--image", "~/x.png"])
+    assert (options.weights_path, options.image) == (Path("/home/me/x"), (Path("/home/me/x.png"),))
 
 
 def test_arguments_from_python_may_be_numbers_and_paths(monkeypatch):
@@ -39,12 +42,6 @@ def test_arguments_from_python_may_be_numbers_and_paths(monkeypatch):
         assert script.main(words) == 0
     for options in parsed:
         assert (options.subset, options.kd, options.temp, options.weights_path) == (200, True, (2.5,), Path("w"))
-
-
-def test_a_tilde_is_the_home_folder(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
-    options = parse_test(["--weights_path=~/x", "--image", "~/x.png"])
-    assert (options.weights_path, options.image) == (Path("/home/me/x"), (Path("/home/me/x.png"),))
 
 
 def test_an_omitted_class_is_a_name_or_else_a_number():
