@@ -58,78 +58,24 @@ def test_orthogonalise_is_the_quintic_of_the_singular_values(dtype, tolerance, s
     assert not matrices[-1].any() and not expected[-1].any()
 
 
-def tiny_model() -> torch.nn.Module:
-    torch.manual_seed(0)
-    features = [torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU()]
-    features += [torch.nn.Conv2d(8, 8, 3, bias=False), torch.nn.BatchNorm2d(8)]
-    parts = {"features": torch.nn.Sequential(*features), "classifier": torch.nn.Linear(8, 10)}
-    return torch.nn.ModuleDict(parts).to(memory_format=torch.channels_last)
-
-
-def gradients(model: torch.nn.Module, steps: int) -> list[list[torch.Tensor]]:
+def take_steps(model: torch.nn.Module, optimizer, rates: list[float]) -> list[list[torch.Tensor]]:
+    """A step at each of these rates, down random gradients, which are returned; a layer called unused gets none."""
     generator = torch.Generator().manual_seed(1)
-    return [[torch.randn(p.shape, generator=generator) for p in model.parameters()] for _ in range(steps)]
-
-
-def take_steps(model: torch.nn.Module, optimizer, steps: list[list[torch.Tensor]], rates: list[float]) -> None:
+    steps = [[torch.randn(p.shape, generator=generator) for p in model.parameters()] for _ in rates]
     for values, rate in zip(steps, rates, strict=True):
-        for p, gradient in zip(model.parameters(), values, strict=True):
-            p.grad = torch.empty_like(p).copy_(gradient)  # in the weight's order in memory, as autograd leaves it
+        for (name, p), gradient in zip(model.named_parameters(), values, strict=True):
+            if not name.startswith("unused"):
+                p.grad = torch.empty_like(p).copy_(gradient)  # in the weight's order in memory, as autograd leaves it
         opt.set_learning_rate(optimizer, rate)
         optimizer.step()
+    return steps
 
 
 def lr_scale_of(name: str, p: torch.Tensor) -> float:
     """The fraction of the learning rate that a parameter of a model is meant to have."""
     if name.startswith("classifier"):
         return HEAD_LR
-    return 1.0 if p.ndim > 1 else NORM_LR
-
-
-class Inside(torch.nn.Module):
-    """Layers that our own models lack, then the last layer; one more gets no gradient and one is frozen."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.depthwise, self.norm = torch.nn.Conv2d(8, 8, 3, groups=8), torch.nn.BatchNorm2d(8)
-        self.alone, self.wide = torch.nn.Conv2d(8, 8, 3, groups=8, bias=False), torch.nn.Conv2d(8, 4, 1)
-        self.attention = torch.nn.MultiheadAttention(8, 2)
-        self.token, self.scale = torch.nn.Parameter(torch.zeros(1, 1, 8)), torch.nn.Parameter(torch.ones(8, 1, 1))
-        self.layer_norm = torch.nn.LayerNorm(8)
-        self.unused, self.frozen = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8).requires_grad_(False)
-        self.classifier = torch.nn.Linear(8, 10)
-
-
-def test_layers_of_other_models_take_steps_relative_to_their_weights_at_the_start():
-    model = Inside().to(memory_format=torch.channels_last)
-    steps, before = gradients(model, 2), copy.deepcopy(model)
-    optimizer = opt.make_optimizer(model, RUNS["muon"], torch.float32)
-    for p, gradient in zip(model.parameters(), steps[0], strict=True):
-        p.grad = torch.empty_like(p).copy_(gradient)
-    model.unused.requires_grad_(True).zero_grad()
-    opt.set_learning_rate(optimizer, LR)
-    optimizer.step()
-    start = dict(before.named_parameters())
-    moves = {name: (start[name] - p).detach() for name, p in model.named_parameters()}
-    assert not any(moves[f"{layer}.{name}"].any() for layer in ("unused", "frozen") for name in ("weight", "bias"))
-    for name in ("alone.weight", "wide.weight", "attention.in_proj_weight", "attention.out_proj.weight", "token"):
-        norm = start[name].norm().item() or 0.01 * 8**0.5
-        assert moves[name].norm().item() == pytest.approx(LR * norm, rel=1e-4), name
-    for name in ("norm.bias", "wide.bias", "scale", "layer_norm.weight", "attention.in_proj_bias"):
-        assert moves[name].square().mean().sqrt().item() == pytest.approx(LR * NORM_LR, rel=1e-4), name
-    scaled = start["depthwise.weight"] / start["depthwise.weight"].norm() * 8**0.5  # batch norm follows
-    for name, weight in (("alone.weight", start["alone.weight"]), ("depthwise.weight", scaled)):
-        step = (weight - dict(model.named_parameters())[name]).detach().flatten(1)
-        gradient = steps[0][[*start].index(name)].flatten(1)
-        cosine = torch.cosine_similarity(step, gradient, dim=1)
-        assert cosine.min() > 0.999 and step.norm(dim=1).std() < 1e-5, "each filter down its own gradient"
-    wide = moves["wide.weight"].flatten(1)
-    assert torch.linalg.svdvals(wide / wide.norm()).std() < 0.15, "nearly orthogonal"
-    assert torch.linalg.svdvals(steps[0][[*start].index("wide.weight")].flatten(1)).std() > 0.5
-    token = model.token.detach().clone()
-    take_steps(model, optimizer, steps[1:], [LR])
-    assert (model.token - token).norm().item() == pytest.approx(LR * 0.01 * 8**0.5, rel=1e-4), "of its initial norm"
+    return 1.0 if p.numel() > len(p) else NORM_LR
 
 
 def test_a_model_of_a_single_linear_layer_has_an_optimizer():
@@ -137,31 +83,51 @@ def test_a_model_of_a_single_linear_layer_has_an_optimizer():
         model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 10, bias=False))
         made = opt.make_optimizer(model, RUNS[optimizer], torch.float32)
         assert [len(group["params"]) for group in made.param_groups] == [1]
-        take_steps(model, made, gradients(model, 1), [0.1])
+        take_steps(model, made, [0.1])
+
+
+class Layers(torch.nn.Module):
+    """Layers with and without a batch norm after them, then the last layer; one gets no gradient and one is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.convolution, self.norm = torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)
+        self.depthwise, self.norm_too = torch.nn.Conv2d(8, 8, 3, groups=8), torch.nn.BatchNorm2d(8)
+        self.alone, self.wide = torch.nn.Conv2d(8, 8, 3, groups=8, bias=False), torch.nn.Conv2d(8, 4, 1)
+        self.attention, self.layer_norm = torch.nn.MultiheadAttention(8, 2), torch.nn.LayerNorm(8)
+        self.token, self.scale = torch.nn.Parameter(torch.zeros(1, 1, 8)), torch.nn.Parameter(torch.ones(8, 1, 1))
+        self.unused, self.frozen = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8).requires_grad_(False)
+        self.classifier = torch.nn.Linear(8, 10)
 
 
 def test_muon_against_a_plain_computation():
-    model = tiny_model()
-    steps, before = gradients(model, len(RATES)), copy.deepcopy(model)
-    optimizer = opt.make_optimizer(model, RUNS["muon"], torch.float32)
-    take_steps(model, optimizer, steps, RATES)
+    model = Layers().to(memory_format=torch.channels_last)
+    before = copy.deepcopy(model)
+    steps = take_steps(model, opt.make_optimizer(model, RUNS["muon"], torch.float32), RATES)
     for place, (name, weight) in enumerate(before.named_parameters()):
-        weight, momentum = weight.detach().double(), 0.0
-        beta = opt.MUON_MOMENTUM if weight.ndim == 4 else opt.MOMENTUM
-        decay = WEIGHT_DECAY if name == "classifier.weight" else 0.0
+        layer, weight, momentum = name.partition(".")[0], weight.detach().double(), 0.0
+        is_vector = name.endswith("bias") or layer in ("norm", "norm_too", "layer_norm", "scale")
+        beta = opt.MOMENTUM if is_vector or layer == "classifier" else opt.MUON_MOMENTUM
+        initial_norm = weight.norm().item() or 0.01 * weight.numel() ** 0.5
         for values, rate in zip(steps, RATES, strict=True):
             gradient = values[place].double()
             momentum = beta * momentum + gradient
             step = gradient + beta * momentum
-            if weight.ndim == 1:
+            if is_vector:
                 step = step / step.square().mean().sqrt()
+            elif layer in ("depthwise", "alone"):
+                step = step / torch.linalg.vector_norm(step, dim=(1, 2, 3), keepdim=True)
             else:  # any order of a filter's numbers does: orthogonalising commutes with a permutation of the columns
                 step = by_singular_values(step.flatten(1)).view(weight.shape)
-            if weight.ndim == 2:
-                step = step * max(weight.shape) ** 0.5
-            if weight.ndim == 4:
+            if name == "classifier.weight":
+                step = step * max(weight.shape) ** 0.5 + WEIGHT_DECAY * weight
+            elif layer in ("convolution", "depthwise") and not is_vector:
                 weight = weight / weight.norm() * len(weight) ** 0.5
-            weight = weight - rate * lr_scale_of(name, weight) * (step + decay * weight)
+            elif not is_vector:
+                step = step / step.norm() * initial_norm
+            if layer not in ("unused", "frozen"):
+                weight = weight - rate * lr_scale_of(name, weight) * step
         found = dict(model.named_parameters())[name].detach()
         torch.testing.assert_close(found, weight.float(), rtol=0, atol=3e-4, msg=name)
         assert found.is_contiguous(memory_format=torch.channels_last) or found.ndim < 4
