@@ -5,10 +5,11 @@ import hashlib
 import multiprocessing
 import os
 import re
-import resource
 import runpy
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import made_up
@@ -16,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torchvision
 
 import models
 import train
@@ -124,39 +124,31 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["conftest", "train", "test", "matplotlib.backends.backend_agg", "matplotlib.figure"])
 
 
-@pytest.fixture(scope="module")
-def forked(tmp_path_factory):
-    """A function like `python NAME WORDS` in a fork; `folder` is where it runs, and `changes` are run_as_main's."""
-
-    def run(name: str, *words: str, folder: Path, **changes) -> subprocess.CompletedProcess:
-        arguments = name, [*words], folder
-        (code,), out, err = run_together(1, run_as_main, lambda _: arguments, tmp_path_factory, **changes)
-        return subprocess.CompletedProcess([], code, out, err)
-
-    return run
+def forked(name: str, *words: str, folder: Path, **changes) -> subprocess.CompletedProcess:
+    """`python NAME WORDS` in `folder`, in a fork; `changes` are run_as_main's."""
+    (code,), out, err = run_together(1, name, words, folder, **changes)
+    return subprocess.CompletedProcess([], code, out, err)
 
 
-def run_together(count: int, target, arguments_of, folders, **changes) -> tuple[list[int], str, str]:
-    """Fork `target` `count` times, as torchrun does: exit codes (negative: of a signal), stdout, stderr together."""
+def run_together(count: int, name: str, words: Sequence[str], folder: Path, **changes) -> tuple[list[int], str, str]:
+    """A script in `count` forks, as torchrun does: exit codes (negative: of a signal), stdout, stderr together."""
     environments = [{}]
     if count > 1:  # as with torchrun, the store where they meet outlives them
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
         shared |= {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
         environments = [shared | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(count)]
-    forks = []
-    for i, own in enumerate(environments):
-        outputs = folders.mktemp("outputs")
-        process = FORKS.Process(target=target, args=(*arguments_of(i), outputs), kwargs=changes | {"environment": own})
-        process.start()
-        forks.append((process, outputs))
-    codes, out, err = [], "", ""
-    for process, outputs in forks:
-        process.join(600)
-        codes.append(process.exitcode)
-        process.kill()
-        out += (outputs / "stdout").read_text()
-        err += (outputs / "stderr").read_text()
+    with tempfile.TemporaryDirectory() as outputs:
+        given = [(name, words, folder, Path(outputs), environment) for environment in environments]
+        forks = [FORKS.Process(target=run_as_main, args=arguments, kwargs=changes) for arguments in given]
+        for fork in forks:
+            fork.start()
+        for fork in forks:
+            fork.join(600)
+        codes = [fork.exitcode for fork in forks]
+        for fork in forks:
+            fork.kill()
+        out, err = (Path(outputs, stream).read_text() for stream in ("stdout", "stderr"))
     assert None not in codes, f"still running after 600 s: {out}"
     return codes, out, err
 
@@ -173,21 +165,20 @@ def without_override() -> None:
 
 def run_as_main(
     name: str,
-    arguments: list[str],
+    words: Sequence[str],
     folder: Path,
     outputs: Path,
-    file_size: int | None = None,
-    url: str | None = None,
+    environment: dict[str, str],
     tiny: bool = False,
     stdout: str = "kept",
-    environment: dict[str, str] | None = None,
+    prepare: Callable[[], None] | None = None,
 ) -> None:
-    """In the fork: run the script in `folder`, perhaps with a limit on its files, another address of the data,
-    models of a few thousand weights under the names of the real ones, or a standard output that is "full", whose
-    reader has "gone", or that knows "ascii" alone."""
-    for descriptor, file_name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(outputs / file_name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-    os.environ |= NO_NETWORK | ONE_THREAD | (environment or {})
+    """In the fork: run the script in `folder`, perhaps with models of a few thousand weights under the names of the
+    real ones, or a standard output that is "full", whose reader has "gone", or that knows "ascii" alone; `prepare` is
+    called before."""
+    for descriptor, stream in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(outputs / stream, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    os.environ |= NO_NETWORK | ONE_THREAD | environment
     torch.set_num_threads(1)
     os.chdir(folder)
     without_override()
@@ -201,9 +192,7 @@ def run_as_main(
     sys.stdout = open(1, "w", encoding=encoding, closefd=False)  # noqa: SIM115 - the one before knew another file
     if tiny:
         models.BUILDERS |= TINY_MODELS
-    if url is not None:
-        torchvision.datasets.CIFAR10.url = url
-    if file_size is not None:  # Python ignores SIGXFSZ, so that a write beyond it is an OSError, as on a full disk
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
-    sys.argv = [name, *arguments]
+    if prepare:
+        prepare()
+    sys.argv = [name, *words]
     runpy.run_path(str(REPOSITORY / name), run_name="__main__")

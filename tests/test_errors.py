@@ -1,16 +1,19 @@
 """What a user, a disk or a network gets wrong: exit code 2, one line on stderr, and every file as it was."""
 
 import os
+import resource
 import shlex
 import socketserver
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, assert_one_line, snapshot
+from conftest import REPOSITORY, assert_one_line, forked, snapshot
 from made_up import damaged, flip_bit, hostile
+from torchvision.datasets import CIFAR10
 
 import config
 
@@ -123,26 +126,20 @@ WRONG_INPUTS = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def refuse(tmp_path, digits, forked):
-    """A function that asserts that a command, in the folder of the test, ends in one line and harms nothing."""
-
-    def run(command: str, tells: str) -> None:
-        name, *arguments = shlex.split(command.replace("{digits}", str(digits)))
-        (tmp_path / "student.pt").write_bytes(b"a bystander")
-        before = snapshot(tmp_path)
-        assert_one_line(forked(name, *arguments, folder=tmp_path), tells)
-        assert snapshot(tmp_path) == before, "a file was changed, removed or left behind"
-
-    return run
+def assert_refused(command: str, tells: str, folder: Path) -> None:
+    """A command in a folder ends in one line and harms nothing."""
+    (folder / "student.pt").write_bytes(b"a bystander")
+    before = snapshot(folder)
+    assert_one_line(forked(*shlex.split(command), folder=folder), tells)
+    assert snapshot(folder) == before, "a file was changed, removed or left behind"
 
 
 @pytest.mark.parametrize("name", WRONG_INPUTS)
-def test_a_wrong_input_is_one_line_and_harms_nothing(name, refuse, tmp_path):
+def test_a_wrong_input_is_one_line_and_harms_nothing(name, digits, tmp_path):
     command, tells, *prepare = WRONG_INPUTS[name]
     for change in prepare:
         change(tmp_path)
-    refuse(command, tells)
+    assert_refused(command.replace("{digits}", str(digits)), tells, tmp_path)
 
 
 def link_data(folder: Path, cifar10: Path) -> Path:
@@ -155,13 +152,13 @@ def link_data(folder: Path, cifar10: Path) -> Path:
 
 
 @pytest.mark.parametrize("name, damage", [("data_batch_2", flip_bit), ("test_batch", Path.unlink)])
-def test_a_damaged_or_missing_file_of_the_data_is_one_line(name, damage, refuse, tmp_path, cifar10):
+def test_a_damaged_or_missing_file_of_the_data_is_one_line(name, damage, tmp_path, cifar10):
     file = link_data(tmp_path, cifar10) / name
     content = file.read_bytes()
     file.unlink()
     file.write_bytes(content)
     damage(file)
-    refuse("train.py", NO_CIFAR10)
+    assert_refused("train.py", NO_CIFAR10, tmp_path)
 
 
 def test_code_in_a_checkpoint_never_runs_in_a_process_that_a_user_starts(tmp_path):
@@ -183,12 +180,12 @@ class BreaksOff(socketserver.StreamRequestHandler):
         self.wfile.write(b"HTTP/1.0 200 OK\r\nContent-Length: 170498071\r\n\r\n" + bytes(100_000))
 
 
-def test_a_download_that_breaks_off_leaves_no_data_and_a_later_run_recovers(tmp_path, cifar10, forked):
+def test_a_download_that_breaks_off_leaves_no_data_and_a_later_run_recovers(tmp_path, cifar10):
     command = ["train.py", "--subset=16", "--batch_size=8", "--num_epochs=1", "--device=cpu"]
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), BreaksOff) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_address[1]}/cifar-10-python.tar.gz"
-        done = forked(*command, folder=tmp_path, url=url)
+        done = forked(*command, folder=tmp_path, prepare=partial(setattr, CIFAR10, "url", url))
         server.shutdown()
     assert done.returncode == 2 and "Traceback" not in done.stderr
     line = done.stderr.splitlines()[-1]
@@ -203,13 +200,14 @@ def test_a_download_that_breaks_off_leaves_no_data_and_a_later_run_recovers(tmp_
 
 
 @pytest.mark.parametrize("file_size, tells", [(5000, f"weights/{STEM}.last.pt"), (400, f"plots/{STEM}.jsonl")])
-def test_a_full_disk_leaves_all_files_as_they_were(file_size, tells, tmp_path, digits, forked):
+def test_a_full_disk_leaves_all_files_as_they_were(file_size, tells, tmp_path, digits):
     words = QUICK.format(digits=digits).split()
     again = ["train.py", *words, "--lr=0.2", "--resume=False"]
     assert forked("train.py", *words, folder=tmp_path, tiny=True).returncode == 0
     before = snapshot(tmp_path)
-    done = forked(*again, folder=tmp_path, file_size=file_size, tiny=True)
-    assert_one_line(done, f"can't write {tells}: .*unchanged")
+    # Python ignores SIGXFSZ, so that a write beyond the limit is an OSError, as on a full disk.
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (file_size, file_size))
+    assert_one_line(forked(*again, folder=tmp_path, tiny=True, prepare=limit), f"can't write {tells}: .*unchanged")
     after = snapshot(tmp_path)
     if file_size > 400:  # the log of the new run was begun
         log = str(tmp_path / "plots" / f"{STEM}.jsonl")

@@ -13,7 +13,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from conftest import one_line
+from conftest import forked, one_line
 from made_up import CPU, KD, STUDENT, TEACHER, TinyTeacher, cells, content_of, random_images, run_of, tiny_student
 from PIL import Image
 
@@ -275,7 +275,7 @@ FULL = "test.py: error: can't write to standard output: No space left on device;
 
 
 @pytest.mark.parametrize("stdout, code, stderr", [("gone", 128 + 13, ""), ("full", 2, FULL), ("ascii", 0, "")])
-def test_a_table_that_cannot_be_printed_is_in_its_file(stdout, code, stderr, digits, tmp_path, forked):
+def test_a_table_that_cannot_be_printed_is_in_its_file(stdout, code, stderr, digits, tmp_path):
     spec = load_images("digits", digits, CPU).spec
     for seed in (42, 43):
         run = run_of(f"--dataset=digits --subset=40 --seed={seed}", images=spec.fingerprint)

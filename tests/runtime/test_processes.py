@@ -10,12 +10,12 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
-import conftest
 import pytest
 import torch
-from conftest import REPOSITORY, run_as_main, run_together
+from conftest import REPOSITORY, run_together
 from made_up import CPU, tiny_student
 
 import models
@@ -38,33 +38,23 @@ def without_batch_norm(num_classes: int) -> torch.nn.Module:
     return student
 
 
-def train_in_fork(student, *arguments, **keywords) -> None:
-    """In a fork: train.py with a student of a few thousand weights, evaluated in batches that both processes share."""
+def prepare(student) -> None:
+    """In a fork: a student of a few thousand weights, evaluated in batches that both processes share."""
     utils.EVALUATION_BATCH = 5
-    conftest.TINY_MODELS["student"] = student
-    run_as_main("train.py", *arguments, tiny=True, **keywords)
+    models.BUILDERS["student"] = student
 
 
 @pytest.fixture
 def options(digits):
     """A function from a folder to the options of a student's run of 2 epochs of 5 steps that writes there."""
-
-    def of(folder: Path, *more: str) -> list[str]:
-        size = [f"--subset={SUBSET}", "--batch_size=16", "--num_epochs=2", "--dataset=digits"]
-        place = [f"--data_path={digits}", f"--weights_path={folder}", f"--plots_path={folder}"]
-        return [*size, *place, "--device=cpu", "--precision=fp32", *more]
-
-    return of
+    size = [f"--subset={SUBSET}", "--batch_size=16", "--num_epochs=2", "--dataset=digits", f"--data_path={digits}"]
+    machine = ["--device=cpu", "--precision=fp32"]
+    return lambda folder, *more: [*size, *machine, f"--weights_path={folder}", f"--plots_path={folder}", *more]
 
 
-@pytest.fixture
-def pair(tmp_path_factory, tmp_path):
-    """A function that runs train.py in two processes, as torchrun does: exit codes, stdout and stderr of both."""
-
-    def run(arguments: list[str], student=tiny_student) -> tuple[list[int], str, str]:
-        return run_together(2, train_in_fork, lambda _: (student, arguments, tmp_path), tmp_path_factory)
-
-    return run
+def pair(folder: Path, words: list[str], student=tiny_student) -> tuple[list[int], str, str]:
+    """Run train.py in two processes, as torchrun does: exit codes, stdout and stderr of both."""
+    return run_together(2, "train.py", words, folder, tiny=True, prepare=partial(prepare, student))
 
 
 def result(folder: Path) -> tuple[dict, list[dict]]:
@@ -72,11 +62,11 @@ def result(folder: Path) -> tuple[dict, list[dict]]:
     return checkpoint.load(folder / f"{STEM}.pt")["model"], parse_log((folder / f"{STEM}.jsonl").read_text())[1]
 
 
-def test_two_processes_train_what_one_does(tmp_path, options, pair, monkeypatch):
+def test_two_processes_train_what_one_does(tmp_path, options, monkeypatch):
     monkeypatch.setitem(models.BUILDERS, "student", without_batch_norm)
     more = ("--optimizer=sgd", "--lr=0.1")  # Muon makes much of a rounding: its steps are of one size
     assert train.main(options(tmp_path / "one", *more)) == 0
-    codes, output, errors = pair(options(tmp_path / "two", *more), without_batch_norm)
+    codes, output, errors = pair(tmp_path, options(tmp_path / "two", *more), without_batch_norm)
     assert codes == [0, 0], errors
     (one, lines), (two, other_lines) = (result(tmp_path / name) for name in ("one", "two"))
     for name, tensor in one.items():
@@ -89,9 +79,9 @@ def test_two_processes_train_what_one_does(tmp_path, options, pair, monkeypatch)
     assert "Warning" not in errors
 
 
-def test_what_was_evaluated_is_what_was_saved(tmp_path, options, pair, digits):
+def test_what_was_evaluated_is_what_was_saved(tmp_path, options, digits):
     """Each process has batch norm statistics of its own."""
-    codes, _, errors = pair(options(tmp_path))
+    codes, _, errors = pair(tmp_path, options(tmp_path))
     assert codes == [0, 0], errors
     weights, lines = result(tmp_path)
     student = tiny_student()
@@ -102,10 +92,10 @@ def test_what_was_evaluated_is_what_was_saved(tmp_path, options, pair, digits):
 
 
 @pytest.mark.parametrize("more, tells", [(["--kd"], "train one with `python"), ([], "another run is writing")])
-def test_an_error_is_one_line_for_all_processes(tmp_path, options, pair, more, tells):
+def test_an_error_is_one_line_for_all_processes(tmp_path, options, more, tells):
     # The first process alone meets the lock; the others are waiting for it and must not say that they lost it.
     with locked(tmp_path / f"{STEM}.pt"):
-        codes, output, errors = pair(options(tmp_path, *more))
+        codes, output, errors = pair(tmp_path, options(tmp_path, *more))
     assert codes == [2, 2] and not output
     assert errors.count("\n") == 1 and errors.startswith("train.py: error: ") and tells in errors, errors
     assert not [path for path in tmp_path.iterdir() if path.suffix in (".pt", ".jsonl")]

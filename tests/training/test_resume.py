@@ -8,16 +8,17 @@ import os
 import re
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
-import conftest
 import numpy as np
 import pytest
 import torch
-from conftest import run_as_main, run_together
+from conftest import run_together
 from made_up import TinyTeacher, tiny_student
 
+import models
 import training.run
 import utils
 from runtime import checkpoint
@@ -61,14 +62,13 @@ def with_dropout(num_classes: int) -> torch.nn.Module:
     return student
 
 
-def train_until(moment: str, number: int, *arguments, **keywords) -> None:
-    """In a fork: train.py, which saves after each step and gets a signal at a moment, if there is one."""
+def prepare(moment: str, number: int) -> None:
+    """In a fork: train.py saves after each step, and the first process gets a signal at a moment, if there is one."""
     Run.save_is_due = lambda run: True
-    conftest.TINY_MODELS["student"] = with_dropout
+    models.BUILDERS["student"] = with_dropout
     utils.EVALUATION_BATCH = 16
-    if moment:
+    if moment and os.environ.get("RANK", "0") == "0":
         MOMENTS[moment](lambda: os.kill(os.getpid(), number))
-    run_as_main("train.py", *arguments, tiny=True, **keywords)
 
 
 @pytest.fixture(scope="module")
@@ -76,14 +76,12 @@ def run(digits, tmp_path_factory):
     """A function that runs train.py --kd in a folder: exit codes, stdout and stderr of its processes together."""
     command = [*SIZE.split(), f"--data_path={digits}"]
 
-    def run(folder: Path, processes: int = 1, moment: str = "", number: int = KILL, words=command, more=()):
-        def arguments_of(i: int) -> tuple:
-            return moment if i == 0 else "", number, [*words, *more], folder
-
-        return run_together(processes, train_until, arguments_of, tmp_path_factory)
+    def run(folder: Path, processes: int = 1, moment: str = "", number: int = KILL, more=()):
+        how = {"tiny": True, "prepare": partial(prepare, moment, number)}
+        return run_together(processes, "train.py", [*command, *more], folder, **how)
 
     folder = tmp_path_factory.mktemp("teacher")
-    assert run(folder, words=[*command, "--tto"])[0] == [0]
+    assert run(folder, more=["--tto"])[0] == [0]
     command += ["--kd", "--views=2", f"--teacher={folder}/weights/digits_teacher_subset40.pt"]
     return run
 
