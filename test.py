@@ -220,7 +220,8 @@ def main(argv: list | None = None) -> int:
 def run(options: config.TestOptions) -> None:
     """The table of all checkpoints, the classes of pictures, or the report of one checkpoint."""
     task = compare if options.compare else classify if options.image or options.soften else evaluate
-    make_folder(options.plots_folder)  # fail before the evaluation, not after it
+    for folder in filter(None, (options.plots_folder, options.json and options.json.parent)):
+        make_folder(folder)  # fail before the evaluation, not after it
     with start(options.device, options.precision) as runtime:
         task(options, runtime)
 
