@@ -136,7 +136,8 @@ def compare(options: config.TestOptions, runtime: Runtime) -> None:
     name = name_of(options)
     data = load_images(options.dataset, options.data_path, runtime, None, options.skip_broken, options.size)
     runtime.print(*data.notes)
-    shown = measure_all(find_checkpoints(options, name, runtime), name, data, runtime, options)
+    contents = find_checkpoints(options, name, runtime)
+    shown = measure_all(contents, name, data, runtime, cost=True, student=options.student, precision=options.precision)
     if not shown:
         command = name.command("train.py --all True", **options.folders("data_path", "weights_path", "name"))
         where = f"{options.dataset} in {options.weights_folder}"

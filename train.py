@@ -219,8 +219,7 @@ def train_all(options: config.TrainOptions) -> None:
                     check_same(finished[run.stem], run)
         contents += [finish(run, runs[i + 1 :]) for i, run in enumerate(runs)]
         if options.all:
-            # Each model is measured in the precision of its own training.
-            shown = measure_all(contents, last, data, runtime, replace(options, precision="auto"), teacher)
+            shown = measure_all(contents, last, data, runtime, teacher, student=options.student)
             if runtime.is_main:
                 publish(shown, options.table_folder)
         else:

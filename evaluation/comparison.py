@@ -49,12 +49,19 @@ def measure_checkpoint(
 
 
 def measure_all(
-    contents: list[dict], name: RunName, data: Data, runtime: Runtime, options, teacher: TeacherLogits | None = None
+    contents: list[dict],
+    name: RunName,
+    data: Data,
+    runtime: Runtime,
+    teacher: TeacherLogits | None = None,
+    cost: bool = False,
+    student: str | None = None,
+    precision: str = "auto",
 ) -> list[dict]:
     """The checkpoints that fit the data, with what is `measured` on the images of the run `name`; others are named.
 
     A student with KD is compared with its teacher if that is given, one without with that of the run whose baseline it
-    is, else the first. All are timed, unless they have just been trained with a `teacher`. Stopped after a signal.
+    is, else the first; with `cost` all are timed. `student` is the --student that was typed. Stopped after a signal.
     """
     images = data.held_out(name.subset, name.holdout)
     runs = [run_from(content["run"]) for content in contents]
@@ -66,8 +73,8 @@ def measure_all(
         try:
             if why := mismatch(content, name, data.spec):
                 raise UserError(f"{content['path']} {why}")
-            in_training = as_trained(runtime, run, options.precision)
-            model = load_model(content, in_training, options.student)
+            in_training = as_trained(runtime, run, precision)
+            model = load_model(content, in_training, student)
             logits, numbers = measure_checkpoint(model, content, images, data, in_training)
         except UserError as error:
             runtime.print(f"left out: {error}")
@@ -79,7 +86,7 @@ def measure_all(
         its_teacher = next((other.teacher for other in taught if other.teacher in teachers), next(iter(teachers), None))
         if run.role == "student" and its_teacher and (not run.kd or its_teacher == run.teacher):
             numbers |= fidelity(logits, teachers[its_teacher], images.labels)
-        if not teacher and runtime.is_main:
+        if cost and runtime.is_main:
             numbers |= medians(measure_cost(model, content["path"], in_training, run.size))
         shown.append(content | {"measured": numbers})
     return shown
