@@ -176,7 +176,7 @@ def parse_train(argv: list | None = None) -> TrainOptions:
     if options.kd_weight and options.ce_weight == 0 and not any(options.kd_weight):
         parser.error("--kd_weight and --ce_weight are all 0, which leaves no loss: give one above 0")
     if options.all and not options.resume:
-        parser.error("--all True trains what has not finished: give another --name, not --resume False")
+        parser.error("--all True trains unfinished runs only: give another --name, not --resume False")
     if options.matched and all(LOSS_DEFAULTS[loss].function == "kd" for loss in losses):
         parser.error("--matched requires a --loss other than kd: give one, or leave --matched out")
     if options.seed + options.seeds - 1 > LARGEST:

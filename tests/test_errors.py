@@ -73,7 +73,7 @@ WRONG_OPTIONS = [
           "resume other", "optimizer other", "epochs other", "seeds 0", "weights_path ''", "name ''", "name ..",
           "name a/b", "name 'a b'"),
     *each("test.py", "soften 0", "image ''", "checkpoint .", "json ..", "json weights/student.pt", "export model.onnx"),
-    ("train.py --all True --resume False", "--all True trains what has not finished: give another --name"),
+    ("train.py --all True --resume False", "--all True trains unfinished runs only: give another --name"),
     ("train.py --all True --seed 2147483647 --seeds 2", "--seed 2147483647 is too large for 2 --seeds"),
     ("train.py --dataset digits --views 82", "--views: an image of digits has 81 views: give at most"),
     ("train.py --flip False --views 82", "an image of cifar10 has 81 views: give"),
