@@ -1,4 +1,4 @@
-"""Your own images, laid out as for torchvision's ImageFolder, decoded once and packed into a file (docs/data.md)."""
+"""Your own images, laid out as for torchvision's ImageFolder, decoded once and packed into a file (docs/own.md)."""
 
 import hashlib
 import importlib.util

@@ -20,7 +20,7 @@ is `--kd True`, and `--num-epochs` is `--num_epochs`."""
 RECIPES = """## Recipes
 
 What a model trains with if the options do not say otherwise. A folder of pictures has CIFAR-10's recipe, scaled to its
-number of images ([data.md](data.md)). At 32 x 32 pixels `all` views are 162, or 81 without mirroring. The losses'
+number of images ([own.md](own.md)). At 32 x 32 pixels `all` views are 162, or 81 without mirroring. The losses'
 temperatures and weights are in [losses.md](losses.md)."""
 
 

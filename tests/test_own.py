@@ -174,7 +174,7 @@ class DrawnSVHN:
 
 
 def test_a_row_as_the_docs_show_it_is_all_that_a_new_data_set_takes(tiny_models, tmp_path, monkeypatch):
-    row = re.search(r"```python\n(DataSet\(.*?\)),\n```", (REPOSITORY / "docs" / "data.md").read_text(), re.DOTALL)[1]
+    row = re.search(r"```python\n(DataSet\(.*?\)),\n```", (REPOSITORY / "docs" / "own.md").read_text(), re.DOTALL)[1]
     monkeypatch.setattr(torchvision.datasets, "SVHN", DrawnSVHN)
     monkeypatch.setitem(DATA_SETS, "svhn", eval(row, {"DataSet": DataSet}))
     monkeypatch.chdir(tmp_path)

@@ -171,7 +171,7 @@ def mine(learn, digits, tmp_path, monkeypatch):
     model = TinyTeacher()
     checkpoint.load_weights(model, checkpoint.load(tmp_path / "weights" / "digits_teacher_subset40.pt"))
     monkeypatch.setattr("torchvision.models.resnet18", lambda num_classes: model)
-    (code,) = re.findall("```python\n(.*?)```", (REPOSITORY / "docs" / "own.md").read_text(), re.DOTALL)
+    (code,) = re.findall("```python\n(import .*?)```", (REPOSITORY / "docs" / "own.md").read_text(), re.DOTALL)
     assert code.count("\n") <= 15
     for of_the_page, here in {
         '"cifar10", Path("data")': f'"digits", Path({str(digits)!r})',
