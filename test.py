@@ -1,15 +1,15 @@
-"""Evaluate what train.py trained: accuracy, calibration, fidelity to the teacher, cost.
+"""Evaluate what train.py trained: accuracy, calibration, agreement with the teacher, cost.
 
     python test.py --tto True              the teacher
     python test.py                         the student without KD
     python test.py --kd True --temp 5      the student with KD
     python test.py --checkpoint FILE       any checkpoint; its settings are read from the file
-    python test.py --compare True          one table of all checkpoints found
-    python test.py --image cat.png         the class of any picture, by student and teacher
-    python test.py --tto True --soften 1 5 20    what a temperature does to the teacher's probabilities
+    python test.py --compare True          one table of all checkpoints of a data set
+    python test.py --image cat.png         classify a picture with the student and its teacher
+    python test.py --tto True --soften 1 5 20    the teacher's probabilities at these temperatures
     torchrun --nproc_per_node=2 test.py    any of these on two devices
 
-In the precision that it was trained with, the report's first line repeats the last line of the training log.
+In the precision of the training, the first line of the report repeats the loss and accuracy of the log's last line.
 """
 
 import sys

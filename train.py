@@ -3,7 +3,7 @@
     python train.py --tto True             the teacher               -> weights/teacher.pt
     python train.py                        the student without KD    -> weights/student.pt
     python train.py --kd True --temp 5     the student with KD       -> weights/student_kd_t5.pt
-    python train.py --all True             all of these, evaluated, in one table
+    python train.py --all True             train and evaluate all of these, with one table
     torchrun --nproc_per_node=2 train.py   any of these on two devices
 
 Rerun the same command to resume a run that was interrupted.
