@@ -30,7 +30,7 @@ if __name__ == "__main__":
 import torch
 
 from data_sets import DataSet
-from data_sets.pictures import read_picture, reject_decompression_bombs
+from data_sets.pictures import read_picture
 from evaluation import figures, inference, report, results
 from evaluation.comparison import TOPS, as_trained, measure_all, measure_checkpoint
 from evaluation.measures import fidelity, softness
@@ -199,8 +199,7 @@ def read_pictures(options: config.TestOptions, content: dict, runtime: Runtime) 
     """The pictures of --image, or the test images; which to show, all or the first of four classes; their names."""
     run = run_from(content["run"])
     if options.image:
-        with reject_decompression_bombs():
-            pixels = torch.stack([torch.tensor(read_picture(path, size=run.size)) for path in options.image])
+        pixels = torch.stack([torch.tensor(read_picture(path, size=run.size)) for path in options.image])
         return Images(pixels, torch.zeros(len(pixels))), list(range(len(pixels))), [*map(str, options.image)]
     data = load_images(run.dataset, options.data_path, runtime, skip_broken=options.skip_broken, size=run.size)
     if why := mismatch(content, run, data.spec, same_images=False):

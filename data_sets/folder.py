@@ -13,7 +13,7 @@ import numpy as np
 import PIL
 
 from data_sets import SIDE
-from data_sets.pictures import check_memory, read_picture, reject_decompression_bombs
+from data_sets.pictures import check_memory, read_picture
 from runtime.errors import Stopped, StopSignal, UserError
 from runtime.files import load_arrays, save_arrays
 from runtime.progress import Progress
@@ -142,7 +142,7 @@ def pack(files: list[File], size: int, show_progress: bool, stop: StopSignal | N
         return ""
 
     progress = Progress("reading pictures", len(files), show_progress, unit="file")
-    with reject_decompression_bombs(), progress, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with progress, ThreadPoolExecutor(os.cpu_count()) as pool:
         for error in pool.map(read, range(len(files))):  # which cancels what is left when the loop is left
             errors.append(error)
             if stop and stop.number:

@@ -5,20 +5,18 @@ import io
 import math
 import os
 import re
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError, features
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from data_sets import SIDE, padding
 from runtime.errors import UserError
 from runtime.files import UNREADABLE
 
 SMALLEST = 8  # pixels along a side; a smaller picture shows nothing
-LARGEST_TEXT = 64 * 2**20  # bytes of a PNG's text or colour profile; Pillow's limit of 1 MiB rejects valid files
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # TIFF tags
 # Pictures that Pillow alone may not read, by bytes 4 to 11 of the file.
 FORMATS = {b"ftyp" + brand: "HEIC/HEIF" for brand in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")}
@@ -56,21 +54,8 @@ def eight_bits(picture: Image.Image, file_format: str | None, tiff_tags: Mapping
     return ImageOps.invert(grey) if tiff_tags.get(PHOTOMETRIC) == 0 else grey
 
 
-@contextlib.contextmanager
-def reject_decompression_bombs() -> Iterator[None]:
-    """Set Pillow's limits while files are read, in all threads: huge pictures are errors, long PNG texts are not."""
-    text_limit = PngImagePlugin.MAX_TEXT_CHUNK
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        PngImagePlugin.MAX_TEXT_CHUNK = LARGEST_TEXT
-        try:
-            yield
-        finally:
-            PngImagePlugin.MAX_TEXT_CHUNK = text_limit
-
-
 def read_picture(path: Path, smallest: int = SMALLEST, size: int = SIDE) -> np.ndarray:
-    """The `square` of a picture file, inside `reject_decompression_bombs`; UserError if damaged, huge or too small."""
+    """The `square` of a picture file; UserError if it is damaged, huge or too small."""
     try:
         if not path.is_file():  # opening a pipe would block
             raise UserError("not an existing file")
@@ -82,9 +67,7 @@ def read_picture(path: Path, smallest: int = SMALLEST, size: int = SIDE) -> np.n
                 if file.read(2) != b"\xff\xd8":  # not a JPEG
                     raise
                 return decode(add_jpeg_end(file), smallest, size)
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        why = f"more than {Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels: make it smaller"
-    except UserError as error:
+    except (UserError, Image.DecompressionBombError) as error:
         why = str(error)
     except UNREADABLE as error:  # permission denied, say
         why = getattr(error, "strerror", None) or "damaged, or not a picture that Pillow can read"

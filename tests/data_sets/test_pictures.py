@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 from data_sets import pictures
-from data_sets.pictures import read_picture, reject_decompression_bombs, square
+from data_sets.pictures import read_picture, square
 from runtime.errors import UserError
 
 Y, X = np.mgrid[0:64, 0:64]
@@ -19,15 +19,10 @@ GREY = Image.fromarray((X * 4).astype(np.uint8))
 COLOURS = Image.fromarray(np.stack([X * 4, Y * 4, 255 - X * 4], -1).astype(np.uint8))
 
 
-def read(path: Path, **options) -> np.ndarray:
-    with reject_decompression_bombs():
-        return read_picture(path, **options)
-
-
 def assert_rejected(path: Path, words: str, **options) -> None:
     """Check that a file is refused in one line with its name and these words."""
     with pytest.raises(UserError, match=words) as error:
-        read(path, **options)
+        read_picture(path, **options)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -37,7 +32,7 @@ def test_a_picture_becomes_its_centre_square(tmp_path, size):
     wide.paste("red", (50, 0, 100, 100))
     wide.paste("lime", (100, 0, 150, 100))
     wide.save(tmp_path / "wide.png")
-    pixels, half = read(tmp_path / "wide.png", size=size), size // 2
+    pixels, half = read_picture(tmp_path / "wide.png", size=size), size // 2
     assert pixels.shape == (size, size, 3) and pixels.dtype == np.uint8
     assert (pixels[:, 2 : half - 2] == (255, 0, 0)).all() and (pixels[:, half + 2 : -2] == (0, 255, 0)).all()
 
@@ -46,7 +41,7 @@ def test_black_and_white_in_every_mode(tmp_path):
     for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"):
         for level in (0, 255):
             Image.new("RGB", (40, 50), (level,) * 3).convert(mode).save(tmp_path / "picture.tif")
-            assert abs(read(tmp_path / "picture.tif").astype(int) - level).max() <= 1
+            assert abs(read_picture(tmp_path / "picture.tif").astype(int) - level).max() <= 1
 
 
 def test_pictures_are_turned_upright_by_their_exif(tmp_path):
@@ -54,12 +49,12 @@ def test_pictures_are_turned_upright_by_their_exif(tmp_path):
     exif[0x0112] = 6
     for name, picture in (("colour", COLOURS), ("16 bits", Image.fromarray((X * 1024).astype(np.uint16)))):
         picture.transpose(Image.Transpose.ROTATE_90).save(tmp_path / f"{name}.png", exif=exif)
-        assert np.array_equal(read(tmp_path / f"{name}.png"), square(picture))
+        assert np.array_equal(read_picture(tmp_path / f"{name}.png"), square(picture))
     odd = struct.pack("<4sIH HHIHH HHII IQ", b"II*\0", 8, 2, 0x0112, 3, 1, 6, 0, 0x0131, 5, 1, 38, 0, 1)
     COLOURS.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "odd.png", exif=b"Exif\0\0" + odd)
-    assert np.array_equal(read(tmp_path / "odd.png"), square(COLOURS)), "the software's name is a fraction"
+    assert np.array_equal(read_picture(tmp_path / "odd.png"), square(COLOURS)), "the software's name is a fraction"
     COLOURS.save(tmp_path / "wrong.png", exif=b"Exif\0\0no TIFF header")
-    assert np.array_equal(read(tmp_path / "wrong.png"), square(COLOURS))
+    assert np.array_equal(read_picture(tmp_path / "wrong.png"), square(COLOURS))
 
 
 def test_transparency_is_put_on_white(tmp_path):
@@ -69,14 +64,14 @@ def test_transparency_is_put_on_white(tmp_path):
     clear.save(tmp_path / "palette.gif")
     clear.convert("L").save(tmp_path / "grey.png", transparency=76)
     for name in ("alpha.png", "palette.gif", "grey.png"):
-        pixels = read(tmp_path / name)
+        pixels = read_picture(tmp_path / name)
         assert (pixels[:, :14] <= 2).all() and (pixels[:, 18:] >= 253).all(), name
 
 
 def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(tmp_path, monkeypatch):
     COLOURS.resize((2048, 2048)).save(tmp_path / "large.jpg")
     monkeypatch.setattr(pictures, "square", lambda picture, size: picture.size)
-    assert read(tmp_path / "large.jpg") == (256, 256)
+    assert read_picture(tmp_path / "large.jpg") == (256, 256)
 
 
 def test_16_bit_grey_keeps_its_upper_8_bits_and_inverted_tiffs_come_out_right(tmp_path):
@@ -85,7 +80,7 @@ def test_16_bit_grey_keeps_its_upper_8_bits_and_inverted_tiffs_come_out_right(tm
     GREY.save(tmp_path / "inverted 8.tif", tiffinfo={262: 0})  # Pillow inverts these itself
     Image.fromarray(((255 - X * 4) * 256).astype(np.uint16)).save(tmp_path / "inverted 16.tif", tiffinfo={262: 0})
     for path in tmp_path.iterdir():
-        assert np.array_equal(read(path), square(GREY)), path
+        assert np.array_equal(read_picture(path), square(GREY)), path
 
 
 def test_values_of_unknown_range_are_refused(tmp_path):
@@ -99,24 +94,13 @@ def test_values_of_unknown_range_are_refused(tmp_path):
         assert_rejected(tmp_path / f"{name}.tif", f"mode {mode} has no known range of values")
 
 
-def test_a_png_with_a_long_text_or_profile_is_read_and_pillows_limit_restored(tmp_path):
-    before, info = PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.PngInfo()
-    info.add_text("workflow", "a" * 2_000_000, zip=True)
-    for options in ({"pnginfo": info}, {"icc_profile": bytes(2_000_000)}):
-        COLOURS.save(tmp_path / "long.png", **options)
-        assert np.array_equal(read(tmp_path / "long.png"), square(COLOURS))
-    with pytest.raises(ZeroDivisionError), reject_decompression_bombs():
-        raise ZeroDivisionError
-    assert before == PngImagePlugin.MAX_TEXT_CHUNK < 2_000_000
-
-
 @pytest.mark.parametrize("options", [{}, {"progressive": True}])
 def test_a_jpeg_may_lack_its_end_marker_but_no_image_data(tmp_path, options):
     noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "whole.jpg", **options)
     data, path = (tmp_path / "whole.jpg").read_bytes(), tmp_path / "cut.jpg"
     path.write_bytes(data[:-2])
-    assert np.array_equal(read(path), read(tmp_path / "whole.jpg"))
+    assert np.array_equal(read_picture(path), read_picture(tmp_path / "whole.jpg"))
     for missing in (20, len(data) // 2):
         path.write_bytes(data[:-missing])
         assert_rejected(path, "damaged")
@@ -136,7 +120,7 @@ def test_an_iphone_photo_names_the_package_it_needs_and_is_read_with_it(tmp_path
     opener = ("HEIF", lambda file, name: COLOURS.copy(), lambda start: start[4:12] == b"ftypheic")
     package = SimpleNamespace(register_heif_opener=lambda: Image.register_open(*opener))
     monkeypatch.setitem(sys.modules, "pillow_heif", package)
-    assert np.array_equal(read(tmp_path / "photo.heic"), square(COLOURS))
+    assert np.array_equal(read_picture(tmp_path / "photo.heic"), square(COLOURS))
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow's, about tags
@@ -153,15 +137,16 @@ def test_a_damaged_file_is_one_line_in_every_format(tmp_path, name):
         flipped[random.integers(300) if i % 3 else -random.integers(1, 20)] ^= 1 << random.integers(8)
         (tmp_path / name).write_bytes(flipped)
         with contextlib.suppress(UserError):
-            read(tmp_path / name)
+            read_picture(tmp_path / name)
 
 
-def test_other_files_are_one_line(tmp_path):
+def test_other_files_are_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
     (tmp_path / "text.png").write_text("no picture")
-    Image.new("1", (20_000, 5_000)).save(tmp_path / "bomb.png")
+    COLOURS.save(tmp_path / "bomb.png")
     Image.new("L", (100, 7)).save(tmp_path / "flat.png")
-    for name, words in {"text": "damaged, or not a picture", "bomb": "89 million pixels"}.items():
+    for name, words in {"text": "damaged, or not a picture", "bomb": "exceeds limit of 4000 pixels"}.items():
         assert_rejected(tmp_path / f"{name}.png", words)
     assert_rejected(tmp_path / "missing.png", "not an existing file")
     assert_rejected(tmp_path / "flat.png", "100 x 7 pixels: the picture must have at least 8 x 8")
-    assert read(tmp_path / "flat.png", smallest=1).shape == (32, 32, 3)
+    assert read_picture(tmp_path / "flat.png", smallest=1).shape == (32, 32, 3)
