@@ -20,7 +20,7 @@ from runtime.progress import Progress
 
 VERSION = 1  # of the packed file: raise it with every change to its contents
 LAYOUT = "--data_path must name a folder with train/<class>/<pictures> and, if you have one, test/<class>/<pictures>"
-VALIDATION = ("val", "valid", "validation")  # folders used for testing where there is no test folder
+TEST_FOLDERS = ("test", "val", "valid", "validation")  # the first that exists is the test set
 SYSTEM_FILES = ("thumbs.db", "desktop.ini", "__macosx", "icon\r", "@eadir")  # left out, as are hidden files
 
 File = tuple[str, int, Path]  # split, class number, path
@@ -65,7 +65,7 @@ def read_folder(
 
 def find_files(root: Path) -> tuple[tuple[str, ...], list[File], list[str]]:
     """The class names in order, all files, and notes; UserError if the layout is wrong, OSError."""
-    train, test, notes = root / "train", root / "test", []
+    train, notes = root / "train", []
     if not train.is_dir():
         parent = root.resolve().parent
         advice = f"; give {parent} instead" if parent / "train" == root.resolve() else ""
@@ -74,14 +74,11 @@ def find_files(root: Path) -> tuple[tuple[str, ...], list[File], list[str]]:
     classes = tuple(sorted(found["train"]))
     if len(classes) < 2:
         raise UserError(f"{train} must have two or more class folders and has {', '.join(classes) or 'none'}: {LAYOUT}")
-    for validation in (root / name for name in VALIDATION):
-        if validation.is_dir() and test.is_dir():
-            notes.append(f"{validation} is not used: {test} is the test set")
-        elif validation.is_dir():
-            notes.append(f"no folder {test}: {validation} is the test set")
-            test = validation
-    if test.is_dir():
+    test = next((root / name for name in TEST_FOLDERS if (root / name).is_dir()), None)
+    if test:
         found["test"] = files_by_class(test)
+        if test.name != "test":
+            notes.append(f"no folder {root / 'test'}: {test} is the test set")
         if unknown := set(found["test"]) - set(classes):
             raise UserError(f"{test / min(unknown)} is not a class of {train}: rename or remove it")
         if not any(found["test"].values()):
