@@ -118,7 +118,7 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
     if "bias" in numbers:
         saved += [figures.plot_omitted([content | {"measured": numbers}], Path(f"{stem}_omitted.png"))]
     if options.json:
-        values = {"checkpoint": str(path), "role": run.role, **numbers, **inference.medians(cost)}
+        values = {"checkpoint": str(path), "role": run.role, **numbers, **cost}
         saved += [write_json(options.json, values | imitation)]
     tops = " ".join(f"{name} {100 * numbers[name]:.2f}%" for name in TOPS if name in numbers)
     print(f"{run.split} loss {numbers['loss']:.4f} {tops}")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from evaluation.inference import count_parameters, measure_cost, medians
+from evaluation.inference import count_parameters, measure_cost
 from evaluation.measures import bias_correction, fidelity, measure, measure_omitted
 from runtime import checkpoint
 from runtime.device import PRECISIONS, Runtime
@@ -87,7 +87,7 @@ def measure_all(
         if run.role == "student" and its_teacher and (not run.kd or its_teacher == run.teacher):
             numbers |= fidelity(logits, teachers[its_teacher], images.labels)
         if cost and runtime.is_main:
-            numbers |= medians(measure_cost(model, content["path"], in_training, run.size))
+            numbers |= measure_cost(model, content["path"], in_training, run.size)
         shown.append(content | {"measured": numbers})
     return shown
 

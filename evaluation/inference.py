@@ -3,10 +3,10 @@
 import copy
 import io
 import json
+import statistics
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,13 +16,6 @@ from models.vgg import Float32Linear
 from runtime.device import Runtime
 from runtime.errors import UserError
 from runtime.files import writing
-
-Cost = dict[str, tuple[float, ...]]  # by name one number, or the lower quartile, the median and the upper quartile
-
-
-def medians(cost: Cost) -> dict[str, float]:
-    """One number each, by the names that --json writes."""
-    return {name: values[len(values) // 2] for name, values in cost.items()}
 
 
 def count_parameters(model: torch.nn.Module) -> int:
@@ -39,8 +32,8 @@ def count_macs(model: torch.nn.Module, size: int = SIDE) -> int:
 
 
 @torch.inference_mode()
-def pass_seconds(model: torch.nn.Module, batch: int, runtime: Runtime, size: int, budget: float = 1.0) -> np.ndarray:
-    """Quartiles (3,) of the seconds of a forward pass over `batch` images, timed for about `budget` seconds."""
+def pass_seconds(model: torch.nn.Module, batch: int, runtime: Runtime, size: int, budget: float = 1.0) -> float:
+    """The median seconds of a forward pass over `batch` images, timed for about `budget` seconds."""
     images = torch.randn(batch, 3, size, size, device=runtime.device).contiguous(memory_format=runtime.memory_format)
     taken: list[float] = []
     while len(taken) < 4 or (len(taken) < 60 and sum(taken) < budget):
@@ -50,18 +43,18 @@ def pass_seconds(model: torch.nn.Module, batch: int, runtime: Runtime, size: int
             model(images)
         runtime.synchronize()
         taken.append(time.perf_counter() - start)
-    return np.quantile(taken[len(taken) // 4 :], (0.25, 0.5, 0.75))  # in the first ones, kernels are chosen
+    return statistics.median(taken[len(taken) // 4 :])  # in the first ones, kernels are chosen
 
 
-def measure_cost(model: torch.nn.Module, path: Path, runtime: Runtime, size: int = SIDE) -> Cost:
+def measure_cost(model: torch.nn.Module, path: Path, runtime: Runtime, size: int = SIDE) -> dict[str, float]:
     """The cost of a model on images of a size: counts, bytes of the checkpoint, and what was timed on this device."""
     batch = max(256 * SIDE**2 // size**2, 1)  # the memory of larger images is that of fewer
     return {
-        "parameters": (count_parameters(model),),
-        "macs": (count_macs(model, size),),
-        "bytes": (path.stat().st_size,),
-        "latency_ms": tuple((1000 * pass_seconds(model, 1, runtime, size)).tolist()),
-        "images_per_second": tuple((batch / pass_seconds(model, batch, runtime, size)[::-1]).tolist()),
+        "parameters": count_parameters(model),
+        "macs": count_macs(model, size),
+        "bytes": path.stat().st_size,
+        "latency_ms": 1000 * pass_seconds(model, 1, runtime, size),
+        "images_per_second": batch / pass_seconds(model, batch, runtime, size),
     }
 
 

@@ -2,12 +2,10 @@
 
 import math
 import textwrap
-from collections.abc import Callable
 
 import torch
 
 from evaluation.comparison import TOPS
-from evaluation.inference import Cost, medians
 from evaluation.measures import BINS, wilson
 from runtime.cli import format_number
 
@@ -95,22 +93,16 @@ def fidelity_text(numbers: dict) -> str:
     return table(["Fidelity to the teacher", "this student"], rows)
 
 
-def cost_text(cost: Cost, teacher: Cost | None) -> str:
+def cost_text(cost: dict[str, float], teacher: dict[str, float] | None) -> str:
     """The table of costs, beside the teacher's where there is one."""
     columns, rows = ["student", "teacher", "ratio"] if teacher else ["this model"], []
-    for name in cost:
+    for name, value in cost.items():
         _, title, form = NUMBERS[name]
-        rows.append([title, quartiles(cost[name], form)])
+        rows.append([title, form(value)])
         if teacher:
-            ratio = medians(cost)[name] / medians(teacher)[name]
-            rows[-1] += [quartiles(teacher[name], form), f"{ratio:.3g} x" if ratio >= 1 else f"1/{1 / ratio:.3g}"]
-    return table(["Cost: median (quartiles)", *columns], rows)
-
-
-def quartiles(values: tuple[float, ...], form: Callable[[float], str]) -> str:
-    """One number, or the median of three and both quartiles."""
-    low, high = form(values[0]), form(values[-1])
-    return low if len(values) == 1 else f"{form(values[1])} ({low} to {high})"
+            ratio = value / teacher[name]
+            rows[-1] += [form(teacher[name]), f"{ratio:.3g} x" if ratio >= 1 else f"1/{1 / ratio:.3g}"]
+    return table(["Cost", *columns], rows)
 
 
 def pictures_text(names: list[str], answers: dict[str, torch.Tensor], classes: tuple[str, ...]) -> str:

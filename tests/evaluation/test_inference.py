@@ -4,7 +4,6 @@ import re
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY
@@ -23,12 +22,10 @@ SPEC = DATA_SETS["cifar10"]
 
 def test_the_cost_is_timed_and_told_beside_the_teachers():
     seconds = inference.pass_seconds(build_model("student").eval(), 2, CPU, 32, budget=0.05)
-    assert seconds.shape == (3,) and (np.diff(seconds) >= 0).all() and seconds[0] > 0
-    cost = {"parameters": (300,), "macs": (2e6,), "bytes": (1000,), "latency_ms": (1.0, 2.0, 3.0)}
-    cost["images_per_second"] = (10.0, 20.0, 30.0)
-    assert inference.medians(cost)["latency_ms"] == 2 and inference.medians(cost)["parameters"] == 300
-    text = report.cost_text(cost, cost | {"parameters": (3000,), "latency_ms": (1.0, 0.5, 3.0)})
-    assert "1/10 " in text and "4 x" in text and "2.00 ms (1.00 ms to 3.00 ms)" in text
+    assert seconds > 0
+    cost = {"parameters": 300, "macs": 2e6, "bytes": 1000, "latency_ms": 2.0, "images_per_second": 20.0}
+    text = report.cost_text(cost, cost | {"parameters": 3000, "latency_ms": 0.5})
+    assert "1/10 " in text and "4 x" in text and "2.00 ms" in text
 
 
 def test_processes_share_the_batches_and_logits_are_in_the_order_of_images():
