@@ -3,7 +3,6 @@
 import contextlib
 import io
 import math
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -113,13 +112,11 @@ def add_jpeg_end(file: BinaryIO) -> BinaryIO:
 
 
 def check_memory(images: int, size: int) -> None:
-    """Print the memory that images need, padded copy included, if above 1 GB; UserError if there is less."""
+    """UserError if the memory that images need, padded copy included, is not there."""
     needed, available = 3 * images * (size**2 + (size + 2 * padding(size)) ** 2), available_memory()
-    words = f"{images:,} images of {size} x {size} pixels need {needed / 1e9:.1f} GB of memory"
     if needed > available:
-        raise UserError(f"{words}, and {available / 1e9:.1f} GB are free: give a smaller --size, or fewer images")
-    if needed > 1e9 and os.environ.get("RANK", "0") == "0":  # of several processes the first
-        print(words, flush=True)
+        what = f"{images:,} images of {size} x {size} pixels need {needed / 1e9:.1f} GB of memory"
+        raise UserError(f"{what}, and {available / 1e9:.1f} GB are free: give a smaller --size, or fewer images")
 
 
 def available_memory() -> float:
