@@ -9,7 +9,7 @@ from evaluation.comparison import TOPS
 from evaluation.measures import BINS, wilson
 from runtime.cli import format_number
 
-EXTREMES = 10  # classes shown at each end, if there are too many to show all
+WORST_SHOWN = 10  # classes, where there are more than twice as many
 
 # What is said of a model beside accuracies: the title of a table's column, that of a row of costs, and the format.
 NUMBERS = {
@@ -50,18 +50,14 @@ def accuracy_text(numbers: dict, classes: tuple[str, ...]) -> str:
 
 
 def per_class_lines(shares: list[float | None], classes: tuple[str, ...]) -> list[str]:
-    """The accuracy (0 to 1, None where there was no image) of each class; of many, of the worst and the best."""
-    named = list(zip(classes, shares, strict=True))
-    parts = {"accuracy of each class": named}
-    if len(classes) > 2 * EXTREMES:
-        seen = sorted((pair for pair in named if pair[1] is not None), key=lambda pair: pair[1])
-        parts = {f"accuracy of the {EXTREMES} worst classes": seen[:EXTREMES]}
-        parts[f"accuracy of the {EXTREMES} best classes"] = seen[: -EXTREMES - 1 : -1]
-    lines = []
-    for title, pairs in parts.items():
-        words = (f"{name} {'no image' if share is None else f'{100 * share:.1f}%'}" for name, share in pairs)
-        lines += textwrap.wrap(f"{title}: {', '.join(words)}", 110, subsequent_indent="  ")
-    return lines
+    """The accuracy (0 to 1, None where there was no image) of each class; of many, of the worst."""
+    title, pairs = "accuracy of each class", list(zip(classes, shares, strict=True))
+    if len(classes) > 2 * WORST_SHOWN:
+        seen = [(name, share) for name, share in pairs if share is not None]
+        title = f"accuracy of the {WORST_SHOWN} worst classes"
+        pairs = sorted(seen, key=lambda pair: pair[1])[:WORST_SHOWN]
+    words = (f"{name} {'no image' if share is None else f'{100 * share:.1f}%'}" for name, share in pairs)
+    return textwrap.wrap(f"{title}: {', '.join(words)}", 110, subsequent_indent="  ")
 
 
 def bias_text(numbers: dict, omitted: tuple[str, ...]) -> str:

@@ -154,16 +154,11 @@ def test_verdicts_are_corrected_for_the_number_of_comparisons_in_the_table():
     assert verdicts(dkd, wttm, ttm, ls) == expected
 
 
-def test_of_many_classes_the_worst_and_the_best_are_listed():
+def test_of_many_classes_the_worst_are_listed():
     shares = [i / 100 for i in range(100)]
     shares[3] = None  # there is no image of it
     lines = report.per_class_lines(shares, tuple(f"c{i}" for i in range(100)))
-    worst, best = " ".join(lines).replace("   ", " ").split("accuracy of the 10 best classes: ")
-    assert worst.split() == f"accuracy of the 10 worst classes: {listed([0, 1, 2, 4, 5, 6, 7, 8, 9, 10])}".split()
-    assert best.split() == listed(range(99, 89, -1)).split()
+    worst = ", ".join(f"c{i} {i}.0%" for i in (0, 1, 2, 4, 5, 6, 7, 8, 9, 10))
+    assert " ".join(lines).split() == f"accuracy of the 10 worst classes: {worst}".split()
     assert max(map(len, lines)) <= 110
     assert report.per_class_lines([0.5, None], ("a", "b")) == ["accuracy of each class: a 50.0%, b no image"]
-
-
-def listed(classes) -> str:
-    return ", ".join(f"c{i} {i}.0%" for i in classes)
