@@ -199,7 +199,7 @@ def read_pictures(options: config.TestOptions, content: dict, runtime: Runtime) 
     """The pictures of --image, or the test images; which to show, all or the first of four classes; their names."""
     run = run_from(content["run"])
     if options.image:
-        pixels = torch.stack([torch.tensor(read_picture(path, size=run.size)) for path in options.image])
+        pixels = torch.stack([torch.tensor(read_picture(path, run.size)) for path in options.image])
         return Images(pixels, torch.zeros(len(pixels))), list(range(len(pixels))), [*map(str, options.image)]
     data = load_images(run.dataset, options.data_path, runtime, skip_broken=options.skip_broken, size=run.size)
     if why := mismatch(content, run, data.spec, same_images=False):

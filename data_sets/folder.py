@@ -133,7 +133,7 @@ def pack(files: list[File], size: int, show_progress: bool, stop: StopSignal | N
 
     def read(i: int) -> str:
         try:
-            pixels[i] = read_picture(files[i][2], smallest=1, size=size)
+            pixels[i] = read_picture(files[i][2], size)
         except UserError as error:
             return str(error)
         return ""

@@ -9,17 +9,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError, features
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from data_sets import SIDE, padding
 from runtime.errors import UserError
 from runtime.files import UNREADABLE
 
-SMALLEST = 8  # pixels along a side; a smaller picture shows nothing
+LARGEST_TEXT = 64 * 2**20  # bytes of a PNG's text or colour profile; Pillow's limit of 1 MiB rejects valid files
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # TIFF tags
-# Pictures that Pillow alone may not read, by bytes 4 to 11 of the file.
-FORMATS = {b"ftyp" + brand: "HEIC/HEIF" for brand in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")}
-FORMATS |= {b"ftypavif": "AVIF", b"ftypavis": "AVIF"}
+HEIC = (b"ftyphe", b"ftypmif1", b"ftypmsf1")  # from byte 4 of a file
 
 
 def square(picture: Image.Image, size: int = SIDE) -> np.ndarray:
@@ -53,32 +51,28 @@ def eight_bits(picture: Image.Image, file_format: str | None, tiff_tags: Mapping
     return ImageOps.invert(grey) if tiff_tags.get(PHOTOMETRIC) == 0 else grey
 
 
-def read_picture(path: Path, smallest: int = SMALLEST, size: int = SIDE) -> np.ndarray:
-    """The `square` of a picture file; UserError if it is damaged, huge or too small."""
+def read_picture(path: Path, size: int = SIDE) -> np.ndarray:
+    """The `square` of a picture file; UserError if it is missing, damaged or huge."""
+    PngImagePlugin.MAX_TEXT_CHUNK = LARGEST_TEXT
     try:
-        if not path.is_file():  # opening a pipe would block
-            raise UserError("not an existing file")
         with open(path, "rb") as file:
             try:
-                return decode(file, smallest, size)
+                return decode(file, size)
             except OSError:
                 file.seek(0)
                 if file.read(2) != b"\xff\xd8":  # not a JPEG
                     raise
-                return decode(add_jpeg_end(file), smallest, size)
+                return decode(add_jpeg_end(file), size)
     except (UserError, Image.DecompressionBombError) as error:
         why = str(error)
-    except UNREADABLE as error:  # permission denied, say
+    except UNREADABLE as error:  # no such file, say
         why = getattr(error, "strerror", None) or "damaged, or not a picture that Pillow can read"
     raise UserError(f"{path}: {why}")
 
 
-def decode(file: BinaryIO, smallest: int, size: int) -> np.ndarray:
+def decode(file: BinaryIO, size: int) -> np.ndarray:
     """The `square` of an open picture file; raises as Pillow does, and UserError."""
     with open_picture(file) as picture:
-        width, height = picture.size
-        if min(width, height) < smallest:
-            raise UserError(f"{width} x {height} pixels: the picture must have at least {smallest} x {smallest}")
         picture.draft("RGB", (4 * size, 4 * size))  # a large JPEG is decoded at a fraction of its size
         return square(picture, size)
 
@@ -89,13 +83,12 @@ def open_picture(file: BinaryIO) -> Image.Image:
         return Image.open(file)
     except UnidentifiedImageError:
         file.seek(4)
-        name = FORMATS.get(file.read(8))
-        if name is None or (name == "AVIF" and features.check("avif")):
+        if not file.read(8).startswith(HEIC):
             raise
     try:
         import pillow_heif
     except ImportError:
-        raise UserError(f"{name} pictures need another package: pip install --upgrade pillow pillow-heif") from None
+        raise UserError("HEIC/HEIF pictures need another package: pip install --upgrade pillow pillow-heif") from None
     pillow_heif.register_heif_opener()
     return Image.open(file)
 

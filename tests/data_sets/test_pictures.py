@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from data_sets import pictures
 from data_sets.pictures import read_picture, square
@@ -19,10 +19,10 @@ GREY = Image.fromarray((X * 4).astype(np.uint8))
 COLOURS = Image.fromarray(np.stack([X * 4, Y * 4, 255 - X * 4], -1).astype(np.uint8))
 
 
-def assert_rejected(path: Path, words: str, **options) -> None:
+def assert_rejected(path: Path, words: str) -> None:
     """Check that a file is refused in one line with its name and these words."""
     with pytest.raises(UserError, match=words) as error:
-        read_picture(path, **options)
+        read_picture(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -94,6 +94,14 @@ def test_values_of_unknown_range_are_refused(tmp_path):
         assert_rejected(tmp_path / f"{name}.tif", f"mode {mode} has no known range of values")
 
 
+def test_a_png_with_a_long_text_or_profile_is_read(tmp_path):
+    info = PngImagePlugin.PngInfo()
+    info.add_text("workflow", "a" * 2_000_000, zip=True)
+    for options in ({"pnginfo": info}, {"icc_profile": bytes(2_000_000)}):
+        COLOURS.save(tmp_path / "long.png", **options)
+        assert np.array_equal(read_picture(tmp_path / "long.png"), square(COLOURS))
+
+
 @pytest.mark.parametrize("options", [{}, {"progressive": True}])
 def test_a_jpeg_may_lack_its_end_marker_but_no_image_data(tmp_path, options):
     noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
@@ -107,15 +115,12 @@ def test_a_jpeg_may_lack_its_end_marker_but_no_image_data(tmp_path, options):
 
 
 def test_an_iphone_photo_names_the_package_it_needs_and_is_read_with_it(tmp_path, monkeypatch):
-    for brand in ("heic", "avif"):
-        (tmp_path / f"photo.{brand}").write_bytes(bytes(4) + b"ftyp" + brand.encode() + bytes(12))
+    (tmp_path / "photo.heic").write_bytes(bytes(4) + b"ftypheic" + bytes(12))
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
-    monkeypatch.setattr(pictures.features, "check", lambda name: False)
     Image.init()  # registers all formats, before the table is replaced
-    monkeypatch.setattr(Image, "OPEN", {name: row for name, row in Image.OPEN.items() if name not in ("AVIF", "HEIF")})
+    monkeypatch.setattr(Image, "OPEN", {name: row for name, row in Image.OPEN.items() if name != "HEIF"})
     monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name in Image.OPEN])
     assert_rejected(tmp_path / "photo.heic", "HEIC/HEIF pictures need another package: pip install .*pillow-heif")
-    assert_rejected(tmp_path / "photo.avif", "AVIF pictures need another package")
 
     opener = ("HEIF", lambda file, name: COLOURS.copy(), lambda start: start[4:12] == b"ftypheic")
     package = SimpleNamespace(register_heif_opener=lambda: Image.register_open(*opener))
@@ -144,9 +149,6 @@ def test_other_files_are_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
     (tmp_path / "text.png").write_text("no picture")
     COLOURS.save(tmp_path / "bomb.png")
-    Image.new("L", (100, 7)).save(tmp_path / "flat.png")
     for name, words in {"text": "damaged, or not a picture", "bomb": "exceeds limit of 4000 pixels"}.items():
         assert_rejected(tmp_path / f"{name}.png", words)
-    assert_rejected(tmp_path / "missing.png", "not an existing file")
-    assert_rejected(tmp_path / "flat.png", "100 x 7 pixels: the picture must have at least 8 x 8")
-    assert read_picture(tmp_path / "flat.png", smallest=1).shape == (32, 32, 3)
+    assert_rejected(tmp_path / "missing.png", "No such file")
