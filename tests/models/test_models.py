@@ -1,15 +1,23 @@
-"""The models: what they compute, cost and start from; small maps as a matrix product."""
+"""The models: what they compute, cost and start from; their exported program; small maps as a matrix product."""
+
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from conftest import REPOSITORY
+from made_up import CPU
 
-from data_sets import SIDE
-from evaluation.inference import count_macs, count_parameters
+from data_sets import DATA_SETS, SIDE
+from evaluation import inference, report
 from models import BUILDERS, StudentCNN, build_model, use_products, vgg19_bn
 from models.vgg import Conv3x3
 from runtime import device
+from runtime.errors import UserError
+from training.run import describe_data
 
 
 def test_vgg_features_are_torchvisions():
@@ -32,14 +40,36 @@ def test_vgg_features_are_torchvisions():
 
 def test_costs_are_what_the_docstrings_say():
     student, teacher = StudentCNN().eval(), vgg19_bn().eval()
-    weights, of_teacher = count_parameters(student), count_parameters(teacher)
-    macs, macs_of_teacher = count_macs(student), count_macs(teacher)
+    weights, of_teacher = inference.count_parameters(student), inference.count_parameters(teacher)
+    macs, macs_of_teacher = inference.count_macs(student), inference.count_macs(teacher)
     text = " ".join(StudentCNN.__doc__.split())
     assert f"{weights:,} parameters, 1/{round(of_teacher / weights)} of the teacher's" in text
     assert f"{macs / 1e6:.1f} M multiply-accumulates" in text
     assert text.endswith(f", 1/{round(macs_of_teacher / macs)} of the teacher's.")
     said = f"{of_teacher / 1e6:.1f} M parameters, {macs_of_teacher / 1e6:.0f} M multiply-accumulates"
     assert said in vgg19_bn.__doc__
+
+
+def test_the_cost_is_timed_and_told_beside_the_teachers():
+    seconds = inference.pass_seconds(build_model("student").eval(), 2, CPU, 32, budget=0.05)
+    assert seconds > 0
+    cost = {"parameters": 300, "macs": 2e6, "bytes": 1000, "latency_ms": 2.0, "images_per_second": 20.0}
+    text = report.cost_text(cost, cost | {"parameters": 3000, "latency_ms": 0.5})
+    assert "1/10 " in text and "4 x" in text and "2.00 ms" in text
+
+
+def test_an_exported_model_runs_without_the_project_by_the_code_on_the_page(tmp_path):
+    model, path = build_model("student").to(memory_format=torch.channels_last).eval(), tmp_path / "weights/student.pt2"
+    described = describe_data(DATA_SETS["cifar10"])
+    assert inference.export_model(model, path, described) < 1e-4
+    images = torch.randn(3, 3, 32, 32)
+    torch.testing.assert_close(torch.export.load(path).module()(images), model(images), rtol=1e-4, atol=1e-5)
+    (code,) = re.findall("```python\n(.*?)```", (REPOSITORY / "docs" / "commands.md").read_text(), re.DOTALL)
+    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert sum(map(done.stdout.count, described["classes"])) == 8, done.stderr
+    model.forward = lambda images: images if images.sum() > 0 else -images
+    with pytest.raises(UserError, match="can't export this model: .+"):
+        inference.export_model(model, path, described)
 
 
 @pytest.mark.parametrize("role", ["teacher", "student"])
