@@ -1,7 +1,8 @@
-"""The user's own student, teacher, image size and data set, through train.py and test.py with tiny models."""
+"""The user's own student, teacher, image size, data set and pictures, through both scripts with tiny models."""
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import REPOSITORY, one_line
+from conftest import REPOSITORY, one_line, snapshot
 from made_up import CPU, TinyTeacher, draw
 from PIL import Image
 
@@ -18,7 +19,7 @@ import train
 from data_sets import DATA_SETS, DataSet, pictures
 from models import build_own
 from runtime import checkpoint
-from utils import load_images
+from utils import load_images, plot_curves
 
 MODULE = """
 import torch
@@ -61,12 +62,13 @@ def mine(learn, tmp_path, monkeypatch):
     return learn
 
 
-def evaluate(digits: Path, *words: str) -> int:
-    return test_script.main(["--device=cpu", f"--data_path={digits}", *words])
+def evaluate(*words: str) -> int:
+    return test_script.main(["--device=cpu", *words])
 
 
 def test_an_own_student_at_an_own_size(mine, digits, capfd):
     words = ["--dataset=digits", "--subset=40", "--size=64", "--student=my_models:net"]
+    data = f"--data_path={digits}"
     assert mine("--all", "--temp", "5", *words[2:]) == 0
     output = capfd.readouterr().out
     assert "Student my_models:net (with KD, Temp = 5), size 64, subset 40" in output
@@ -75,7 +77,7 @@ def test_an_own_student_at_an_own_size(mine, digits, capfd):
     assert {path.name for path in Path("weights").glob("*.pt")} == files
     table = json.loads(Path("plots/results_digits_my_models.net_size64_subset40/results.json").read_text())
     assert [row["parameters"] for row in table["rows"][1:]] == [570, 570]
-    assert evaluate(digits, *words, "--kd", "--export=s.pt2") == 0
+    assert evaluate(data, *words, "--kd", "--export=s.pt2") == 0
     output = capfd.readouterr().out
     assert output.startswith("test loss") and "top-1 agreement" in output and "images/s in batches" in output
     files = {"preprocessing.json": ""}
@@ -85,19 +87,19 @@ def test_an_own_student_at_an_own_size(mine, digits, capfd):
     assert said["size"] == 64 and "shortest side to 64 " in said["pictures"]
     draw(Path("a.png"), seed=1)
     path = "weights/digits_student_my_models.net_kd_t5_size64_subset40.pt"
-    assert evaluate(digits, *words, "--compare") == evaluate(digits, *words[:3], "--compare") == 0
+    assert evaluate(data, *words, "--compare") == evaluate(data, *words[:3], "--compare") == 0
     assert "is a student of my_models:net: give --student my_models:net to run that" in capfd.readouterr().out
-    assert test_script.main(["--device=cpu", f"--checkpoint={path}", words[3], "--image=a.png"]) == 0
+    assert evaluate(f"--checkpoint={path}", words[3], "--image=a.png") == 0
     assert "Teacher" in capfd.readouterr().out
     for command, tells in (
         ([f"--checkpoint={path}"], "is a student of my_models:net: give --student my_models:net"),
         ([f"--checkpoint={path}", "--student=my_models:other"], "is a student of my_models:net: give"),
         (["--checkpoint=weights/digits_teacher_size64_subset40.pt", words[3]], "is not a student of your own"),
     ):
-        assert evaluate(digits, *command) == 2 and tells in one_line(capfd)
+        assert evaluate(data, *command) == 2 and tells in one_line(capfd)
     Path("my_models.py").write_text(MODULE.replace("nn.BatchNorm2d(8)", "nn.Identity()"))
     del sys.modules["my_models"]
-    assert evaluate(digits, f"--checkpoint={path}", words[3]) == 2
+    assert evaluate(data, f"--checkpoint={path}", words[3]) == 2
     assert "does not fit the model Sequential (Unexpected key" in one_line(capfd)
     assert mine(*words[2:]) == 2 and "is a finished run with student_layers" in one_line(capfd)
 
@@ -183,3 +185,75 @@ def test_a_row_as_the_docs_show_it_is_all_that_a_new_data_set_takes(tiny_models,
     images, drawn = load_images("svhn", tmp_path, CPU).test, DrawnSVHN("", "test", download=True)
     assert images.labels.tolist() == drawn.labels.tolist() and images.pixels.shape == (60, 32, 32, 3)
     assert np.array_equal(images.pixels, drawn.data.transpose(0, 2, 3, 1))
+
+
+# ---------------------------------------------------------------------------------------------- own pictures
+
+CLASSES = ("$\\frac$ & x", "naïve chat", "日本")  # in the order of their names
+PICTURES = ["--dataset=folder", "--data_path=my $pictures"]
+
+
+@pytest.fixture
+def root(tiny_models, no_figures, tmp_path, monkeypatch):
+    """20 training and 4 test pictures of each class; the scripts run beside them, with tiny models and no figures."""
+    monkeypatch.chdir(tmp_path)
+    for label, name in enumerate(CLASSES):
+        for i in range(24):
+            draw(tmp_path / "my $pictures" / ("test" if i > 19 else "train") / name / f"{i}.png", seed=100 * label + i)
+    return tmp_path / "my $pictures"
+
+
+def train_on_pictures(*words: str) -> int:
+    machine, recipe = ["--device=cpu", "--precision=fp32"], ["--num_epochs=1", "--batch_size=12", "--views=2"]
+    return train.main([*PICTURES, *machine, *recipe, *words])
+
+
+def test_the_commands_work_and_only_training_needs_the_folder(root, tmp_path, capfd):
+    draw(tmp_path / "a $x$ 日.png", seed=5)
+    assert train_on_pictures("--all", "--temp", "5", "--seeds=2") == 0
+    output = capfd.readouterr().out
+    assert output.count("60 training and 12 test images of 3 classes") == 1, "it is read once for all runs"
+    assert "top5" not in output and "Top 5" not in output and "Top 1 Accuracy" in output
+    assert len(plot_curves(tmp_path / "plots" / "folder_student.jsonl", tmp_path)) == 2
+    assert evaluate(*PICTURES, "--kd", "--json=r.json") == 0
+    told = capfd.readouterr().out
+    assert told.startswith("test loss ") and "top5" not in told and "top-5" not in told
+    assert all(name in told for name in CLASSES) and "top-1 agreement" in told
+    assert evaluate(*PICTURES, "--compare") == 0 and "Student (with KD, Temp = 5)" in capfd.readouterr().out
+    root.rename(tmp_path / "elsewhere")
+    student = "--checkpoint=weights/folder_student_kd_t5.pt"
+    assert evaluate(student, "--data_path=elsewhere", "--json=r2.json") == 0
+    losses = [json.loads((tmp_path / name).read_text())["loss"] for name in ("r.json", "r2.json")]
+    assert losses[0] == losses[1]
+    shutil.rmtree(tmp_path / "elsewhere")
+    capfd.readouterr()
+    assert evaluate("--dataset=folder", "--kd", "--image", "a $x$ 日.png") == 0
+    assert "Teacher" in (told := capfd.readouterr().out) and any(name in told for name in CLASSES)
+    assert evaluate(student, "--export=s.pt2") == 0
+    assert "not evaluated, because there is no data/train" in capfd.readouterr().out
+    assert evaluate(*PICTURES, "--kd", "--export=s.pt2", "--json=r.json") == 2
+    assert "--data_path must name a folder" in capfd.readouterr().err
+
+
+def test_a_changed_picture_is_another_run_and_other_classes_are_an_error(root, tmp_path, capfd):
+    assert train_on_pictures("--all", "--temp", "5") == 0
+    draw(root / "train" / CLASSES[0] / "0.png", seed=999)
+    before = snapshot(tmp_path / "weights")
+    for word, tells in (
+        ("--kd", "folder_student_kd_t5.pt is a finished run with images [0-9a-f]{8}, not "),
+        ("--kd --temp=7", "folder_teacher.pt was trained on other images than those of folder here"),
+        ("--kd=False", "folder_student.pt is a finished run with images [0-9a-f]{8}, not "),
+        ("--all", "folder_teacher.pt was trained on other images"),
+    ):
+        assert train_on_pictures(*word.split()) == 2
+        assert re.search(tells, one_line(capfd)) and snapshot(tmp_path / "weights") == before
+    assert evaluate(*PICTURES, "--kd") == 0
+    assert "folder_student_kd_t5.pt was trained on other images" in capfd.readouterr().out
+    assert evaluate(*PICTURES, "--compare") == 2, "no checkpoint is of these images"
+    assert train_on_pictures("--all", "--temp", "5", "--weights_path=w2") == 0
+    keys = {path.name for weights in ("weights", "w2") for path in (tmp_path / weights).glob("*_logits_*")}
+    assert len(keys) == 2, "other logits"
+    for split in ("train", "test"):
+        (root / split / CLASSES[0]).rename(root / split / "another")
+    capfd.readouterr()
+    assert evaluate(*PICTURES) == 2 and f"has 3 classes ({', '.join(CLASSES)}" in one_line(capfd)
