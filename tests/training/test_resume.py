@@ -4,6 +4,7 @@ train.py with tiny models in one process, or in two as under torchrun, that send
 """
 
 import itertools
+import json
 import os
 import re
 import signal
@@ -91,7 +92,9 @@ def result(folder: Path) -> dict:
     content = checkpoint.load(folder / "weights" / f"{STEM}.pt")
     assert content["log"] == (folder / "plots" / f"{STEM}.jsonl").read_text()
     header, lines = utils.parse_log(content["log"])
-    assert content["seconds"] == sum(line["seconds"] for line in lines)
+    said = json.loads(json.dumps({name: content[name] for name in ("run", "machine", "title")}))
+    assert header == said | {"split": "test"} and content["metrics"] == lines[-1]["test"]
+    assert content["seconds"] == sum(line["seconds"] for line in lines) and not list(folder.rglob("*.last.pt"))
     assert [line["epoch"] for line in lines] == [1, 2, 3]
     lines = [{name: value for name, value in line.items() if "second" not in name} for line in lines]
     model = {name: tensor.numpy().tobytes() for name, tensor in content["model"].items()}
