@@ -9,7 +9,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import made_up
@@ -162,16 +162,7 @@ def without_override() -> None:
     library.capset(header, sets)
 
 
-def run_as_main(
-    name: str,
-    words: Sequence[str],
-    folder: Path,
-    outputs: Path,
-    environment: dict[str, str],
-    tiny: bool = False,
-    stdout: str = "kept",
-    prepare: Callable[[], None] | None = None,
-) -> None:
+def run_as_main(name, words, folder, outputs, environment, tiny=False, stdout="kept", prepare=None) -> None:
     """In the fork: run the script in `folder`, perhaps with models of a few thousand weights under the names of the
     real ones, or a standard output that is "full", whose reader has "gone", or that knows "ascii" alone; `prepare` is
     called before."""
