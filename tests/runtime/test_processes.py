@@ -5,7 +5,6 @@ That they resume bit-exactly, alone or as two: tests/training/test_resume.py.
 
 import contextlib
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -101,7 +100,7 @@ def test_an_error_is_one_line_for_all_processes(tmp_path, options, more, tells):
     assert not [path for path in tmp_path.iterdir() if path.suffix in (".pt", ".jsonl")]
 
 
-def test_a_run_that_torchrun_stopped_resumes_as_one_process(tmp_path, options, capfd):
+def test_a_run_that_torchrun_stops_is_saved_and_says_where(tmp_path, options):
     arguments = options(tmp_path, "--num_epochs=1000")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     how = {"env": {**os.environ, "OMP_NUM_THREADS": "1"}, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -118,11 +117,6 @@ def test_a_run_that_torchrun_stopped_resumes_as_one_process(tmp_path, options, c
     state = torch.load(tmp_path / f"{STEM}.last.pt", weights_only=True)
     where = f"{STEM}.last.pt at epoch {state['epoch'] + 1}, step {state['step']}/5"
     assert output.endswith(f"{where}\n") and not (tmp_path / f"{STEM}.pt").exists()
-    state["run"]["num_epochs"] = state["epoch"] + 1  # so that little is left to do
-    torch.save(state, tmp_path / f"{STEM}.last.pt")
-    assert train.main([*arguments[:-1], f"--num_epochs={state['epoch'] + 1}"]) == 0
-    assert re.search(f"{where}; it was saved with processes 2, not 1.*: the result may differ", capfd.readouterr().out)
-    assert len(result(tmp_path)[1]) == state["epoch"] + 1
 
 
 def test_an_incomplete_environment_of_torchrun_is_one_line(monkeypatch):
