@@ -86,10 +86,8 @@ def test_the_key_changes_with_all_that_logits_depend_on(make, monkeypatch):
 
 ONES = np.ones((COUNT, 10), np.float16)
 FOREIGN = {
-    "empty": lambda path, key: path.write_bytes(b""),
     "half": lambda path, key: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
-    "a bit flipped in the logits": lambda path, key: flip_bit(path, 300),
-    "a bit flipped in the directory": lambda path, key: flip_bit(path, path.read_bytes().index(b"PK\1\2") + 11),
+    "a bit flipped": lambda path, key: flip_bit(path, 300),
     "an array": lambda path, key: np.lib.format.open_memmap(path, "w+", np.float16, (COUNT, 10)),
     "another key": lambda path, key: write_logits(path.parent, path.name, ONES, "other"),
     "other classes": lambda path, key: write_logits(path.parent, path.name, ONES[:, :9], key),
