@@ -9,7 +9,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import made_up
@@ -73,8 +73,22 @@ def no_figures(monkeypatch):
 
 
 @pytest.fixture
-def learn(request, digits, tiny_models, no_figures, tmp_path, monkeypatch):
-    """A function that runs train.py over 40 digits for one epoch in the test's folder; its exit code.
+def output_of(capfd):
+    """A function that runs a script's main(), which must end with a code: its stdout, or of an error its one line."""
+
+    def run(main: Callable, words: Sequence, code: int = 0) -> str:
+        capfd.readouterr()  # of what ran before
+        assert main(words) == code
+        out, err = capfd.readouterr()
+        assert code != 2 or err.count("\n") == 1, err
+        return err if code == 2 else out
+
+    return run
+
+
+@pytest.fixture
+def learn(request, digits, tiny_models, no_figures, tmp_path, monkeypatch, output_of):
+    """A function that runs train.py over 40 digits for one epoch in the test's folder, and gives its output.
 
     Further options are those that the test's module calls LEARN.
     """
@@ -82,7 +96,7 @@ def learn(request, digits, tiny_models, no_figures, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = ["--dataset=digits", f"--data_path={digits}", "--device=cpu", "--precision=fp32"]
     options += ["--subset=40", "--batch_size=8", "--num_epochs=1", *getattr(request.module, "LEARN", [])]
-    return lambda *words: train.main([*options, *words])
+    return lambda *words, code=0: output_of(train.main, [*options, *words], code)
 
 
 @pytest.fixture(scope="session")
@@ -108,13 +122,6 @@ def assert_one_line(done: subprocess.CompletedProcess, tells: str) -> None:
     assert len(lines) == 1, done.stderr
     assert re.match(r"(train|test)\.py: error: ", lines[0])
     assert re.search(tells, lines[0], re.IGNORECASE), lines[0]
-
-
-def one_line(capfd) -> str:
-    """What was written to stderr, which is one line."""
-    error = capfd.readouterr().err
-    assert error.count("\n") == 1
-    return error
 
 
 # Importing torch takes seconds, a run here less: a process that did it once forks, and the fork runs the script as

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import forked, one_line
+from conftest import forked
 from made_up import CPU, KD, STUDENT, TEACHER, TinyTeacher, cells, content_of, random_images, run_of, tiny_student
 from PIL import Image
 
@@ -41,23 +41,23 @@ DATA = made_up_data("cifar10")
 
 
 @pytest.fixture
-def evaluate(tiny_models, no_figures, tmp_path, monkeypatch):
-    """A function that runs test.py in a folder over made-up images, with tiny models; its exit code."""
+def evaluate(tiny_models, no_figures, tmp_path, monkeypatch, output_of):
+    """A function that runs test.py in a folder over made-up images, with tiny models, and gives its output."""
     monkeypatch.setattr(test_script, "load_images", lambda name, *_, **__: made_up_data(name))
     monkeypatch.setattr(test_script, "PUBLISHED", tmp_path / "published")
     monkeypatch.chdir(tmp_path)
-    return lambda *words: test_script.main(["--device=cpu", "--precision=fp32", *words])
+    return lambda *words, code=0: output_of(test_script.main, ["--device=cpu", "--precision=fp32", *words], code)
+
+
+def report() -> dict:
+    """The numbers of the last report that was written to this file."""
+    return json.loads(Path("report.json").read_text())
 
 
 @pytest.fixture
 def report_of(evaluate):
     """A function that runs test.py and gives the numbers of its report."""
-
-    def run(*arguments) -> dict:
-        assert evaluate(*arguments, "--json=report.json") == 0
-        return json.loads(Path("report.json").read_text())
-
-    return run
+    return lambda *words: evaluate(*words, "--json=report.json") and report()
 
 
 def save(command: str = "", name: str = "", folder: str = "weights", weights: int = 0, **changes) -> Path:
@@ -79,26 +79,23 @@ def save_logits(folder: Path, logits: torch.Tensor, name: str = "test.npz") -> N
     describe_logits(folder, DATA.spec, "mine")
 
 
-def test_the_first_line_repeats_the_logs_last_line(learn, digits, capfd):
+def test_the_first_line_repeats_the_logs_last_line(learn, output_of, digits):
     words = ["--dataset=digits", f"--data_path={digits}", "--subset=40", "--device=cpu", "--precision=fp32"]
     for which in ("--tto", "--kd"):
-        assert learn(which, "--num_epochs=2") == 0
-        capfd.readouterr()
-        assert test_script.main([*words, which, "--json=report.json"]) == 0
+        learn(which, "--num_epochs=2")
+        output = output_of(test_script.main, [*words, which, "--json=report.json"])
         name = name_of(config.parse_test([*words, which])).stem
         _, lines = parse_log(Path("plots", f"{name}.jsonl").read_text())
-        logged, numbers = lines[-1]["test"], json.loads(Path("report.json").read_text())
+        logged, numbers = lines[-1]["test"], report()
         assert logged == {"loss": numbers["loss"], "top1": 100 * numbers["top1"], "top5": 100 * numbers["top5"]}
         first = f"test loss {logged['loss']:.4f} top1 {logged['top1']:.2f}% top5 {logged['top5']:.2f}%\n"
-        output = capfd.readouterr().out
         assert output.startswith(first) and f"plots/{name}_confusion.png, plots/{name}_reliability.png" in output
 
 
-def test_report_of_a_student_and_its_fidelity_to_the_teacher(evaluate, capfd):
+def test_report_of_a_student_and_its_fidelity_to_the_teacher(evaluate):
     own, other = save("--tto", weights=3), save("--tto", "other.pt", weights=4)
     path = save("--kd", weights=2, teacher=fingerprint_of(own))
-    assert evaluate("--kd", "True", "--json=new/report.json") == 0
-    output = capfd.readouterr().out
+    output = evaluate("--kd", "True", "--json=new/report.json")
     numbers = json.loads(Path("new/report.json").read_text())
     assert set(numbers) == KEYS | FIDELITY
     assert "not compared with" not in output and "is not the teacher" not in output
@@ -108,13 +105,12 @@ def test_report_of_a_student_and_its_fidelity_to_the_teacher(evaluate, capfd):
     assert numbers["bytes"] == path.stat().st_size
     (agreement,) = [line for line in output.splitlines() if "top-1 agreement" in line]
     assert agreement.split("|")[2].strip() == f"{100 * numbers['agreement']:.2f}%"
-    assert evaluate("--kd", f"--teacher={other}") == 0
-    assert f"{other} is not the teacher that this student learned from" in capfd.readouterr().out
+    assert f"{other} is not the teacher that this student learned from" in evaluate("--kd", f"--teacher={other}")
 
 
-def test_a_student_with_omitted_classes_is_reported_before_and_after_the_correction(report_of, capfd):
+def test_a_student_with_omitted_classes_is_reported_before_and_after_the_correction(evaluate):
     save("--omit cat dog", weights=3)
-    numbers, output = report_of("--omit", "3", "dog"), capfd.readouterr().out
+    output, numbers = evaluate("--omit", "3", "dog", "--json=report.json"), report()
     corrected = {f"corrected_{name}" for name in ("top1", "top1_omitted", "top1_others", "per_class")}
     assert set(numbers) == KEYS | corrected | {"top1_omitted", "top1_others", "bias"}
     model = checkpoint.load_weights(tiny_student(), checkpoint.load(Path("weights/student_omit_cat_dog.pt"))).eval()
@@ -125,11 +121,12 @@ def test_a_student_with_omitted_classes_is_reported_before_and_after_the_correct
     assert f"added to the logits: cat {cat:+.2f}, dog {dog:+.2f}\n" in output
     assert Path("plots/student_omit_cat_dog_omitted.png").exists()
     save("--omit cat dog", weights=3, images="c" * 16)
-    assert set(report_of("--omit", "3", "dog")) == KEYS | {"top1_omitted", "top1_others"}
-    assert "added to the logits: none, the student was trained on other images\n" in capfd.readouterr().out
+    output = evaluate("--omit", "3", "dog", "--json=report.json")
+    assert set(report()) == KEYS | {"top1_omitted", "top1_others"}
+    assert "added to the logits: none, the student was trained on other images\n" in output
 
 
-def test_a_teacher_that_cannot_be_used_is_left_out_and_a_named_one_is_an_error(report_of, evaluate, capfd):
+def test_a_teacher_that_cannot_be_used_is_left_out_and_a_named_one_is_an_error(evaluate):
     save()
     Path("weights/torn.pt").write_text("torn")
     save("--tto --dataset=cifar100", "others.pt")
@@ -145,32 +142,31 @@ def test_a_teacher_that_cannot_be_used_is_left_out_and_a_named_one_is_an_error(r
         Path("weights/teacher.pt").unlink(missing_ok=True)
         if (file := Path("weights", name)).exists():
             Path("weights/teacher.pt").symlink_to(file.name)
-        assert set(report_of()) == KEYS
-        output = capfd.readouterr().out
+        output = evaluate("--json=report.json")
+        assert set(report()) == KEYS
         told = tells.replace(name, "teacher.pt").replace("no checkpoint", "no teacher")  # which names the command
         assert f"not compared with the teacher: {told}" in output and "Fidelity" not in output
         Path("report.json").unlink()
-        assert evaluate(f"--teacher={file}", "--json=report.json") == 2
-        assert tells in one_line(capfd) and not Path("report.json").exists()
+        assert tells in evaluate(f"--teacher={file}", "--json=report.json", code=2)
+        assert not Path("report.json").exists()
 
 
-def test_a_folder_of_logits_is_a_teacher_without_a_cost(report_of, evaluate, capfd):
+def test_a_folder_of_logits_is_a_teacher_without_a_cost(evaluate):
     teacher = save("--tto", weights=3)
     save("--kd", weights=2, teacher="of its model")
-    beside_its_model = report_of("--kd", f"--teacher={teacher}")
-    assert "ratio |" in capfd.readouterr().out
+    assert "ratio |" in evaluate("--kd", f"--teacher={teacher}", "--json=report.json")
+    beside_its_model = report()
     model = TinyTeacher()
     model.load_state_dict(checkpoint.load(teacher)["model"])
     logits = comparison.held_out_logits(model.eval(), DATA.test, DATA.spec, CPU)
     save_logits(Path("my_logits"), logits)
-    beside_its_logits = report_of("--kd", "--teacher=my_logits")
-    output = capfd.readouterr().out
+    output, beside_its_logits = evaluate("--kd", "--teacher=my_logits", "--json=report.json"), report()
     assert "ratio |" not in output and "is not the teacher" not in output
     assert {key: beside_its_logits[key] for key in FIDELITY} == {key: beside_its_model[key] for key in FIDELITY}
     save_logits(Path("few"), logits[:12])
     save_logits(Path("none"), logits, name="00.npz")
     for name, tells in (("few", "has the logits of 12 images, not 20"), ("none", "none/test.npz: No such file")):
-        assert evaluate("--kd", f"--teacher={name}") == 2 and tells in one_line(capfd)
+        assert tells in evaluate("--kd", f"--teacher={name}", code=2)
 
 
 def test_logits_of_one_holdout_are_not_taken_for_those_of_another(report_of):
@@ -184,16 +180,14 @@ def test_logits_of_one_holdout_are_not_taken_for_those_of_another(report_of):
     assert report_of("--holdout=4", f"--teacher={teacher}") == after_another
 
 
-def test_nothing_is_evaluated_on_held_out_images_that_it_was_trained_on(evaluate, capfd):
+def test_nothing_is_evaluated_on_held_out_images_that_it_was_trained_on(evaluate):
     seen, fair = save("--tto"), save("--tto --holdout=8")
     save("--holdout=8")
-    assert evaluate("--holdout=8", f"--teacher={seen}") == 2
-    assert f"the teacher {seen} was trained on images that --holdout 8 holds out: " in one_line(capfd)
-    assert evaluate("--holdout=8", f"--teacher={fair}") == 0
-    assert evaluate("--compare", "--holdout=8") == 0
-    assert str(seen) not in capfd.readouterr().out
-    assert evaluate("--tto", "--holdout=8", f"--teacher={seen}") == 2
-    assert f"contains {TEACHER} of cifar10, not {TEACHER}, holdout 8 of" in one_line(capfd)
+    error = evaluate("--holdout=8", f"--teacher={seen}", code=2)
+    assert f"the teacher {seen} was trained on images that --holdout 8 holds out: " in error
+    assert str(seen) not in evaluate("--holdout=8", f"--teacher={fair}") + evaluate("--compare", "--holdout=8")
+    error = evaluate("--tto", "--holdout=8", f"--teacher={seen}", code=2)
+    assert f"contains {TEACHER} of cifar10, not {TEACHER}, holdout 8 of" in error
 
 
 def test_each_model_is_evaluated_in_the_precision_of_its_training(evaluate, monkeypatch):
@@ -214,7 +208,7 @@ def test_each_model_is_evaluated_in_the_precision_of_its_training(evaluate, monk
     assert found == 2 * [(TinyTeacher, "fp32"), (type(tiny_student()), "bf16")]
 
 
-def test_each_run_is_found_by_its_options_and_by_its_file(report_of, evaluate):
+def test_each_run_is_found_by_its_options_and_by_its_file(report_of):
     commands = ["--tto", "--tto --seed 7", "", "--kd", "--kd --temp 20 --seed 7", "--kd --subset 40",
                 "--tto --holdout 8", "--kd --temp 5.0000001", "--dataset digits"]  # fmt: skip
     for i, command in enumerate(commands):
@@ -234,23 +228,21 @@ def test_each_run_is_found_by_its_options_and_by_its_file(report_of, evaluate):
     assert len(losses) == len(commands)
     assert report_of("--name=a05")["checkpoint"] == "weights/a05/student.pt"
     assert report_of("--name=new", "--tto")["checkpoint"] == "weights/teacher.pt", "--all shares it"
-    assert evaluate("--checkpoint=none.pt") == 2
 
 
-def test_without_a_checkpoint_of_ones_own_the_published_one_is_evaluated(report_of, evaluate, capfd, tmp_path):
+def test_without_a_checkpoint_of_ones_own_the_published_one_is_evaluated(report_of, evaluate, tmp_path):
     published = save(folder=tmp_path / "published" / "cifar10", weights=1)
     save("--kd", folder=published.parent, weights=2)
-    assert report_of()["checkpoint"] == str(published)
-    lines = capfd.readouterr().out.splitlines()
+    lines = evaluate("--json=report.json").splitlines()
+    assert report()["checkpoint"] == str(published)
     assert lines[0] == f"weights/student.pt does not exist: evaluating the published {published}"
     assert lines[1].startswith("test loss ")
     assert report_of("--kd", "True")["checkpoint"].endswith("published/cifar10/student_kd_t5.pt")
     for words in ("--weights_path=weights", "--name=a05", "--tto", "--seed=7", "--kd --temp=7", "--dataset=digits"):
-        assert evaluate(*words.split()) == (0 if words == "--weights_path=weights" else 2), words  # the default
-    capfd.readouterr()
+        evaluate(*words.split(), code=0 if words == "--weights_path=weights" else 2)  # the default
     save(weights=3)
-    assert report_of()["checkpoint"] == "weights/student.pt"
-    assert "published" not in capfd.readouterr().out
+    assert "published" not in evaluate("--json=report.json")
+    assert report()["checkpoint"] == "weights/student.pt"
 
 
 FULL = "test.py: error: can't write to standard output: No space left on device; all files saved so far are complete\n"
@@ -272,37 +264,34 @@ def test_a_table_that_cannot_be_printed_is_in_its_file(stdout, code, stderr, dig
         assert "% ? " in done.stdout and "saved " in done.stdout and done.stdout.isascii()
 
 
-def test_a_picture_is_classified_by_student_and_teacher_without_a_data_set(evaluate, capfd, monkeypatch):
+def test_a_picture_is_classified_by_student_and_teacher_without_a_data_set(evaluate, monkeypatch):
     monkeypatch.setattr(test_script, "load_images", None)
     save()
     save("--tto")
     Image.new("RGB", (50, 40), "blue").save("blue_$x$.png")
-    assert evaluate("--image", "blue_$x$.png") == 0
-    output = capfd.readouterr().out
+    output = evaluate("--image", "blue_$x$.png")
     assert STUDENT in output and TEACHER in output and "blue_$x$.png" in output
     assert Path("plots/student_images.png").exists()
-    assert evaluate("--image", "blue_$x$.png", "--checkpoint=weights/teacher.pt") == 0
-    output = capfd.readouterr().out
+    output = evaluate("--image", "blue_$x$.png", "--checkpoint=weights/teacher.pt")
     assert "Student" not in output and TEACHER in output
     assert Path("plots/teacher_images.png").exists()
     Path("weights/teacher.pt").unlink()
-    assert evaluate("--image", "blue_$x$.png") == 0
-    assert "not compared with the teacher: no teacher weights/teacher.pt" in capfd.readouterr().out
+    told = "not compared with the teacher: no teacher weights/teacher.pt"
+    assert told in evaluate("--image", "blue_$x$.png")
     Path("text.png").write_text("no picture")
-    assert evaluate("--image", "text.png") == 2
-    assert one_line(capfd).endswith("error: text.png: damaged, or not a picture that Pillow can read\n")
+    told = "error: text.png: damaged, or not a picture that Pillow can read\n"
+    assert evaluate("--image", "text.png", code=2).endswith(told)
 
 
-def test_probabilities_are_softened(evaluate, capfd, monkeypatch):
+def test_probabilities_are_softened(evaluate, monkeypatch):
     save()
     save("--tto")
     drawn = []
     monkeypatch.setattr(figures, "plot_pictures", lambda *arguments: drawn.append(arguments))
-    assert evaluate("--tto", "True", "--soften", "1", "5", "20") == 0
+    told = evaluate("--tto", "True", "--soften", "1", "5", "20")
     (pixels, names, answers, classes, path), labels = drawn[0], DATA.test.labels.tolist()
     rows = sorted(labels.index(label) for label in set(labels))[:4]
     assert (pixels == DATA.test.pixels[rows].numpy()).all() and path.name == "teacher_softened.png"
-    told = capfd.readouterr().out
     assert names == [f"{classes[labels[row]]} (test {row})" for row in rows] and names[3] in told
     assert told.startswith("over 20 images, at\nT = 1: mean largest probability ")
     assert told.count(" of log C = 2.30") == 3
@@ -310,8 +299,8 @@ def test_probabilities_are_softened(evaluate, capfd, monkeypatch):
     plain, soft, _ = answers.values()
     torch.testing.assert_close(soft, (plain.log() / 5).softmax(1))
     Image.new("RGB", (50, 40), "blue").save("blue.png")
-    assert evaluate("--image", "blue.png", "--soften", "2.5") == 0
-    assert evaluate("--image", "blue.png") == 0
+    evaluate("--image", "blue.png", "--soften", "2.5")
+    evaluate("--image", "blue.png")
     softened, answers = drawn[1][2], drawn[2][2]
     assert drawn[1][1] == ["blue.png"] and list(softened) == [f"{STUDENT}, T = 2.5"]
     assert list(answers) == [STUDENT, TEACHER]
@@ -319,13 +308,11 @@ def test_probabilities_are_softened(evaluate, capfd, monkeypatch):
 
 
 @pytest.fixture
-def compare(evaluate, capfd):
+def compare(evaluate):
     """A function that runs test.py --compare and gives the rows, their labels in order, and what it printed."""
 
     def run(*arguments) -> tuple[list[dict], list[str], str]:
-        capfd.readouterr()
-        assert evaluate("--compare", "True", *arguments) == 0
-        output = capfd.readouterr().out
+        output = evaluate("--compare", "True", *arguments)
         folder = output.split("\nsaved ")[1].split(":")[0]
         rows = json.loads(Path(folder, "results.json").read_text())["rows"]
         assert Path(folder, "results.md").read_text() in output
@@ -394,7 +381,7 @@ def test_students_of_two_teachers_are_two_rows_each_beside_its_own(report_of, co
     assert kl == pytest.approx(second, rel=0.01), "a baseline is compared with the teacher of its student with KD"
 
 
-def test_with_a_teacher_its_own_students_and_those_without_kd_are_shown(compare, evaluate, capfd):
+def test_with_a_teacher_its_own_students_and_those_without_kd_are_shown(compare, evaluate):
     wanted = save("--tto --subset=30", folder="elsewhere", weights=1)
     other = save("--tto --seed=7", weights=2)
     save(weights=3)
@@ -402,13 +389,13 @@ def test_with_a_teacher_its_own_students_and_those_without_kd_are_shown(compare,
     save("--kd --temp=20", weights=5, teacher=fingerprint_of(other))
     assert compare(f"--teacher={wanted}")[1] == [f"{TEACHER}, subset 30", STUDENT, KD]
     torch.save([torch.zeros(2)], "foreign.pt")
-    assert evaluate("--compare", "True", "--teacher=foreign.pt") == 2
-    assert one_line(capfd).startswith("__main__.py: error: foreign.pt is not a checkpoint of this project")
+    error = evaluate("--compare", "True", "--teacher=foreign.pt", code=2)
+    assert error.startswith("__main__.py: error: foreign.pt is not a checkpoint of this project")
     torch.save(checkpoint.load(wanted)["model"], "state.pt")
     assert compare("--teacher=state.pt")[1] == [STUDENT, KD]
     assert compare(f"--teacher={other}")[1] == [TEACHER, STUDENT, "Student (with KD, Temp = 20)"]
-    assert evaluate("--compare", "True", "--teacher=none.pt") == 2
-    assert one_line(capfd).endswith("error: no checkpoint none.pt: check the path\n")
+    error = evaluate("--compare", "True", "--teacher=none.pt", code=2)
+    assert error.endswith("error: no checkpoint none.pt: check the path\n")
 
 
 def test_what_cannot_be_compared_is_named_and_left_out(compare):

@@ -31,10 +31,9 @@ def table_of(folder: Path) -> dict:
     return table
 
 
-def test_stopped_after_each_run_it_gives_the_same_table(learn, tmp_path, monkeypatch, capfd):
+def test_stopped_after_each_run_it_gives_the_same_table(learn, tmp_path, monkeypatch):
     words = [*ALL, "--seed=7", "--seeds=2"]
-    assert learn(*words) == 0
-    output = capfd.readouterr().out
+    output = learn(*words)
     assert output.startswith("5 runs, 0 of them finished\n") and "Gain of KD" in output
     assert "the teacher is weights/digits_teacher_subset40.pt (seed 42)\n" in output
     assert len(re.findall(r"img/s, about \d:\d\d:\d\d left for all runs\n", output)) == 4, "of each student's epoch"
@@ -51,10 +50,8 @@ def test_stopped_after_each_run_it_gives_the_same_table(learn, tmp_path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(train, "train", train_one)
         for _ in RUNS:
-            assert learn(*words) == 128 + 15
-    capfd.readouterr()
-    assert learn(*words) == 0
-    assert (output := capfd.readouterr().out).startswith("5 runs, 5 of them finished\n")
+            learn(*words, code=128 + 15)
+    assert (output := learn(*words)).startswith("5 runs, 5 of them finished\n")
     assert re.findall(r"(\S+): already finished", output) == [f"digits_{run}_subset40" for run in RUNS]
     Path("weights/digits_student_kd_t5_seed7_subset40.pt").rename("kd.pt")
     Path("weights/digits_student_seed7_subset40.pt").unlink()
@@ -65,7 +62,7 @@ def test_stopped_after_each_run_it_gives_the_same_table(learn, tmp_path, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "train", train_beside_another)
-        assert learn(*words) == 0, "a run that finished meanwhile is not trained again"
+        learn(*words)  # a run that finished meanwhile is not trained again
     assert table_of(stopped) == expected
     assert [checkpoint.fingerprint(load(name)["model"]) for name in RUNS] == weights
 
@@ -79,10 +76,9 @@ def test_the_time_left_is_of_all_epochs_and_the_logits_that_are_missing(later, e
     assert train.seconds_left([fewer], run, teacher, 1, 4.0, 1.0) == 5 + 4 * 2 + 3 * 20, "a quarter of the images"
 
 
-def test_the_papers_experiments(learn, tmp_path, capfd):
+def test_the_papers_experiments(learn, tmp_path):
     words = ["--omit", "5", "--student_images", "20", "27", "--temp", "1", "2", "20"]
-    assert learn("--all", *words, "--seeds=2") == 0
-    told, folder = capfd.readouterr().out, tmp_path / "plots" / "results_digits_subset40_omit_5_images20_27"
+    told, folder = learn("--all", *words, "--seeds=2"), tmp_path / "plots/results_digits_subset40_omit_5_images20_27"
     figures = {"omitted.png", "images.png", "temperatures.png"}
     assert figures < {path.name for path in folder.iterdir()} and ", omitted.png, images.png, temp" in told
     results = json.loads((folder / "results.json").read_text())
@@ -116,7 +112,7 @@ def test_students_of_a_seed_differ_in_the_loss_alone(learn, monkeypatch):
 
     monkeypatch.setattr(train, "train_epoch", train_epoch)
     monkeypatch.setattr(utils.Views, "images", images)
-    assert learn(*ALL, "--seeds=2", "--loss", "kd", "dkd") == 0
+    learn(*ALL, "--seeds=2", "--loss", "kd", "dkd")
     names = [f"student{kd}{seed}" for seed in ("", "_seed43") for kd in ("", "_kd_t5", "_dkd_t5")]
     assert [*runs] == [f"digits_{name}_subset40" for name in ("teacher", *names)]
     _, *students = runs.values()
@@ -129,28 +125,27 @@ def test_students_of_a_seed_differ_in_the_loss_alone(learn, monkeypatch):
     assert students[3][1] != students[0][1], "another seed, another order"
 
 
-def test_it_distils_the_teacher_that_is_there_and_replaces_no_students_of_another(learn, tmp_path, capfd):
-    assert learn("--tto", "--num_epochs=2") == learn(*ALL) == 0
+def test_it_distils_the_teacher_that_is_there_and_replaces_no_students_of_another(learn, tmp_path):
+    learn("--tto", "--num_epochs=2")
+    learn(*ALL)
     teacher = checkpoint.fingerprint(load("teacher")["model"])
     assert load("teacher")["run"]["num_epochs"] == 2 and load("student_kd_t5")["run"]["teacher"] == teacher
     before = snapshot(tmp_path / "weights")
-    assert learn(*ALL) == 0
-    assert capfd.readouterr().out.count("already finished") == 1 + 3 and snapshot(tmp_path / "weights") == before
-    assert learn("--tto", "--resume=False", "--num_epochs=1") == 0
-    assert learn(*ALL) == 2
-    error = capfd.readouterr().err
+    assert learn(*ALL).count("already finished") == 1 + 3 and snapshot(tmp_path / "weights") == before
+    learn("--tto", "--resume=False", "--num_epochs=1")
+    error = learn(*ALL, code=2)
     assert f"teacher {teacher[:8]}, not " in error and "--name" in error and "--resume False" in error
-    assert error.count("\n") == 1 and load("student_kd_t5")["run"]["teacher"] == teacher
+    assert load("student_kd_t5")["run"]["teacher"] == teacher
     Path("weights/digits_teacher_subset40.last.pt").write_text("a longer training, interrupted")
     new = [*ALL, "--name=new", "--num_epochs=3"]
-    assert learn(*new) == 0
+    learn(*new)
     assert load("teacher")["run"]["num_epochs"] == 1 and load("student", folder="weights/new")["run"]["num_epochs"] == 3
     assert load("student_kd_t5", folder="weights/new")["run"]["teacher"] != teacher
-    assert learn("--seed=44", "--num_epochs=2", "--name=new") == 0
+    learn("--seed=44", "--num_epochs=2", "--name=new")
     state = load("student_seed44", folder="weights/new")
     for _ in ("finished", "unfinished"):
         before = snapshot(tmp_path)
-        assert learn(*new, "--seeds=3") == 2, "seed 44 has other options"
+        learn(*new, "--seeds=3", code=2)  # seed 44 has other options
         assert snapshot(tmp_path) == before, "told before seed 43 is trained"
         state["path"].unlink(missing_ok=True)
         state.pop("metrics", None)
@@ -158,9 +153,9 @@ def test_it_distils_the_teacher_that_is_there_and_replaces_no_students_of_anothe
 
 
 def test_a_name_is_of_the_students_and_a_holdout_of_the_teacher_too(learn, tmp_path):
-    assert learn(*ALL) == 0
+    learn(*ALL)
     before = snapshot(tmp_path)
-    assert learn(*ALL, "--name=a05", "--alpha=0.5") == 0
+    learn(*ALL, "--name=a05", "--alpha=0.5")
     named = snapshot(tmp_path)
     new = [Path(path).relative_to(tmp_path) for path in named.keys() - before.keys()]
     assert {path.parts[:2] for path in new} == {("weights", "a05"), ("plots", "a05")}
@@ -168,7 +163,7 @@ def test_a_name_is_of_the_students_and_a_holdout_of_the_teacher_too(learn, tmp_p
     assert Path("plots/a05/results_digits_subset40/results.md") in new
     teacher = checkpoint.fingerprint(load("teacher")["model"])
     assert load("student_kd_t5", folder="weights/a05")["run"]["teacher"] == teacher
-    assert learn(*ALL, "--holdout=8") == 0
+    learn(*ALL, "--holdout=8")
     assert before.items() <= named.items() <= snapshot(tmp_path).items(), "what was there stays"
     teacher, student = (load(name, "_subset40_holdout8") for name in ("teacher", "student_kd_t5"))
     assert teacher["run"]["holdout"] == 8 and student["run"]["teacher"] == checkpoint.fingerprint(teacher["model"])
@@ -176,12 +171,11 @@ def test_a_name_is_of_the_students_and_a_holdout_of_the_teacher_too(learn, tmp_p
     assert text.count(", subset 40, holdout 8 ") >= 3
 
 
-def test_all_with_a_teacher_trains_no_other_and_shows_it_in_the_table(learn, tmp_path, capfd):
-    assert learn(*ALL, "--teacher=none.pt") == 2
-    assert "no checkpoint none.pt" in capfd.readouterr().err and not Path("weights").exists()
-    assert learn("--tto", "--subset=80", "--holdout=8") == 0
+def test_all_with_a_teacher_trains_no_other_and_shows_it_in_the_table(learn, tmp_path):
+    assert "no checkpoint none.pt" in learn(*ALL, "--teacher=none.pt", code=2) and not Path("weights").exists()
+    learn("--tto", "--subset=80", "--holdout=8")
     path = Path("weights/digits_teacher_subset80_holdout8.pt").rename("mine.pt")
-    assert learn(*ALL, f"--teacher={path}") == 0, "all are evaluated on the students' images"
+    learn(*ALL, f"--teacher={path}")  # all are evaluated on the students' images
     assert not list(tmp_path.glob("weights/*teacher*.pt"))
     rows = table_of(tmp_path)["rows"]
     assert [row["model"].split(" (")[0] for row in rows] == ["Teacher", "Student", "Student"]
