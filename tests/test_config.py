@@ -53,11 +53,9 @@ def test_an_omitted_class_is_a_name_or_else_a_number():
 
 def test_what_belongs_together_is_accepted():
     for command in (
-        "train.py --all True --teacher my.pt --temp 5 20 --loss kd ls --seeds 3 --matched True --name a05",
         "train.py --kd True --loss dkd --kd_weight 0 0 --ce_weight 1",
         "train.py --tto True --kd False --flip False --views 81",
         "train.py --dataset digits --flip True --views 162 --all True --alpha 0",
-        "test.py --compare True --teacher my.pt --subset 40 --name a05",
         "test.py --checkpoint my.pt --skip_broken True --teacher t.pt --json r.json",
     ):
         script, *words = shlex.split(command)
