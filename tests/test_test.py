@@ -73,12 +73,6 @@ def fingerprint_of(path: Path) -> str:
     return checkpoint.fingerprint(checkpoint.load(path)["model"])
 
 
-def save_logits(folder: Path, logits: torch.Tensor, name: str = "test.npz") -> None:
-    """A folder of a teacher's logits of the test images, as another project may write it."""
-    write_logits(folder, name, logits.half().numpy(), "mine")
-    describe_logits(folder, DATA.spec, "mine")
-
-
 def test_the_first_line_repeats_the_logs_last_line(learn, output_of, digits):
     words = ["--dataset=digits", f"--data_path={digits}", "--subset=40", "--device=cpu", "--precision=fp32"]
     for which in ("--tto", "--kd"):
@@ -159,12 +153,12 @@ def test_a_folder_of_logits_is_a_teacher_without_a_cost(evaluate):
     model = TinyTeacher()
     model.load_state_dict(checkpoint.load(teacher)["model"])
     logits = comparison.held_out_logits(model.eval(), DATA.test, DATA.spec, CPU)
-    save_logits(Path("my_logits"), logits)
+    for folder, name, given in (("my_logits", "test", logits), ("few", "test", logits[:12]), ("none", "00", logits)):
+        write_logits(Path(folder), f"{name}.npz", given, "mine")
+        describe_logits(Path(folder), DATA.spec, "mine")
     output, beside_its_logits = evaluate("--kd", "--teacher=my_logits", "--json=report.json"), report()
     assert "ratio |" not in output and "is not the teacher" not in output
     assert {key: beside_its_logits[key] for key in FIDELITY} == {key: beside_its_model[key] for key in FIDELITY}
-    save_logits(Path("few"), logits[:12])
-    save_logits(Path("none"), logits, name="00.npz")
     for name, tells in (("few", "has the logits of 12 images, not 20"), ("none", "none/test.npz: No such file")):
         assert tells in evaluate("--kd", f"--teacher={name}", code=2)
 
