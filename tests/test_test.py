@@ -243,12 +243,10 @@ FULL = "test.py: error: can't write to standard output: No space left on device;
 
 
 @pytest.mark.parametrize("stdout, code, stderr", [("gone", 128 + 13, ""), ("full", 2, FULL), ("ascii", 0, "")])
-def test_a_table_that_cannot_be_printed_is_in_its_file(stdout, code, stderr, digits, tmp_path):
+def test_a_table_that_cannot_be_printed_is_in_its_file(stdout, code, stderr, digits, tiny_models, tmp_path):
     spec = load_images("digits", digits, CPU).spec
     for seed in (42, 43):
-        run = run_of(f"--dataset=digits --subset=40 --seed={seed}", images=spec.fingerprint)
-        content = content_of(run, model=tiny_student()) | {"data": describe_data(spec)}
-        checkpoint.save(tmp_path / "weights" / f"{run.stem}.pt", content)
+        save(f"--dataset=digits --subset=40 --seed={seed}", folder=tmp_path / "weights", images=spec.fingerprint)
     words = ["--compare", "--dataset=digits", "--subset=40", f"--data_path={digits}", "--device=cpu"]
     done = forked("test.py", *words, folder=tmp_path, tiny=True, stdout=stdout)
     assert (done.returncode, done.stderr) == (code, stderr)
