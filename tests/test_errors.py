@@ -111,8 +111,6 @@ NO_CIFAR10 = "no complete CIFAR10 in data, and the download from https://www.cs.
 WRONG_INPUTS = {
     "device": ("train.py --device cuda:99", "--device cuda:99: this machine has"),
     "device for --sync_bn": (f"{TRAIN} --sync_bn True", "--sync_bn True needs CUDA devices: leave it out"),
-    "too few images": (f"{TRAIN} --omit 3 --student_images 8",
-                       "--student_images 8: give at least 9, one per class, and at most the 36 that are left"),
     "weights is a file": (TRAIN, "can't use weights as a folder: ", lambda at: (at / "weights").touch()),
     "plots is a file": (TRAIN, "can't use plots as a folder: ", lambda at: (at / "plots").touch()),
     "plots of a test": ("test.py", "can't use plots as a folder: ", lambda at: (at / "plots").touch()),

@@ -83,7 +83,6 @@ def test_the_key_changes_with_all_that_logits_depend_on(make, monkeypatch):
 
 ONES = np.ones((COUNT, 10), np.float16)
 FOREIGN = {
-    "half": lambda path, key: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
     "a bit flipped": lambda path, key: flip_bit(path, 300),
     "an array": lambda path, key: np.lib.format.open_memmap(path, "w+", np.float16, (COUNT, 10)),
     "another key": lambda path, key: write_logits(path.parent, path.name, ONES, "other"),
