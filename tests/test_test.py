@@ -50,7 +50,7 @@ def evaluate(tiny_models, no_figures, tmp_path, monkeypatch, output_of):
 
 
 def report() -> dict:
-    """The numbers of the last report that was written to this file."""
+    """The numbers that the last --json=report.json wrote."""
     return json.loads(Path("report.json").read_text())
 
 
