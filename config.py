@@ -108,7 +108,7 @@ class TestOptions(Options):
     image: tuple[Path, ...] | None = option(WHAT, "classify these pictures instead of the test images", file_name)
     soften: tuple[float, ...] | None = option(WHAT, "draw the probabilities of pictures at these temperatures", TEMP)
     json: Path | None = option(FILES, "also write the numbers of the report to this .json file", JSON)
-    export: Path | None = option(FILES, "also export the model as a torch.export program, .pt2", PT2)
+    export: Path | None = option(FILES, "only export the model, as a torch.export program, .pt2", PT2)
 
 
 # An option requires one of these.
@@ -123,6 +123,7 @@ EXCLUDES = {
     "checkpoint": "tto kd temp loss seed dataset size subset holdout compare name omit student_images",
     "compare": "tto kd temp loss seed image soften json export omit student_images",
     "soften": "json export",
+    "export": "json",
     "image": "subset holdout json export data_path skip_broken",
 }
 

@@ -85,16 +85,11 @@ def find_teacher(run: RunConfig, options, spec: DataSet, runtime: Runtime, tell:
 
 
 def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
-    """Print the report of one checkpoint and write its figures and files; an export needs no folder of images."""
+    """Print the report of one checkpoint and write its figures."""
     content = find_checkpoint(options, runtime)
-    run, path, pictures, saved = run_from(content["run"]), content["path"], options.data_path / "train", []
+    run, path = run_from(content["run"]), content["path"]
     runtime = as_trained(runtime, run, options.precision)
     model = load_model(content, runtime, options.student)
-    if options.export and runtime.is_main:
-        difference = inference.export_model(model, options.export, content["data"])
-        saved += [f"{options.export} (reloaded, its logits differ by at most {difference:.1g})"]
-    if options.export and not options.json and run.dataset == "folder" and not pictures.is_dir():
-        return runtime.print(f"saved {', '.join(saved)}; not evaluated, because there is no {pictures}")
     data = load_images(run.dataset, options.data_path, runtime, run.flip, options.skip_broken, size=run.size)
     if why := mismatch(content, run, data.spec, same_images=False):
         raise UserError(f"{path} {why}")
@@ -105,15 +100,18 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
     logits, numbers = measure_checkpoint(model, content, images, data, runtime)
     imitation = {}
     if teacher := find_teacher(run, options, data.spec, runtime, notes.append):
-        imitation = fidelity(logits, teacher.test_logits(images, run.holdout), images.labels)
+        try:
+            imitation = fidelity(logits, teacher.test_logits(images, run.holdout), images.labels)
+        except UserError as error:  # a folder of logits may have none of these images
+            notes.append(f"not compared with the teacher: {error}")
         if run.kd and teacher.model and run.teacher != teacher.fingerprint:  # a folder has one of its own
             notes.append(f"{teacher.path} is not the teacher that this student learned from")
     if not runtime.is_main:
         return
     cost = inference.measure_cost(model, path, runtime, run.size)
     teacher_cost = teacher and teacher.model and inference.measure_cost(teacher.model, teacher.path, runtime, run.size)
-    classes, title, stem = data.spec.classes, f"{run.title} on {run.dataset}", options.plots_folder / path.stem
-    saved += [figures.plot_confusion(numbers, classes, f"{title}: confusion", Path(f"{stem}_confusion.png"))]
+    classes, title, stem = data.spec.classes, f"{run.title} on {run.dataset}", figures_stem(path, options)
+    saved = [figures.plot_confusion(numbers, classes, f"{title}: confusion", Path(f"{stem}_confusion.png"))]
     saved += [figures.plot_reliability(logits, images.labels, f"{title}: reliability", Path(f"{stem}_reliability.png"))]
     if "bias" in numbers:
         saved += [figures.plot_omitted([content | {"measured": numbers}], Path(f"{stem}_omitted.png"))]
@@ -129,6 +127,22 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
     print(f"\n{report.fidelity_text(imitation)}\n" if imitation else "")
     print(report.cost_text(cost, teacher_cost))
     print(f"\nsaved {', '.join(map(str, saved))}")
+
+
+def figures_stem(path: Path, options: config.TestOptions) -> Path:
+    """The beginning of the paths of a checkpoint's figures: its subfolder of --weights_path is one of --plots_path."""
+    folder, weights = path.resolve().parent, options.weights_path.resolve()
+    subfolder = folder.relative_to(weights) if folder.is_relative_to(weights) else Path()
+    return options.plots_path / subfolder / path.stem
+
+
+def export(options: config.TestOptions, runtime: Runtime) -> None:
+    """Export the model of one checkpoint, for which no images are needed."""
+    content = find_checkpoint(options, runtime)
+    model = load_model(content, runtime, options.student)
+    if runtime.is_main:
+        difference = inference.export_model(model, options.export, content["data"])
+        print(f"saved {options.export} (reloaded, its logits differ by at most {difference:.1g})")
 
 
 def compare(options: config.TestOptions, runtime: Runtime) -> None:
@@ -147,14 +161,18 @@ def compare(options: config.TestOptions, runtime: Runtime) -> None:
 
 
 def find_checkpoints(options: config.TestOptions, name: RunName, runtime: Runtime) -> list[dict]:
-    """The finished checkpoints below --weights_path and its --name folder of runs on the images of `name`, in order.
+    """The finished checkpoints below the --name folder, and the teacher, of runs on the images of `name`, in order.
 
     With --teacher, that teacher, its students and those without KD. Files that can't be shown are named.
     """
     teacher = checkpoint.load(options.teacher, or_state_dict=True) if options.teacher else None
     contents = [finished(teacher)] if teacher and "run" in teacher else []
     taught_by = [None, checkpoint.fingerprint(teacher["model"])] if teacher else []
-    for path in sorted(options.weights_folder.rglob("*.pt")):
+    paths = {*options.weights_folder.rglob("*.pt")}
+    shared = options.weights_path / f"{name.teacher_name.stem}.pt"  # by all --name folders
+    if shared.exists():
+        paths.add(shared)
+    for path in sorted(paths):
         if path.name.endswith(".last.pt") or path == options.teacher:
             continue
         try:
@@ -190,9 +208,11 @@ def classify(options: config.TestOptions, runtime: Runtime) -> None:
         told = [report.softness_text(softness(logits, temp), temp, len(spec.classes)) for temp in options.soften]
         runtime.print(f"over {len(images):,} images, at", *told)
     if runtime.is_main:
-        path = options.plots_folder / f"{contents[0]['path'].stem}_{'softened' if options.soften else 'images'}.png"
+        stem, what = figures_stem(contents[0]["path"], options), "softened" if options.soften else "images"
+        path = Path(f"{stem}_{what}.png")
         figures.plot_pictures(images.pixels[rows].numpy(), names[: figures.PICTURES_SHOWN], answers, spec.classes, path)
-        print(f"{report.pictures_text(names, answers, spec.classes)}\nsaved {path}")
+        left_out = f" (the first {figures.PICTURES_SHOWN})" if len(names) > figures.PICTURES_SHOWN else ""
+        print(f"{report.pictures_text(names, answers, spec.classes)}\nsaved {path}{left_out}")
 
 
 def read_pictures(options: config.TestOptions, content: dict, runtime: Runtime) -> tuple[Images, list[int], list[str]]:
@@ -218,8 +238,13 @@ def main(argv: list | None = None) -> int:
 
 
 def run(options: config.TestOptions) -> None:
-    """The table of all checkpoints, the classes of pictures, or the report of one checkpoint."""
-    task = compare if options.compare else classify if options.image or options.soften else evaluate
+    """The table of all checkpoints, the classes of pictures, the export or the report of one checkpoint."""
+    if options.compare:
+        task = compare
+    elif options.image or options.soften:
+        task = classify
+    else:
+        task = export if options.export else evaluate
     for folder in filter(None, (options.plots_folder, options.json and options.json.parent)):
         make_folder(folder)  # fail before the evaluation, not after it
     with start(options.device, options.precision) as runtime:

@@ -331,8 +331,10 @@ def new_panels(title: str, ylabels: list[str], xlabel: str = "epoch", size: tupl
 def save_figure(axes, path: Path) -> Path:
     """Write the figure of `axes`, whose labels are the legend below it, to `path` as PNG, atomically."""
     handles, labels = axes.get_legend_handles_labels()
+    labels = [textwrap.fill(label, 85) for label in labels]
     if labels:
-        axes.figure.set_figheight(axes.figure.get_figheight() + 0.17 * len(labels))
+        lines = sum(label.count("\n") + 1 for label in labels)
+        axes.figure.set_figheight(axes.figure.get_figheight() + 0.17 * lines)
         axes.figure.legend(handles, labels, loc="outside lower center", fontsize=9)
     with writing(path) as temporary:
         axes.figure.savefig(temporary, dpi=120, format="png")

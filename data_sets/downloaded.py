@@ -1,6 +1,7 @@
 """The data sets that torchvision downloads."""
 
 import inspect
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ def read_torchvision(spec: DataSet, folder: Path) -> dict[str, tuple[np.ndarray,
             arrays[split] = as_arrays(found, spec.size)
         except ImportError as error:  # SciPy
             raise UserError(f"{spec.source} needs another package: {error}") from error
-        except (OSError, RuntimeError, EOFError) as error:  # a network, a disk, an archive
+        except (OSError, RuntimeError, EOFError, HTTPException) as error:  # a network, a disk, an archive
             url = getattr(dataset_class, "url", "its source")
             download = f"the download from {url} failed: {str(error) or type(error).__name__}"
             archive = f"put {dataset_class.filename} into {folder}, " if hasattr(dataset_class, "filename") else ""

@@ -77,7 +77,8 @@ def measure_all(
             model = load_model(content, in_training, student)
             logits, numbers = measure_checkpoint(model, content, images, data, in_training)
         except UserError as error:
-            runtime.print(f"left out: {error}")
+            named = str(content["path"]) in str(error)
+            runtime.print(f"left out: {error}" if named else f"left out: {content['path']}: {error}")
             continue
         numbers |= {"parameters": count_parameters(model), "seconds": content["seconds"]}
         if run.role == "teacher":

@@ -4,6 +4,7 @@ import contextlib
 import math
 import re
 import statistics
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -153,7 +154,7 @@ def plot_omitted(contents: list[dict], path: Path) -> Path | None:
             for which, colour, places in (("seen", "C0", ~omitted), ("never seen", "C1", omitted)):
                 look = {"color": colour, "alpha": 0.5 + 0.5 * i, "label": f"{which}, {when}"}
                 axes.bar(np.flatnonzero(places) + 0.4 * i - 0.2, shares[places], 0.4, **look)
-        axes.set(title=title[:100], ylabel="accuracy (%)", ylim=(0, 100), xlim=(-1, len(classes)))
+        axes.set(title=textwrap.fill(title, 80), ylabel="accuracy (%)", ylim=(0, 100), xlim=(-1, len(classes)))
     panels[-1].set_xticks(ticks, names, **style)
     return save_figure(panels[0], path)
 

@@ -130,14 +130,13 @@ def t_quantile(freedom: int) -> float:
 
 
 def paired_gain(gains: list[float]) -> dict:
-    """Mean of paired differences; of two or more also deviation, 95 % interval and p by Student's t."""
-    mean = statistics.mean(gains)
-    if len(gains) == 1:
-        return {"pairs": 1, "mean": mean}
-    error = statistics.stdev(gains) / math.sqrt(len(gains))
-    half = t_quantile(len(gains) - 1) * error
-    p = two_sided_p(mean / error, len(gains) - 1) if error > 1e-9 else 1.0  # equal by chance
-    return {"pairs": len(gains), "mean": mean, "sd": statistics.stdev(gains), "ci": [mean - half, mean + half], "p": p}
+    """Mean of paired differences; unless all are equal, also deviation, 95 % interval and p by Student's t."""
+    pairs, mean, deviation = len(gains), statistics.mean(gains), statistics.pstdev(gains)
+    if deviation < 1e-9:  # one, or several that are equal by chance
+        return {"pairs": pairs, "mean": mean}
+    error = statistics.stdev(gains) / math.sqrt(pairs)
+    half, p = t_quantile(pairs - 1) * error, two_sided_p(mean / error, pairs - 1)
+    return {"pairs": pairs, "mean": mean, "sd": statistics.stdev(gains), "ci": [mean - half, mean + half], "p": p}
 
 
 def holm(ps: list[float], level: float = 0.05) -> list[bool]:

@@ -48,6 +48,8 @@ def collect(contents: list[dict]) -> dict:
             softness = [parse_log(content["log"])[1][0]["teacher"] for content in row]  # in the first epochs
             means = {f"teacher_{key}": statistics.mean(values[key] for values in softness) for key in softness[0]}
             numbers |= {"temp": runs[0].temp} | means
+            if "agreement" not in numbers and any(content["run"]["role"] == "teacher" for content in contents):
+                results["notes"].append(f"{label}: its teacher is not in this table")
             if gains := paired_differences(row, contents, is_baseline_of):
                 results["gains"].append({"model": label, **paired_gain(gains)})
             else:
@@ -75,9 +77,14 @@ def paired_differences(row: list[dict], others: list[dict], are_paired: Callable
 
 
 def points(gain: dict) -> str:
-    """A gain in points with its 95 % interval, which a single pair lacks."""
-    interval = "{:+.2f} to {:+.2f}".format(*gain["ci"]) if "ci" in gain else "one pair"
+    """A gain in points with its 95 % interval, which one pair and equal ones lack."""
+    interval = "{:+.2f} to {:+.2f}".format(*gain["ci"]) if "ci" in gain else pairs_text(gain)
     return f"{round(gain['mean'], 2) + 0.0:+.2f} ({interval})"  # not -0.00
+
+
+def pairs_text(gain: dict) -> str:
+    """The pairs of a gain that has no interval."""
+    return "one pair" if gain["pairs"] == 1 else f"{gain['pairs']} equal pairs"
 
 
 def gain_text(gain: dict) -> str:
@@ -85,7 +92,7 @@ def gain_text(gain: dict) -> str:
     mean = points(gain).partition(" ")[0]
     text = f"{gain['model']} gains {mean} points of top-1 over the same-seed baseline without KD"
     if "ci" not in gain:
-        return f"{text} (one pair, no interval: --seeds 3 gives one)"
+        return f"{text} ({pairs_text(gain)}, no interval: more --seeds give one)"
     low, high = gain["ci"]
     text += f" (n = {gain['pairs']}, sd {gain['sd']:.2f}, 95% interval {low:+.2f} to {high:+.2f})"
     return text + (", within seed noise" if low <= 0 <= high else "")
@@ -94,7 +101,7 @@ def gain_text(gain: dict) -> str:
 def verdict(gain: dict) -> str:
     """Whether a loss beats plain KD."""
     if "p" not in gain:
-        return "one pair: not tested"
+        return f"{pairs_text(gain)}: not tested"
     return ("better" if gain["mean"] > 0 else "worse") if gain["significant"] else "not significant"
 
 

@@ -31,6 +31,8 @@ def load(path: Path, or_state_dict: bool = False) -> dict:
     With `or_state_dict` also a plain state dict with the teacher's keys, as `model` and `path` alone. UserError if the
     file is missing, damaged (by its checksums), or something else.
     """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, not a checkpoint: give a file")
     try:
         with zipfile.ZipFile(path) as archive:
             # torch itself checks no checksum, and skips an entry with attributes, which it never writes.

@@ -100,6 +100,8 @@ def test_report_of_a_student_and_its_fidelity_to_the_teacher(evaluate):
     (agreement,) = [line for line in output.splitlines() if "top-1 agreement" in line]
     assert agreement.split("|")[2].strip() == f"{100 * numbers['agreement']:.2f}%"
     assert f"{other} is not the teacher that this student learned from" in evaluate("--kd", f"--teacher={other}")
+    copy = save("--kd", folder="weights/a05")
+    assert "saved plots/a05/student_kd_t5_confusion.png, " in evaluate(f"--checkpoint={copy}")
 
 
 def test_a_student_with_omitted_classes_is_reported_before_and_after_the_correction(evaluate):
@@ -160,7 +162,8 @@ def test_a_folder_of_logits_is_a_teacher_without_a_cost(evaluate):
     assert "ratio |" not in output and "is not the teacher" not in output
     assert {key: beside_its_logits[key] for key in FIDELITY} == {key: beside_its_model[key] for key in FIDELITY}
     for name, tells in (("few", "has the logits of 12 images, not 20"), ("none", "none/test.npz: No such file")):
-        assert tells in evaluate("--kd", f"--teacher={name}", code=2)
+        output = evaluate("--kd", f"--teacher={name}")
+        assert tells in output and "\nnot compared with the teacher: " in output and "Fidelity" not in output
 
 
 def test_logits_of_one_holdout_are_not_taken_for_those_of_another(report_of):
@@ -271,6 +274,7 @@ def test_a_picture_is_classified_by_student_and_teacher_without_a_data_set(evalu
     told = "not compared with the teacher: no teacher weights/teacher.pt"
     assert told in evaluate("--image", "blue_$x$.png")
     Path("text.png").write_text("no picture")
+    assert evaluate("--image", *13 * ["blue_$x$.png"]).endswith("saved plots/student_images.png (the first 12)\n")
     told = "error: text.png: damaged, or not a picture that Pillow can read\n"
     assert evaluate("--image", "text.png", code=2).endswith(told)
 
@@ -352,6 +356,9 @@ def test_compare_shows_the_runs_of_the_folders_and_of_the_images_that_its_option
     ):
         _, labels, output = compare(option)
         assert labels == [label] and f"saved plots/{folder}:" in output
+    save("--tto", weights=5)
+    _, labels, output = compare("--name=a05")
+    assert labels == [TEACHER, half] and f"{half}: its teacher is not in this table\n" in output
 
 
 def test_students_of_two_teachers_are_two_rows_each_beside_its_own(report_of, compare):
@@ -400,10 +407,13 @@ def test_what_cannot_be_compared_is_named_and_left_out(compare):
     checkpoint.save(Path("weights/f.pt"), unfinished)
     checkpoint.save(Path("weights/d.pt"), content_of(run_of("--seed=7"), model=torch.nn.Linear(2, 2)))
     save("--seed=8", "e.pt", images="c" * 16)
+    diverged = content_of(run_of("--seed=9"))
+    diverged["model"]["classifier.bias"] += torch.nan
+    checkpoint.save(Path("weights/h.pt"), diverged)
     of_a_branch = content_of(run_of("--kd"))
     of_a_branch["run"]["loss"] = "mine"
     checkpoint.save(Path("weights/g.pt"), of_a_branch)
     _, labels, output = compare()
     lines = [line for line in output.splitlines() if line.startswith("left out: ")]
-    assert labels == [STUDENT] and len(lines) == 7
-    assert sorted(re.search(r"weights/(\w)\.pt", line)[1] for line in lines) == [*"abcdefg"]
+    assert labels == [STUDENT] and len(lines) == 8
+    assert sorted(re.search(r"weights/(\w)\.pt", line)[1] for line in lines) == [*"abcdefgh"]

@@ -13,7 +13,7 @@ from runtime.cli import format_number, typed
 from training.recipes import LOSS_DEFAULTS, Recipe
 
 DEFAULT_SEED = 42
-LONGEST_WORDS = 80  # characters of the omitted classes in a file name
+LONGEST_WORDS = 80  # bytes of the omitted classes in a file name
 UNKNOWN = "unknown"  # the images of a teacher that is a plain state dict
 
 
@@ -53,7 +53,7 @@ class RunName:
         """The omitted classes in words; of many, their number and a hash of their names."""
         words = " ".join(self.omit)
         many = f"{len(self.omit)} classes {hashlib.sha256(words.encode()).hexdigest()[:8]}"
-        return words if len(words) <= LONGEST_WORDS else many
+        return words if len(words.encode()) <= LONGEST_WORDS else many
 
     @property
     def images_suffix(self) -> str:

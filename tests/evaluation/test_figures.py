@@ -77,13 +77,17 @@ def test_the_comparison_shows_runs_that_differ_in_the_seed_alone_as_one_mean_and
 
 
 LOSSES = ["--kd"] + [f"--kd --loss={loss} --temp={temp}" for loss in ("ls", "dkd", "wttm") for temp in (2, 4, 8)]
+SGD = ["", "--optimizer=sgd"]  # whose label is long: all that differs
 TEMPS = [f"--kd --temp={temp} --seed={seed}" for temp in (1, 2, 4, 8, 16, 32) for seed in (1, 2)]
 
 
-@pytest.mark.parametrize("commands, rows", [(LOSSES, 10), (TEMPS, 6)])
+@pytest.mark.parametrize("commands, rows", [(LOSSES, 10), (TEMPS, 6), (SGD, 2)])
 def test_a_legend_of_many_long_rows_fits_and_no_two_rows_look_alike(commands, rows, tmp_path, drawn):
     plot_comparison(tmp_path, dict.fromkeys(commands, (50.0,)))
-    assert drawn[0].get_window_extent().height > drawn[0].figure.bbox.height / 3
+    figure = drawn[0].figure
+    assert drawn[0].get_window_extent().height > figure.bbox.height / 3
+    legend = figure.legends[0].get_window_extent()
+    assert legend.x0 >= 0 and legend.x1 <= figure.bbox.width, "it is not cut"
     assert len({(line.get_color(), line.get_linestyle()) for line in drawn[0].lines}) == rows
 
 

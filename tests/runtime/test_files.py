@@ -149,7 +149,7 @@ DAMAGED = "is damaged, or no file that torch.save wrote: train it again, or give
 FOREIGN = "file.pt is not a checkpoint of this project: train it again, or give another file"
 WRONG = {
     "missing": (lambda at: None, "no checkpoint .*file.pt"),
-    "a folder": (lambda at: at.mkdir(), "can't read .*file.pt: Is a directory"),
+    "a folder": (lambda at: at.mkdir(), "file.pt is a folder, not a checkpoint: give a file"),
     "text": (lambda at: at.write_text("these are my notes\n"), DAMAGED),
     "a state dict": (lambda at: torch.save(STATE, at), FOREIGN),
     "format before": (lambda at: torch.save(CONTENT | {"format": 2}, at), "has format 2, this version reads format 3"),
