@@ -191,39 +191,34 @@ def train_all(options: config.TrainOptions) -> None:
     """The run that the options name, or with --all every run that is not finished yet, and then the table."""
     with StopSignal() as stop, start(options.device, options.precision, options.deterministic, stop) as runtime:
         data, runs = prepare(options, runtime)
-        views, teacher, last = Views(data.train, data.spec, runtime.device), None, runs[-1]
         finished = {run.stem: find_finished(run, options, data.spec) for run in runs}
         if options.all:
             runtime.print(f"{len(runs)} runs, {sum(map(bool, finished.values()))} of them finished")
-
-        def finish(run: RunConfig, later: list[RunConfig]) -> dict:
-            """The checkpoint of a run, which is trained unless it has finished."""
+        views, teacher, contents = Views(data.train, data.spec, runtime.device), None, []
+        for i, run in enumerate(runs):
+            if run.role == "student" and (options.kd or options.all) and teacher is None:  # one for all students
+                teacher = load_teacher(run, options, data.spec, runtime, contents[0] if contents else None)
+                teacher.check_views(run.views)
+                runtime.print(f"the teacher is {teacher.title}")
+                contents = contents or list(filter(None, [teacher.content]))
+            if run.kd:
+                run = replace(run, teacher=teacher.fingerprint, teacher_unknown=teacher.is_unknown)
             if content := finished[run.stem] or find_finished(run, options, data.spec):  # perhaps meanwhile
+                if run.kd:
+                    check_same(content, run)  # by its teacher, too
                 ended = f"already finished ({content['metrics']['top1']:.2f}% top-1), skipping"
                 runtime.print(f"{run.stem}: {ended}" + ("" if options.all else "; --resume False trains it again"))
-                return content
-            later = [other for other in later if not finished[other.stem]]
-            left = partial(seconds_left, later, run, teacher) if teacher and options.all else None
-            return train(run, data, views, teacher, files_of(run, options), options.resume, runtime, left)
-
-        contents = [finish(runs.pop(0), [])] if runs[0].role == "teacher" else []
-        if options.kd or options.all:  # one teacher for all students
-            teacher = load_teacher(last, options, data.spec, runtime, contents[0] if contents else None)
-            teacher.check_views(last.views)
-            runtime.print(f"the teacher is {teacher.title}")
-            contents = contents or list(filter(None, [teacher.content]))
-            found = {"teacher": teacher.fingerprint, "teacher_unknown": teacher.is_unknown}
-            runs = [replace(run, **found) if run.kd else run for run in runs]
-            for run in runs:
-                if finished[run.stem]:
-                    check_same(finished[run.stem], run)
-        contents += [finish(run, runs[i + 1 :]) for i, run in enumerate(runs)]
+            else:
+                later = [other for other in runs[i + 1 :] if not finished[other.stem]]
+                left = partial(seconds_left, later, run, teacher) if teacher and options.all else None
+                content = train(run, data, views, teacher, files_of(run, options), options.resume, runtime, left)
+            contents.append(content)
         if options.all:
-            shown = measure_all(contents, last, data, runtime, teacher, student=options.student)
+            shown = measure_all(contents, run, data, runtime, teacher, student=options.student)
             if runtime.is_main:
                 publish(shown, options.table_folder)
         else:
-            runtime.print(f"evaluate it with `{last.command('test.py', **options.folders())}`")
+            runtime.print(f"evaluate it with `{run.command('test.py', **options.folders())}`")
 
 
 def prepare(options: config.TrainOptions, runtime: Runtime) -> tuple[Data, list[RunConfig]]:
