@@ -18,9 +18,7 @@ if sys.version_info < (3, 10):  # noqa: UP036 - older versions fail further down
 import contextlib
 import json
 import time
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import config
 from runtime.cli import answer_early
@@ -98,8 +96,11 @@ def progress_text(run: Run) -> str:
     return f"loss {loss:.3f} top1 {100 * top1:.2f}% {speed:,.0f} img/s lr {run.lr:.4f} left {duration(left)}"
 
 
-def end_epoch(run: Run, held_out: Images, softened: dict, seconds_left: Callable[..., float] | None) -> None:
-    """Evaluate, append the epoch's line to the log, with `softened` in it, and go to the next epoch."""
+def end_epoch(run: Run, held_out: Images, softened: dict, epochs_after: int) -> None:
+    """Evaluate, append the epoch's line to the log, with `softened` in it, and go to the next epoch.
+
+    `epochs_after` are those of the runs after this one: the time that is left for all of them is shown, too.
+    """
     config, runtime = run.config, run.runtime
     images = run.steps * run.batch_size
     means = dict(zip(METRICS, (runtime.total(run.totals) / images).tolist(), strict=True))
@@ -114,8 +115,8 @@ def end_epoch(run: Run, held_out: Images, softened: dict, seconds_left: Callable
     run.write_log(f"{run.log}{json.dumps(line)}\n")
     run.begin_epoch(run.epoch + 1)
     top5 = f" top5 {test['top5']:.2f}%" if "top5" in test else ""
-    left = seconds_left and duration(seconds_left(config.num_epochs - run.epoch, seconds, evaluation))
-    all_left = f", about {left} left for all runs" if left else ""
+    left = duration((config.num_epochs - run.epoch + epochs_after) * (seconds + evaluation))
+    all_left = f", about {left} left for all runs" if epochs_after else ""
     runtime.print(
         f"epoch {line['epoch']}/{config.num_epochs}: train loss {train['loss']:.4f} top1 {train['top1']:.2f}%, "
         f"{config.split} loss {test['loss']:.4f} top1 {test['top1']:.2f}%{top5}, "
@@ -136,7 +137,7 @@ def train(
     files: RunFiles,
     resume: bool,
     runtime: Runtime,
-    seconds_left: Callable[..., float] | None = None,  # of all runs, from the epochs left here and an epoch's seconds
+    epochs_after: int,
 ) -> dict:
     """Do one run, new or resumed, and write its checkpoint, log and figures; the checkpoint's content."""
     rows = data.rows(config.subset, config.holdout, config.omit, config.student_images)
@@ -153,7 +154,7 @@ def train(
                     told = softness_text(softened["teacher"], config.temp, config.num_classes)
                     runtime.print(f"the teacher at {told}")
                 train_epoch(run, views, rows, k, teacher_logits)
-                end_epoch(run, held_out, softened, seconds_left)
+                end_epoch(run, held_out, softened, epochs_after)
                 save_or_stop(run)
             except Stopped:
                 run.save()
@@ -209,9 +210,10 @@ def train_all(options: config.TrainOptions) -> None:
                 ended = f"already finished ({content['metrics']['top1']:.2f}% top-1), skipping"
                 runtime.print(f"{run.stem}: {ended}" + ("" if options.all else "; --resume False trains it again"))
             else:
-                later = [other for other in runs[i + 1 :] if not finished[other.stem]]
-                left = partial(seconds_left, later, run, teacher) if teacher and options.all else None
-                content = train(run, data, views, teacher, files_of(run, options), options.resume, runtime, left)
+                later = runs[i + 1 :] if teacher else []  # a teacher's epochs take longer than the students'
+                epochs_after = sum(other.num_epochs for other in later if not finished[other.stem])
+                files = files_of(run, options)
+                content = train(run, data, views, teacher, files, options.resume, runtime, epochs_after)
             contents.append(content)
         if options.all:
             shown = measure_all(contents, run, data, runtime, teacher, student=options.student)
@@ -233,16 +235,6 @@ def prepare(options: config.TrainOptions, runtime: Runtime) -> tuple[Data, list[
         layers = fingerprint_layers(Run(runs[-1], runtime, data.spec, counts[-1], files_of(runs[-1], options)).model)
         runs = [replace(run, student_layers=layers) if run.student else run for run in runs]
     return data, runs
-
-
-def seconds_left(
-    later: list[RunConfig], run: RunConfig, teacher: TeacherLogits, epochs: int, training: float, evaluation: float
-) -> float:
-    """Estimated seconds left for this student and later ones, from an epoch's `training` and `evaluation` time."""
-    whole, all_epochs = teacher.spec.train_images, epochs + sum(other.num_epochs for other in later)
-    views = min(len(teacher.missing(run.views)), all_epochs)
-    epochs += sum(other.num_epochs * (other.student_images or whole) for other in later) / (run.student_images or whole)
-    return epochs * training + all_epochs * evaluation + views * teacher.view_seconds
 
 
 def main(argv: list | None = None) -> int:

@@ -1,7 +1,6 @@
 """The teacher's logits of each view of the training images, computed once and shared: docs/teacher_logits.md."""
 
 import json
-import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
@@ -30,15 +29,12 @@ class TeacherLogits:
         self.path, self.spec, self.runtime, self.content, self.model = path, spec, runtime, content, None
         self.is_unknown = content is None or content["run"]["images"] == UNKNOWN  # on which images it was trained
         self.in_memory: dict[str, np.ndarray] = {}  # what can't be written
-        self.view_seconds = 0.0  # to compute the logits of one view
         if content is None:
             self.folder = path
             self.fingerprint = self.key = read_description(path, spec)
         else:
             self.model = load_model(content, runtime)
             self.fingerprint = checkpoint.fingerprint(content["model"])
-            # A guess until one is computed: the forward pass is a third of an epoch's work.
-            self.view_seconds = content["seconds"] / content.get("epoch", 1) / 3
             facts = (VERSION, self.fingerprint, spec.fingerprint, spec.mean, spec.std, spec.flip, runtime.precision)
             self.key = checkpoint.fingerprint({}, *facts)
             self.folder = weights_path / f"{path.stem}_logits_{self.key}"
@@ -49,14 +45,9 @@ class TeacherLogits:
         origin = "its training images are unknown" if self.is_unknown else f"seed {self.content['run']['seed']}"
         return f"{self.path} ({origin})"
 
-    def missing(self, count: int) -> list[str]:
-        """Which of the first `count` views have no logits yet."""
-        names = [f"{k:02}.npz" for k in range(count)]
-        return [name for name in names if name not in self.in_memory and not (self.folder / name).exists()]
-
     def check_views(self, count: int) -> None:
         """UserError if a folder of logits lacks one of the first `count` views, before hours of training."""
-        missing = self.missing(count)
+        missing = [name for name in (f"{k:02}.npz" for k in range(count)) if not (self.folder / name).exists()]
         if self.model is None and missing:
             lacks = f"lacks the logits of {len(missing)} of {count} views, the first is {missing[0]}"
             raise UserError(f"{self.folder} {lacks}: write them (docs/own.md), or give a smaller --views")
@@ -85,9 +76,8 @@ class TeacherLogits:
                 if self.model is None:
                     raise UserError(f"can't use {path}: {error}; write it again, or give another --teacher") from error
         if self.runtime.agree(len(logits) < count)[0]:  # if one lacks them, all compute
-            start, failed = time.monotonic(), False
+            failed = False
             logits = self.in_memory[name] = compute().half().numpy()
-            self.view_seconds = time.monotonic() - start
             try:
                 if self.runtime.is_main:
                     write_logits(self.folder, name, logits, self.key)

@@ -2,13 +2,10 @@
 
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from conftest import snapshot
-from made_up import run_of
 
 import train
 import utils
@@ -36,7 +33,7 @@ def test_stopped_after_each_run_it_gives_the_same_table(learn, tmp_path, monkeyp
     output = learn(*words)
     assert output.startswith("5 runs, 0 of them finished\n") and "Gain of KD" in output
     assert "the teacher is weights/digits_teacher_subset40.pt (seed 42)\n" in output
-    assert len(re.findall(r"img/s, about \d:\d\d:\d\d left for all runs\n", output)) == 4, "of each student's epoch"
+    assert len(re.findall(r"img/s, about \d:\d\d:\d\d left for all runs\n", output)) == 3, "but the last run's"
     expected, weights = table_of(tmp_path), [checkpoint.fingerprint(load(name)["model"]) for name in RUNS]
     assert [row["seeds"] for row in expected["rows"]] == [[42], [7, 8], [7, 8]] and len(expected["gains"]) == 1
     stopped = tmp_path / "stopped"
@@ -65,15 +62,6 @@ def test_stopped_after_each_run_it_gives_the_same_table(learn, tmp_path, monkeyp
         learn(*words)  # a run that finished meanwhile is not trained again
     assert table_of(stopped) == expected
     assert [checkpoint.fingerprint(load(name)["model"]) for name in RUNS] == weights
-
-
-@pytest.mark.parametrize("later, epochs, expected", [(2, 1, 9 * 5 + 3 * 20), (0, 2, 2 * 5 + 2 * 20), (0, 0, 0)])
-def test_the_time_left_is_of_all_epochs_and_the_logits_that_are_missing(later, epochs, expected):
-    teacher = SimpleNamespace(missing=range, view_seconds=20.0, spec=SimpleNamespace(train_images=100))
-    run = run_of("--num_epochs=4 --views=3")
-    assert train.seconds_left([run] * later, run, teacher, epochs, 4.0, 1.0) == expected
-    fewer = replace(run, student_images=25)
-    assert train.seconds_left([fewer], run, teacher, 1, 4.0, 1.0) == 5 + 4 * 2 + 3 * 20, "a quarter of the images"
 
 
 def test_the_papers_experiments(learn, tmp_path):
