@@ -28,7 +28,6 @@ class TeacherLogits:
         """`content` is the teacher's checkpoint, None if `path` is a folder. UserError if it can't teach on `spec`."""
         self.path, self.spec, self.runtime, self.content, self.model = path, spec, runtime, content, None
         self.is_unknown = content is None or content["run"]["images"] == UNKNOWN  # on which images it was trained
-        self.in_memory: dict[str, np.ndarray] = {}  # what can't be written
         if content is None:
             self.folder = path
             self.fingerprint = self.key = read_description(path, spec)
@@ -47,9 +46,9 @@ class TeacherLogits:
 
     def check_views(self, count: int) -> None:
         """UserError if a folder of logits lacks one of the first `count` views, before hours of training."""
-        missing = [name for name in (f"{k:02}.npz" for k in range(count)) if not (self.folder / name).exists()]
+        missing = [k for k in range(count) if not (self.folder / f"{k:02}.npz").exists()]
         if self.model is None and missing:
-            lacks = f"lacks the logits of {len(missing)} of {count} views, the first is {missing[0]}"
+            lacks = f"lacks the logits of {len(missing)} of {count} views, the first is {missing[0]:02}.npz"
             raise UserError(f"{self.folder} {lacks}: write them (docs/own.md), or give a smaller --views")
 
     def view_logits(self, k: int, views: Views, rows: torch.Tensor) -> torch.Tensor:
@@ -67,44 +66,37 @@ class TeacherLogits:
         return compute().half().double() if holdout else self.cached("test.npz", len(images), compute).double()
 
     def cached(self, name: str, count: int, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """The first `count` logits, float16, read, or computed and kept; UserError if a folder of logits lacks them."""
-        path, logits = self.folder / name, self.in_memory.get(name, ())
-        if len(logits) < count:
-            try:
-                logits = read_logits(path, self.key, count, len(self.spec.classes))
-            except ValueError as error:
-                if self.model is None:
-                    raise UserError(f"can't use {path}: {error}; write it again, or give another --teacher") from error
-        if self.runtime.agree(len(logits) < count)[0]:  # if one lacks them, all compute
-            failed = False
-            logits = self.in_memory[name] = compute().half().numpy()
+        """The first `count` logits, float16, read, or computed and stored; UserError if a folder lacks them."""
+        path, logits = self.folder / name, ()
+        try:
+            logits = read_logits(path, self.key, count, len(self.spec.classes))
+        except ValueError as error:
+            if self.model is None:
+                raise UserError(f"can't use {path}: {error}; write it again, or give another --teacher") from error
+        if self.runtime.agree(len(logits) < count)[0]:  # if one process lacks them, all compute
+            logits = compute().half()
             try:
                 if self.runtime.is_main:
                     write_logits(self.folder, name, logits, self.key)
                     describe_logits(self.folder, self.spec, self.key)
             except UserError as error:
-                failed = True
-                if len(self.in_memory) == 1:
-                    print(f"{error}; the teacher's logits stay in memory", flush=True)
-            if not self.runtime.agree(failed)[0]:
-                del self.in_memory[name]
-        return torch.from_numpy(logits[:count])
+                print(f"{error}; the teacher's logits are not stored", flush=True)
+        return logits[:count]
 
 
-def read_logits(path: Path, key: str, count: int, classes: int) -> np.ndarray:
+def read_logits(path: Path, key: str, count: int, classes: int) -> torch.Tensor:
     """Logits (N, classes) float16, N >= count, of a file; ValueError that says why not if it has none."""
     logits = load_arrays(path, key).get("logits", np.empty(0))
     if logits.dtype != np.float16 or logits.shape[1:] != (classes,) or not np.isfinite(logits).all():
         raise ValueError("its logits are not finite numbers (images, classes) in float16")
     if len(logits) < count:
         raise ValueError(f"it has the logits of {len(logits)} images, not {count}")
-    return logits
+    return torch.from_numpy(logits)
 
 
-def write_logits(folder: Path, name: str, logits: torch.Tensor | np.ndarray, key: str) -> None:
-    """Write logits (N, C), a tensor as float16, to `folder`, atomically and with checksums; UserError if it fails."""
-    logits = logits.half().numpy() if isinstance(logits, torch.Tensor) else logits
-    save_arrays(folder / name, key, logits=logits)
+def write_logits(folder: Path, name: str, logits: torch.Tensor, key: str) -> None:
+    """Write logits (N, C) as float16 to `folder`, atomically and with checksums; UserError if that fails."""
+    save_arrays(folder / name, key, logits=logits.half().numpy())
 
 
 def describe_logits(folder: Path, spec: DataSet, key: str) -> None:
