@@ -186,6 +186,8 @@ def parse_train(argv: list | None = None) -> TrainOptions:
     most = replace(row, flip=row.flip if options.flip is None else options.flip, size=options.size).views
     if options.views is not None and options.views > most:
         parser.error(f"--views: an image of {options.dataset} has {most} views: give at most {most}")
+    if options.alpha is not None:
+        options = replace(options, kd_weight=(options.alpha,), ce_weight=round(1 - options.alpha, 12))
     return options
 
 

@@ -4,7 +4,7 @@ from dataclasses import asdict, replace
 
 from data_sets import DataSet
 from training.recipes import LOSS_DEFAULTS, RECIPE_FIELDS, recipe_of, temps_of
-from training.runs import RunConfig, RunName, default_weights
+from training.runs import RunConfig, RunName
 
 
 def name_of(options) -> RunName:
@@ -38,12 +38,10 @@ def resolve(name: RunName, options, data: DataSet, precision: str, processes: in
     if not (options.all and name.role == "teacher"):  # with --all these options are the students'
         recipe |= {f: getattr(options, f) for f in RECIPE_FIELDS if getattr(options, f) is not None}
     recipe["views"] = recipe["views"] or data.views
-    kd_weights, ce_weight = default_weights(name.loss) if name.kd else ((), 1.0)
-    if name.kd and options.alpha is not None:
-        kd_weights, ce_weight = (options.alpha,), round(1 - options.alpha, 12)
+    kd_weights, ce_weight = (), 1.0
     if name.kd:
-        kd_weights = options.kd_weight or kd_weights
-        ce_weight = ce_weight if options.ce_weight is None else options.ce_weight
+        kd_weights = options.kd_weight or LOSS_DEFAULTS[name.loss].kd_weights
+        ce_weight = LOSS_DEFAULTS[name.loss].ce_weight if options.ce_weight is None else options.ce_weight
     values = {f: getattr(options, f) for f in ("optimizer", "compile", "deterministic")}
     values |= {"num_classes": len(data.classes), "images": data.fingerprint, "flip": data.flip, "precision": precision}
     values |= {"kd_weights": kd_weights, "ce_weight": ce_weight, "processes": processes}

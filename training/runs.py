@@ -118,11 +118,17 @@ class RunConfig(Recipe, RunName):
     student_layers: str = ""  # of the user's own student, the fingerprint of its layers, once it is imported
 
     @property
+    def is_plain_kd(self) -> bool:
+        """Whether the loss is plain KD at its default weights."""
+        weights = LOSS_DEFAULTS["kd"].kd_weights, LOSS_DEFAULTS["kd"].ce_weight
+        return self.loss == "kd" and (self.kd_weights, self.ce_weight) == weights
+
+    @property
     def title(self) -> str:
         """The name's title, with weights of the loss other than the default ones, and what is unknown."""
         unknown = ", images unknown" if self.images == UNKNOWN else ""
         unknown = ", teacher's images unknown" if self.teacher_unknown else unknown
-        if not self.kd or (self.loss == "kd" and (self.kd_weights, self.ce_weight) == default_weights("kd")):
+        if not self.kd or self.is_plain_kd:
             return super().title + unknown
         default_terms = (self.loss.upper(),) * len(self.kd_weights)
         terms = {"kd": ("KL",), "dkd": ("TCKD", "NCKD")}.get(LOSS_DEFAULTS[self.loss].function, default_terms)
@@ -134,11 +140,6 @@ class RunConfig(Recipe, RunName):
 def run_from(values: dict) -> RunConfig:
     """The run of a checkpoint or a log, from `asdict` of it; TypeError if fields are missing or unknown."""
     return RunConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
-
-
-def default_weights(loss: str) -> tuple[tuple[float, ...], float]:
-    """The default weights of a loss: of its terms, and of the cross-entropy."""
-    return LOSS_DEFAULTS[loss].kd_weights, LOSS_DEFAULTS[loss].ce_weight
 
 
 LOSS_FIELDS = {"loss", "temp", "kd_weights", "ce_weight"}
@@ -158,11 +159,10 @@ def describe_differences(run: RunConfig, other: RunConfig, ignoring: set[str] = 
 
 
 def value_text(run: RunConfig, name: str) -> str:
-    """A field's value in words."""
+    """A field's value in words, of a hash its first half."""
     value = getattr(run, name)
-    if re.fullmatch("[0-9a-f]{16}", str(value)):  # a hash
-        return value[:8]
-    return typed(value) or "none" if isinstance(value, (tuple, float)) else str(value)
+    is_hash = re.fullmatch("[0-9a-f]{16}", str(value))
+    return value[:8] if is_hash else typed(value) or "none"
 
 
 def is_baseline_of(run: RunConfig, other: RunConfig) -> bool:
@@ -183,8 +183,7 @@ def is_kd_baseline_of(run: RunConfig, other: RunConfig) -> bool:
     """Whether `run`, plain KD at default or matched weights, is the baseline of `other`, with another loss."""
     if not (run.kd and other.kd) or LOSS_DEFAULTS[other.loss].function == "kd" or differences(run, other, LOSS_FIELDS):
         return False
-    is_default = run.loss == "kd" and (run.kd_weights, run.ce_weight) == default_weights("kd")
-    return is_default or run.loss == f"kd_as_{other.loss}"
+    return run.is_plain_kd or run.loss == f"kd_as_{other.loss}"
 
 
 def saw_held_out(run: RunConfig, name: RunName, train_images: int) -> bool:
