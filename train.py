@@ -75,14 +75,15 @@ def train_epoch(run: Run, views: Views, rows: torch.Tensor, k: int, teacher_logi
 def save_or_stop(run: Run) -> None:
     """Save the resume state if that is due; Stopped if a signal came to any process."""
     run.count_time()
-    if run.is_time_to_agree():
-        stopped, save = run.runtime.agree(run.runtime.stop.number, run.save_is_due())
-        if stopped or save:
-            run.check_finite()
-        if stopped:
-            raise Stopped(int(stopped))
-        if save:
-            run.save()
+    if run.runtime.world_size > 1 and run.step % 4 and run.step < run.steps:
+        return  # several processes, which wait for one another here, agree after every 4th step
+    stopped, save = run.runtime.agree(run.runtime.stop.number, run.save_is_due())
+    if stopped or save:
+        run.check_finite()
+    if stopped:
+        raise Stopped(int(stopped))
+    if save:
+        run.save()
 
 
 def progress_text(run: Run) -> str:

@@ -227,11 +227,6 @@ class Run:
         """Whether the last save has cost less than 1 % of the time since then, and is at least 1 s ago."""
         return time.monotonic() - self.saved_at > max(1.0, 100 * self.save_seconds)
 
-    def is_time_to_agree(self) -> bool:
-        """Whether the processes agree after this step; with several GPUs, which lag behind them, every 4th."""
-        several_gpus = self.runtime.world_size > 1 and self.runtime.device.type == "cuda"
-        return not several_gpus or self.step % 4 == 0 or self.step == self.steps
-
     def save(self) -> None:
         """Write the resume state. No generator and no schedule is in it: they follow from seed, epoch and step."""
         start = time.monotonic()
