@@ -112,7 +112,7 @@ class Bench:
             self.runtime.synchronize()
             seconds = time.perf_counter() - begun
         torch.backends.cudnn.allow_tf32 = False
-        return model, seconds, replace(self.runtime, autocast_dtype=None)
+        return model, seconds, replace(self.runtime, precision="fp32")
 
 
 def read_results(path: Path | None) -> list[dict]:

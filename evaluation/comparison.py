@@ -10,7 +10,7 @@ import torch
 from evaluation.inference import count_parameters, measure_cost
 from evaluation.measures import bias_correction, fidelity, measure, measure_omitted
 from runtime import checkpoint
-from runtime.device import PRECISIONS, Runtime
+from runtime.device import Runtime
 from runtime.errors import UserError
 from training.run import load_model, mismatch, spec_of
 from training.runs import RunConfig, RunName, is_baseline_of, labels, run_from
@@ -26,7 +26,7 @@ def as_trained(runtime: Runtime, run: RunConfig, precision: str = "auto") -> Run
     if precision != "auto" or run.precision == "bf16":
         return runtime
     has_fp16 = runtime.device.type == "cuda"
-    return replace(runtime, autocast_dtype=PRECISIONS[run.precision] if has_fp16 else None)
+    return replace(runtime, precision=run.precision if has_fp16 else "fp32")
 
 
 def measure_checkpoint(

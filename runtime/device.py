@@ -16,15 +16,15 @@ from torch import nn
 
 from runtime.errors import StopSignal, UserError
 
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # autocast's type, None: it is off
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """The device, the autocast type (None: float32), this process's place among all, and the stop signal."""
+    """The device, the precision as --precision names it, this process's place among all, and the stop signal."""
 
     device: torch.device
-    autocast_dtype: torch.dtype | None
+    precision: str = "fp32"
     rank: int = 0
     world_size: int = 1
     stop: StopSignal = field(default_factory=StopSignal, compare=False)
@@ -34,20 +34,15 @@ class Runtime:
         return self.rank == 0
 
     @property
-    def precision(self) -> str:
-        """The autocast type as --precision names it."""
-        return next(word for word, dtype in PRECISIONS.items() if dtype is self.autocast_dtype)
-
-    @property
     def memory_format(self) -> torch.memory_format:
         """The fastest correct format of images and convolution weights on this device."""
-        half_on_cuda = self.device.type == "cuda" and self.autocast_dtype is not None
+        half_on_cuda = self.device.type == "cuda" and self.precision != "fp32"
         return torch.channels_last if half_on_cuda or self.device.type == "cpu" else torch.contiguous_format
 
     @property
     def product_dtype(self) -> torch.dtype:
         """The type of Muon's matrix products, which rounding does not harm: in float32 runs bfloat16 where fast."""
-        return self.autocast_dtype or (torch.bfloat16 if has_fast_bf16(self.device) else torch.float32)
+        return PRECISIONS[self.precision] or (torch.bfloat16 if has_fast_bf16(self.device) else torch.float32)
 
     @property
     def max_product_side(self) -> int:
@@ -60,8 +55,8 @@ class Runtime:
     def autocast(self) -> torch.autocast:
         """The context of every forward pass."""
         # Its cache of cast weights lives as long as the outermost autocast, which may be the host's: never kept here.
-        enabled = self.autocast_dtype is not None
-        return torch.autocast(self.device.type, self.autocast_dtype, enabled, cache_enabled=False)
+        dtype = PRECISIONS[self.precision]
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None, cache_enabled=False)
 
     @contextlib.contextmanager
     def repeatable_logits(self):

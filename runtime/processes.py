@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
-from runtime.device import PRECISIONS, Runtime, has_fast_bf16, keep_freed_memory, pick_device
+from runtime.device import Runtime, has_fast_bf16, keep_freed_memory, pick_device
 from runtime.errors import Stopped, StopSignal, UserError
 
 
@@ -51,7 +51,7 @@ def start(device_name: str, precision: str, deterministic: bool = False, stop: S
     device = pick_device(device_name)
     with contextlib.ExitStack() as stack:
         change_settings(stack, device, deterministic)
-        runtime = Runtime(device, PRECISIONS[pick_precision(precision, device)], stop=stop or StopSignal())
+        runtime = Runtime(device, pick_precision(precision, device), stop=stop or StopSignal())
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         if device.type == "cpu":
             keep_freed_memory()

@@ -22,7 +22,7 @@ from training.run import describe_data
 from training.runs import RunConfig
 from utils import Images
 
-CPU = Runtime(torch.device("cpu"), None)
+CPU = Runtime(torch.device("cpu"))
 CLASSES = 10
 TEACHER, STUDENT, KD = "Teacher (VGG19 with BN)", "Student (w/o KD)", "Student (with KD, Temp = 5)"  # titles
 

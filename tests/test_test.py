@@ -191,7 +191,7 @@ def test_each_model_is_evaluated_in_the_precision_of_its_training(evaluate, monk
     save("--tto", precision="fp32")
     save(precision="bf16")
     assert comparison.as_trained(CPU, run_of(precision="fp16")) == CPU, "a CPU is slow in float16"
-    bf16 = replace(CPU, autocast_dtype=torch.bfloat16)
+    bf16 = replace(CPU, precision="bf16")
     monkeypatch.setattr(test_script, "start", lambda *_: contextlib.nullcontext(bf16))
     found = []
 

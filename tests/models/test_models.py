@@ -176,4 +176,4 @@ def test_where_products_are_used(monkeypatch, kind, precision, amx, avx512_bf16,
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
     monkeypatch.setattr(device, "processor", lambda: name)
-    assert device.Runtime(torch.device(kind), device.PRECISIONS[precision]).max_product_side == side
+    assert device.Runtime(torch.device(kind), precision).max_product_side == side

@@ -83,12 +83,12 @@ def test_the_precision_of_a_device(monkeypatch):
 
 
 def test_a_machine_is_described_by_version_and_device():
-    runtime = Runtime(CPU, None)
+    runtime = Runtime(CPU)
     title = device_title(runtime)
     assert f"{torch.get_num_threads()} thread" in title
     assert machine(runtime) == {"torch": torch.__version__, "device": title}
     assert all(type(value) is str for value in machine(runtime).values()), "torch's own class is no plain string"
-    assert device_title(Runtime(torch.device("mps"), None)).endswith(", MPS")
+    assert device_title(Runtime(torch.device("mps"))).endswith(", MPS")
 
 
 def settings() -> dict:
@@ -106,8 +106,8 @@ def settings() -> dict:
 
 def test_channels_last_is_for_cpus_and_half_precision_on_cuda():
     """On MPS, batch norm's gradients are wrong in it."""
-    found = {(kind, word) for kind in ("cpu", "cuda", "mps") for word, dtype in PRECISIONS.items()
-             if Runtime(torch.device(kind), dtype).memory_format is torch.channels_last}  # fmt: skip
+    found = {(kind, word) for kind in ("cpu", "cuda", "mps") for word in PRECISIONS
+             if Runtime(torch.device(kind), word).memory_format is torch.channels_last}  # fmt: skip
     assert found == {("cpu", word) for word in PRECISIONS} | {("cuda", "bf16"), ("cuda", "fp16")}
 
 
@@ -151,7 +151,7 @@ def test_a_run_restores_the_hosts_settings(device, deterministic, host):
 
 
 def test_logits_are_repeatable_within_a_block_and_cudnn_stays_on(host):
-    with pytest.raises(ZeroDivisionError), Runtime(CPU, None).repeatable_logits():
+    with pytest.raises(ZeroDivisionError), Runtime(CPU).repeatable_logits():
         assert settings() == host | {"benchmark": False, "deterministic": True}
         raise ZeroDivisionError
     assert settings() == host

@@ -204,10 +204,10 @@ def make_run(tiny_models, tmp_path, monkeypatch):
     """A function that makes a run of 5 steps per epoch, as the first of a number of processes that are all alike."""
     monkeypatch.setattr(training.run, "DistributedDataParallel", lambda model, **_: model)
 
-    def make(world_size: int = 1, command: str = "", dtype: torch.dtype | None = None) -> Run:
+    def make(world_size: int = 1, command: str = "", precision: str = "fp32") -> Run:
         monkeypatch.setattr(dist, "all_reduce", lambda values: values.mul_(world_size))
         config = run_of(f"--batch_size=8 --num_epochs=2 --lr=0.1 {command}", processes=world_size)
-        runtime = Runtime(CPU.device, dtype, 0, world_size)
+        runtime = Runtime(CPU.device, precision, 0, world_size)
         return Run(config, runtime, SPEC, 40, RunFiles(tmp_path, tmp_path, config.stem))
 
     return make
@@ -285,12 +285,12 @@ def test_float16_skips_a_step_whose_gradients_overflow_and_its_scale_is_resumed(
         momenta = [state["momentum"] for state in run.optimizer.state.values()]
         return [tensor.clone() for tensor in (*run.model.parameters(), *momenta)]
 
-    run = make_run(dtype=torch.float16)
+    run = make_run(precision="fp16")
     before, first_scale = train_step(run, 1.0), run.scaler.get_scale()
     assert all(map(torch.equal, before, train_step(run, float("inf"))))
     assert run.scaler.get_scale() == first_scale / 2
     run.save()
-    resumed = make_run(dtype=torch.float16)
+    resumed = make_run(precision="fp16")
     resumed.restore()
     assert resumed.scaler.get_scale() == first_scale / 2
     after = train_step(run, 1.0)

@@ -72,7 +72,7 @@ def test_a_view_is_computed_once_and_a_subset_reads_the_logits_of_the_full_set(m
 
 
 def test_the_key_changes_with_all_that_logits_depend_on(make, monkeypatch):
-    bf16 = Runtime(CPU.device, torch.bfloat16)
+    bf16 = Runtime(CPU.device, "bf16")
     pixels, mean = replace(SPEC, fingerprint="b" * 16), replace(SPEC, mean=(0.5, 0.5, 0.5))
     std, flip = replace(SPEC, std=(0.2, 0.2, 0.2)), replace(SPEC, flip=False)
     made = [make(), make(weights=1), make(runtime=bf16), *(make(spec=spec) for spec in (pixels, mean, std, flip))]
