@@ -32,7 +32,7 @@ from evaluation.comparison import measure_all
 from evaluation.measures import softness
 from evaluation.report import softness_text
 from evaluation.results import publish
-from models import fingerprint_layers
+from models.own import fingerprint_layers
 from runtime import checkpoint
 from runtime.device import Runtime, machine
 from runtime.errors import Stopped, StopSignal, UserError, exit_code

@@ -30,7 +30,8 @@ from baseline_loop import baseline_batches, baseline_model, baseline_steps
 import config
 from data_sets import DATA_SETS, SIDE
 from evaluation.report import table
-from models import build_model, use_products
+from models import build_model
+from models.vgg import use_products
 from runtime.cli import Parser, file_name
 from runtime.device import Runtime, device_title, processor
 from runtime.errors import exit_code

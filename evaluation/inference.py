@@ -11,8 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_sets import SIDE
-from models import use_products
-from models.vgg import Float32Linear
+from models.vgg import Float32Linear, use_products
 from runtime.device import Runtime
 from runtime.errors import UserError
 from runtime.files import writing

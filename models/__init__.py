@@ -2,12 +2,10 @@
 
 from torch import nn
 
-from models.own import build_own, fingerprint_layers, last_linear
+from models.own import build_own
 from models.student import StudentCNN
-from models.vgg import use_products, vgg19_bn
+from models.vgg import vgg19_bn
 
-__all__ = ["StudentCNN", "build_model", "build_model_of", "fingerprint_layers", "last_linear"]
-__all__ += ["build_own", "use_products", "vgg19_bn"]
 BUILDERS = {"teacher": vgg19_bn, "student": StudentCNN}
 
 

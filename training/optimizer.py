@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from models import last_linear
+from models.own import last_linear
 from training.runs import RunConfig
 
 MOMENTUM = 0.9

@@ -8,7 +8,8 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from data_sets import DATA_SETS, PICTURES, DataSet
-from models import build_model_of, use_products
+from models import build_model_of
+from models.vgg import use_products
 from runtime import checkpoint
 from runtime.device import Runtime, machine
 from runtime.errors import UserError

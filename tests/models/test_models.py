@@ -13,8 +13,8 @@ from made_up import CPU
 
 from data_sets import DATA_SETS, SIDE
 from evaluation import inference, report
-from models import BUILDERS, StudentCNN, build_model, use_products, vgg19_bn
-from models.vgg import Conv3x3
+from models import BUILDERS, StudentCNN, build_model, vgg19_bn
+from models.vgg import Conv3x3, use_products
 from runtime import device
 from runtime.errors import UserError
 from training.run import describe_data
