@@ -100,9 +100,8 @@ def known_failure(error: Exception) -> str | None:
                 return advice
     modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
     if any(name.startswith("torch._inductor") for name in modules):  # not torch._dynamo, which runs the model's code
-        # The compiler's first error, or the last line before torch's advice.
-        lines = [line.strip() for line in str(error).partition("\n\nSet TORCH")[0].splitlines() if line.strip()]
-        cause = next((line for line in lines if "error: " in line), lines[-1] if lines else type(error).__name__)
+        lines = str(error).splitlines()
+        cause = next((line for line in lines if "error: " in line), lines[0])  # the compiler's first error
         return f"--compile True failed: {cause}; leave --compile out"
     full = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
     if isinstance(error, OSError) and error.filename and error.errno in (errno.EACCES, errno.EPERM, *full):
