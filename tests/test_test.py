@@ -21,7 +21,7 @@ from evaluation.measures import bias_correction
 from runtime import checkpoint
 from training.plan import name_of
 from training.run import describe_data
-from training.teacher_logits import describe_logits, write_logits
+from training.teacher_logits import write_logits
 from utils import Data, held_out_logits, load_images, parse_log
 
 KEYS = {
@@ -156,8 +156,7 @@ def test_a_folder_of_logits_is_a_teacher_without_a_cost(evaluate):
     model.load_state_dict(checkpoint.load(teacher)["model"])
     logits = comparison.held_out_logits(model.eval(), DATA.test, DATA.spec, CPU)
     for folder, name, given in (("my_logits", "test", logits), ("few", "test", logits[:12]), ("none", "00", logits)):
-        write_logits(Path(folder), f"{name}.npz", given, "mine")
-        describe_logits(Path(folder), DATA.spec, "mine")
+        write_logits(Path(folder), f"{name}.npz", given, DATA.spec, "mine")
     output, beside_its_logits = evaluate("--kd", "--teacher=my_logits", "--json=report.json"), report()
     assert "ratio |" not in output and "is not the teacher" not in output
     assert {key: beside_its_logits[key] for key in FIDELITY} == {key: beside_its_model[key] for key in FIDELITY}

@@ -77,8 +77,7 @@ class TeacherLogits:
             logits = compute().half()
             try:
                 if self.runtime.is_main:
-                    write_logits(self.folder, name, logits, self.key)
-                    describe_logits(self.folder, self.spec, self.key)
+                    write_logits(self.folder, name, logits, self.spec, self.key)
             except UserError as error:
                 print(f"{error}; the teacher's logits are not stored", flush=True)
         return logits[:count]
@@ -94,13 +93,9 @@ def read_logits(path: Path, key: str, count: int, classes: int) -> torch.Tensor:
     return torch.from_numpy(logits)
 
 
-def write_logits(folder: Path, name: str, logits: torch.Tensor, key: str) -> None:
-    """Write logits (N, C) as float16 to `folder`, atomically and with checksums; UserError if that fails."""
+def write_logits(folder: Path, name: str, logits: torch.Tensor, spec: DataSet, key: str) -> None:
+    """Write logits (N, C) as float16, atomically and with checksums, and what they are of; UserError if that fails."""
     save_arrays(folder / name, key, logits=logits.half().numpy())
-
-
-def describe_logits(folder: Path, spec: DataSet, key: str) -> None:
-    """Write what the logits in `folder` are of."""
     write_json(folder / "teacher.json", {"key": key} | description(spec))
 
 
