@@ -12,7 +12,7 @@ import torch
 from data_sets import DataSet
 from runtime import checkpoint
 from runtime.device import Runtime
-from runtime.errors import UserError, reason
+from runtime.errors import UserError
 from runtime.files import load_arrays, save_arrays, write_json
 from training.run import check_teacher, describe_data, load_model
 from training.runs import UNKNOWN, RunConfig
@@ -110,10 +110,8 @@ def read_description(folder: Path, spec: DataSet) -> str:
     try:
         content = json.loads(path.read_text())
         key, others = str(content["key"]), [name for name, v in description(spec).items() if content[name] != v]
-    except OSError as error:
-        raise UserError(f"{folder} is no folder of logits: can't read {path}: {reason(error)}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} does not describe logits for this version: see docs/own.md") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is missing, or describes no logits for this version: see docs/own.md") from error
     if others:
         what = f"other data than {spec.name} here (other {', other '.join(others)})"
         raise UserError(f"{folder} has logits of {what}: write them again (docs/own.md), or give another --teacher")

@@ -207,8 +207,8 @@ WRONG = {
     "(other version)": lambda folder: describe(folder, version=0),
     "has logits of other data than digits here (other images)": lambda folder: describe(folder, images="b" * 16),
     "has logits of other data than digits here (other flip)": lambda folder: describe(folder, flip=True),
-    "is no folder of logits: can't read": lambda folder: (folder / "teacher.json").unlink(),
-    "does not describe": lambda folder: (folder / "teacher.json").write_text("[1"),
+    "is missing, or ": lambda folder: (folder / "teacher.json").unlink(),
+    "describes no logits for this version": lambda folder: (folder / "teacher.json").write_text("[1"),
 }
 
 
