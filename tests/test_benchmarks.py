@@ -47,10 +47,9 @@ def test_the_baseline_rate_rises_then_falls_along_a_cosine():
     assert rising[4:] == sorted(rising[4:], reverse=True) and 0 < rising[-1] < 0.01
 
 
-@pytest.mark.parametrize("content", ["", '{"trainings": [{}]}', '{"rows": []}'])
-def test_a_file_without_results_of_the_benchmark_is_rejected(content, tmp_path):
+def test_a_file_of_another_benchmark_is_rejected(tmp_path):
     path = tmp_path / "other.json"
-    path.write_text(content)
+    path.write_text('{"rows": []}')
     with pytest.raises(UserError, match="holds no results of this benchmark"):
         bench.read_results(path)
 
