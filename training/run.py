@@ -1,5 +1,6 @@
 """The state of a training run: its model, optimizer, log and position; how it is saved and resumed."""
 
+import math
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -162,7 +163,6 @@ class Run:
         self.epoch, self.step, self.seconds = epoch, 0, 0.0
         dtype = torch.float32 if self.runtime.device.type == "mps" else torch.float64
         self.totals = torch.zeros(len(METRICS), dtype=dtype, device=self.runtime.device)
-        self.losses = torch.zeros(self.steps, device=self.runtime.device)
         self.clock = time.monotonic()
 
     def seed_step(self) -> None:
@@ -182,7 +182,6 @@ class Run:
 
     def record(self, loss, ce, kl, correct, count: int) -> None:
         """Count a step: mean losses and correct predictions over `count` images; nothing waits for the device."""
-        self.losses[self.step] = loss.detach()
         self.totals += torch.stack((loss.detach() * count, ce * count, kl * count, *correct))
         self.step += 1
 
@@ -193,11 +192,11 @@ class Run:
         self.clock = now
 
     def check_finite(self) -> None:
-        """UserError that names the first step whose loss is NaN or infinite; what was saved before it stays."""
-        bad = (~torch.isfinite(self.losses[: self.step])).nonzero()
-        if len(bad):
-            step, how = int(bad[0]), "--tto True " if self.config.role == "teacher" else ""
-            what = f"the loss of {self.config.stem} is {self.losses[step]:g} at epoch {self.epoch + 1}, step {step + 1}"
+        """UserError if a loss of this epoch is NaN or infinite, and so their sum; what was saved before it stays."""
+        loss = self.totals[0].item()
+        if not math.isfinite(loss):
+            how = "--tto True " if self.config.role == "teacher" else ""
+            what = f"the loss of {self.config.stem} is {loss:g} in epoch {self.epoch + 1}"
             advice = f"train it again with a lower rate: {how}--lr {self.config.lr / 10:.4g} --resume False"
             raise UserError(f"{what}: {advice}")
 

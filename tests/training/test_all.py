@@ -92,7 +92,7 @@ def test_students_of_a_seed_differ_in_the_loss_alone(learn, monkeypatch):
         weights = checkpoint.fingerprint(run.model.state_dict())
         seen.clear()
         real(run, *arguments)
-        runs[run.config.stem] = weights, [*seen], run.losses.tolist()
+        runs[run.config.stem] = weights, [*seen], run.totals.tolist()
 
     def images(views, rows, k, real=utils.Views.images):
         seen.append((rows.tolist(), k))

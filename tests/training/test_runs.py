@@ -257,11 +257,12 @@ def test_the_time_left_is_told_however_long_it_is(make_run, monkeypatch):
         assert train.progress_text(run) == f"loss 2.000 top1 50.00% {text}"
 
 
-def test_a_loss_that_is_not_finite_names_its_first_step(make_run):
+@pytest.mark.parametrize("bad", ["inf", "nan"])
+def test_a_loss_that_is_not_finite_is_an_error(bad, make_run):
     run = make_run()
-    for loss in (1.0, 2.0, float("inf"), float("nan")):
+    for loss in (1.0, 2.0, float(bad), 3.0):
         run.record(torch.tensor(loss), *torch.zeros(2), torch.zeros(2), 8)
-    with pytest.raises(UserError, match="is inf at epoch 1, step 3: .* --lr 0.01 --resume False"):
+    with pytest.raises(UserError, match=f"is {bad} in epoch 1: .* --lr 0.01 --resume False"):
         run.check_finite()
 
 
