@@ -34,9 +34,9 @@ from evaluation.report import softness_text
 from evaluation.results import publish
 from models.own import fingerprint_layers
 from runtime import checkpoint
-from runtime.device import Runtime, machine
+from runtime.device import Runtime, device_title
 from runtime.errors import Stopped, StopSignal, UserError, exit_code
-from runtime.files import locked, make_folder
+from runtime.files import locked
 from runtime.processes import start
 from runtime.progress import Progress, duration
 from training.losses import training_loss
@@ -174,15 +174,13 @@ def train(
 def begin(run: Run, images: int, resume: bool) -> None:
     """Restore an unfinished run, or start the log of a new one."""
     config, runtime = run.config, run.runtime
-    make_folder(run.files.log.parent)
     exists = run.files.resume.exists()
     runtime.barrier()
     if exists and resume:
         run.restore()
         return runtime.barrier()  # before the first process can finish and remove what the others read
     recipe = ", ".join(f"{name} {getattr(config, name)}" for name in ("optimizer", *RECIPE_FIELDS, "seed"))
-    device = machine(runtime)["device"]
-    runtime.print(f"{config.stem}: {images:,} images, {run.steps} steps per epoch, {device}, {recipe}")
+    runtime.print(f"{config.stem}: {images:,} images, {run.steps} steps per epoch, {device_title(runtime)}, {recipe}")
     run.write_log(json.dumps(run.header() | {"split": config.split}) + "\n")
     run.save()  # fail now if it can't be written
     if runtime.is_main:
