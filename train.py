@@ -19,6 +19,7 @@ import contextlib
 import json
 import time
 from dataclasses import replace
+from datetime import timedelta
 
 import config
 from runtime.cli import answer_early
@@ -38,7 +39,7 @@ from runtime.device import Runtime, device_title
 from runtime.errors import Stopped, StopSignal, UserError, exit_code
 from runtime.files import locked
 from runtime.processes import start
-from runtime.progress import Progress, duration
+from runtime.progress import Progress
 from training.losses import training_loss
 from training.plan import plan
 from training.recipes import RECIPE_FIELDS
@@ -93,8 +94,8 @@ def progress_text(run: Run) -> str:
     loss, top1 = (run.totals[[0, 3]] / seen).tolist()
     run.count_time()
     speed = run.step * run.batch_size / run.seconds
-    left = (run.total_steps - run.epoch * run.steps - run.step) * run.batch_size / speed
-    return f"loss {loss:.3f} top1 {100 * top1:.2f}% {speed:,.0f} img/s lr {run.lr:.4f} left {duration(left)}"
+    left = timedelta(seconds=int((run.total_steps - run.epoch * run.steps - run.step) * run.batch_size / speed))
+    return f"loss {loss:.3f} top1 {100 * top1:.2f}% {speed:,.0f} img/s lr {run.lr:.4f} left {left}"
 
 
 def end_epoch(run: Run, held_out: Images, softened: dict, epochs_after: int) -> None:
@@ -116,7 +117,7 @@ def end_epoch(run: Run, held_out: Images, softened: dict, epochs_after: int) -> 
     run.write_log(f"{run.log}{json.dumps(line)}\n")
     run.begin_epoch(run.epoch + 1)
     top5 = f" top5 {test['top5']:.2f}%" if "top5" in test else ""
-    left = duration((config.num_epochs - run.epoch + epochs_after) * (seconds + evaluation))
+    left = timedelta(seconds=int((config.num_epochs - run.epoch + epochs_after) * (seconds + evaluation)))
     all_left = f", about {left} left for all runs" if epochs_after else ""
     runtime.print(
         f"epoch {line['epoch']}/{config.num_epochs}: train loss {train['loss']:.4f} top1 {train['top1']:.2f}%, "

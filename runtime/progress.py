@@ -4,14 +4,8 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from datetime import timedelta
 
 from tqdm import tqdm
-
-
-def duration(seconds: float) -> str:
-    """Seconds as h:mm:ss; more than some 30 years are not worth a number."""
-    return str(timedelta(seconds=int(seconds))) if seconds < 10**9 else "for ever"
 
 
 class Progress(AbstractContextManager):

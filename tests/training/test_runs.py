@@ -248,13 +248,12 @@ def test_processes_must_share_a_batch_evenly(make_run):
     assert make_run(4).batch_size == 8 and make_run(1, "--batch_size=64").batch_size == 40
 
 
-def test_the_time_left_is_told_however_long_it_is(make_run, monkeypatch):
+def test_the_progress_tells_loss_accuracy_speed_rate_and_the_time_left(make_run, monkeypatch):
     monkeypatch.setattr(training.run.time, "monotonic", lambda: 0.0)
     run = make_run()
     step(run, 4)
-    for seconds, text in ((4.0, "2 img/s lr 0.1000 left 0:00:36"), (1e300, "0 img/s lr 0.1000 left for ever")):
-        run.seconds = seconds
-        assert train.progress_text(run) == f"loss 2.000 top1 50.00% {text}"
+    run.seconds = 4.0
+    assert train.progress_text(run) == "loss 2.000 top1 50.00% 2 img/s lr 0.1000 left 0:00:36"
 
 
 @pytest.mark.parametrize("bad", ["inf", "nan"])
