@@ -43,7 +43,7 @@ from runtime.progress import Progress
 from training.losses import training_loss
 from training.plan import plan
 from training.recipes import RECIPE_FIELDS
-from training.run import METRICS, Run, RunFiles, check_same, files_of, find_finished
+from training.run import METRICS, Run, RunFiles, check_same, find_finished
 from training.runs import RunConfig
 from training.teacher_logits import TeacherLogits, load_teacher
 from utils import Data, Images, Views, epoch_order, epoch_view, evaluate, load_images, plot_curves, topk_correct
@@ -212,7 +212,7 @@ def train_all(options: config.TrainOptions) -> None:
             else:
                 later = runs[i + 1 :] if teacher else []  # a teacher's epochs take longer than the students'
                 epochs_after = sum(other.num_epochs for other in later if not finished[other.stem])
-                files = files_of(run, options)
+                files = RunFiles(run, options)
                 content = train(run, data, views, teacher, files, options.resume, runtime, epochs_after)
             contents.append(content)
         if options.all:
@@ -232,7 +232,7 @@ def prepare(options: config.TrainOptions, runtime: Runtime) -> tuple[Data, list[
     runs = plan(options, data.spec, runtime.precision, runtime.world_size)
     counts = [len(data.rows(run.subset, run.holdout, run.omit, run.student_images)) for run in runs]
     if options.all or options.student:  # fail before the teacher is trained, not after
-        layers = fingerprint_layers(Run(runs[-1], runtime, data.spec, counts[-1], files_of(runs[-1], options)).model)
+        layers = fingerprint_layers(Run(runs[-1], runtime, data.spec, counts[-1], RunFiles(runs[-1], options)).model)
         runs = [replace(run, student_layers=layers) if run.student else run for run in runs]
     return data, runs
 

@@ -73,8 +73,7 @@ class Bench:
         run_config, device = self.config(role, loss), self.runtime.device
         rows = torch.arange(self.steps[role] * self.batch_size) % IMAGES
         views = Views(self.images[: len(rows)], self.spec, device)
-        folder = self.options[role].weights_path
-        run = Run(run_config, self.runtime, self.spec, len(rows), RunFiles(folder, folder, run_config.stem))
+        run = Run(run_config, self.runtime, self.spec, len(rows), RunFiles(run_config, self.options[role]))
         run.saved_at = float("inf")  # no saves
         logits = torch.randn(len(rows), 10).half().to(device)
 

@@ -59,7 +59,7 @@ class Bench:
 
     def __init__(self, options: config.TrainOptions, count: int | None, runtime: Runtime) -> None:
         """Train on the first `count` images (None: all that are not held out)."""
-        self.runtime, self.folder = runtime, options.weights_path
+        self.runtime, self.options = runtime, options
         self.data = load_images(options.dataset, options.data_path, runtime, options.flip)
         whole = len(self.data.train)
         (self.run,) = plan(replace(options, holdout=whole // 10), self.data.spec, runtime.precision, 1)
@@ -86,8 +86,7 @@ class Bench:
     def train_ours(self, settings: dict) -> tuple[torch.nn.Module, float, Runtime]:
         """The model that train.py's loop trains, its seconds, and the runtime to evaluate it in."""
         config, seconds = replace(self.run, num_epochs=settings["num_epochs"]), 0.0
-        files = RunFiles(self.folder, self.folder, config.stem)
-        run = Run(config, self.runtime, self.data.spec, len(self.rows), files)
+        run = Run(config, self.runtime, self.data.spec, len(self.rows), RunFiles(config, self.options))
         views = Views(self.data.train, self.data.spec, self.runtime.device)
         while run.epoch < config.num_epochs:
             k = epoch_view(config.views, config.flip, config.seed, run.epoch)

@@ -3,7 +3,6 @@
 import math
 import time
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -26,15 +25,12 @@ METRICS = ("loss", "ce", "kl", "top1", "top5")
 class RunFiles:
     """The files of a run: its checkpoint, its log, and the resume state while it is unfinished."""
 
-    def __init__(self, weights: Path, plots: Path, stem: str) -> None:
-        self.checkpoint, self.resume = weights / f"{stem}.pt", weights / f"{stem}.last.pt"
-        self.log = plots / f"{stem}.jsonl"
-
-
-def files_of(run: RunName, options) -> RunFiles:
-    """The files of a run; the teacher of --all is shared by all --name folders."""
-    options = replace(options, name=None) if options.all and run.role == "teacher" else options
-    return RunFiles(options.weights_folder, options.plots_folder, run.stem)
+    def __init__(self, run: RunName, options) -> None:
+        if options.all and run.role == "teacher":  # shared by all --name folders
+            options = replace(options, name=None)
+        self.checkpoint = options.weights_folder / f"{run.stem}.pt"
+        self.resume = options.weights_folder / f"{run.stem}.last.pt"
+        self.log = options.plots_folder / f"{run.stem}.jsonl"
 
 
 def describe_data(spec: DataSet) -> dict:
@@ -102,7 +98,7 @@ def check_same(content: dict, run: RunConfig) -> None:
 
 def find_finished(run: RunConfig, options, spec: DataSet) -> dict | None:
     """The checkpoint of this run if it has finished and is kept, else None; UserError if another is in its place."""
-    files = files_of(run, options)
+    files = RunFiles(run, options)
     is_shared = options.all and run.role == "teacher"  # --all has the students' options: any teacher that fits is kept
     is_unfinished = files.resume.exists() and not is_shared
     if is_unfinished and options.all:

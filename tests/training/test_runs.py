@@ -208,7 +208,8 @@ def make_run(tiny_models, tmp_path, monkeypatch):
         monkeypatch.setattr(dist, "all_reduce", lambda values: values.mul_(world_size))
         config = run_of(f"--batch_size=8 --num_epochs=2 --lr=0.1 {command}", processes=world_size)
         runtime = Runtime(CPU.device, precision, 0, world_size)
-        return Run(config, runtime, SPEC, 40, RunFiles(tmp_path, tmp_path, config.stem))
+        options = parse_train([f"--weights_path={tmp_path}", f"--plots_path={tmp_path}"])
+        return Run(config, runtime, SPEC, 40, RunFiles(config, options))
 
     return make
 
