@@ -132,21 +132,15 @@ def percent(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def train(
-    config: RunConfig,
-    data: Data,
-    views: Views,
-    teacher: TeacherLogits | None,
-    files: RunFiles,
-    resume: bool,
-    runtime: Runtime,
-    epochs_after: int,
+    config: RunConfig, data: Data, teacher: TeacherLogits | None, options, runtime: Runtime, epochs_after: int
 ) -> dict:
     """Do one run, new or resumed, and write its checkpoint, log and figures; the checkpoint's content."""
+    views, files = Views(data.train, data.spec, runtime.device), RunFiles(config, options)
     rows = data.rows(config.subset, config.holdout, config.omit, config.student_images)
     held_out = data.held_out(config.subset, config.holdout)
     with locked(files.checkpoint) if runtime.is_main else contextlib.nullcontext():
         run = Run(config, runtime, data.spec, len(rows), files)
-        begin(run, len(rows), resume)
+        begin(run, len(rows), options.resume)
         while run.epoch < config.num_epochs:
             k = epoch_view(config.views, config.flip, config.seed, run.epoch)
             try:
@@ -195,7 +189,7 @@ def train_all(options: config.TrainOptions) -> None:
         finished = {run.stem: find_finished(run, options, data.spec) for run in runs}
         if options.all:
             runtime.print(f"{len(runs)} runs, {sum(map(bool, finished.values()))} of them finished")
-        views, teacher, contents = Views(data.train, data.spec, runtime.device), None, []
+        teacher, contents = None, []
         for i, run in enumerate(runs):
             if run.role == "student" and (options.kd or options.all) and teacher is None:  # one for all students
                 teacher = load_teacher(run, options, data.spec, runtime, contents[0] if contents else None)
@@ -212,8 +206,7 @@ def train_all(options: config.TrainOptions) -> None:
             else:
                 later = runs[i + 1 :] if teacher else []  # a teacher's epochs take longer than the students'
                 epochs_after = sum(other.num_epochs for other in later if not finished[other.stem])
-                files = RunFiles(run, options)
-                content = train(run, data, views, teacher, files, options.resume, runtime, epochs_after)
+                content = train(run, data, teacher, options, runtime, epochs_after)
             contents.append(content)
         if options.all:
             shown = measure_all(contents, run, data, runtime, teacher, student=options.student)
