@@ -186,7 +186,7 @@ def train_all(options: config.TrainOptions) -> None:
     """The run that the options name, or with --all every run that is not finished yet, and then the table."""
     with StopSignal() as stop, start(options.device, options.precision, options.deterministic, stop) as runtime:
         data, runs = prepare(options, runtime)
-        finished = {run.stem: find_finished(run, options, data.spec) for run in runs}
+        finished = {run.stem: find_finished(run, options) for run in runs}
         if options.all:
             runtime.print(f"{len(runs)} runs, {sum(map(bool, finished.values()))} of them finished")
         teacher, contents = None, []
@@ -198,7 +198,7 @@ def train_all(options: config.TrainOptions) -> None:
                 contents = contents or list(filter(None, [teacher.content]))
             if run.kd:
                 run = replace(run, teacher=teacher.fingerprint, teacher_unknown=teacher.is_unknown)
-            if content := finished[run.stem] or find_finished(run, options, data.spec):  # perhaps meanwhile
+            if content := finished[run.stem] or find_finished(run, options):  # perhaps meanwhile
                 if run.kd:
                     check_same(content, run)  # by its teacher, too
                 ended = f"already finished ({content['metrics']['top1']:.2f}% top-1), skipping"
@@ -223,6 +223,8 @@ def prepare(options: config.TrainOptions, runtime: Runtime) -> tuple[Data, list[
     data = load_images(options.dataset, options.data_path, runtime, options.flip, options.skip_broken, options.size)
     runtime.print(*data.notes)
     runs = plan(options, data.spec, runtime.precision, runtime.world_size)
+    if options.all and not options.teacher and RunFiles(runs[0], options).checkpoint.exists():
+        runs = runs[1:]  # the teacher that is there is used, whatever its recipe
     counts = [len(data.rows(run.subset, run.holdout, run.omit, run.student_images)) for run in runs]
     if options.all or options.student:  # fail before the teacher is trained, not after
         layers = fingerprint_layers(Run(runs[-1], runtime, data.spec, counts[-1], RunFiles(runs[-1], options)).model)

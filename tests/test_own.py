@@ -236,7 +236,7 @@ def test_a_changed_picture_is_another_run_and_other_classes_are_an_error(root, t
         ("--kd", "folder_student_kd_t5.pt is a finished run with images [0-9a-f]{8}, not "),
         ("--kd --temp=7", "folder_teacher.pt was trained on other images than those of folder here"),
         ("--kd=False", "folder_student.pt is a finished run with images [0-9a-f]{8}, not "),
-        ("--all", "folder_teacher.pt was trained on other images"),
+        ("--all", "folder_student.pt is a finished run with images [0-9a-f]{8}, not "),
     ):
         assert re.search(tells, train_on_pictures(*word.split(), code=2)) and snapshot(tmp_path / "weights") == before
     assert "folder_student_kd_t5.pt was trained on other images" in evaluate(*PICTURES, "--kd")

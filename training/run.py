@@ -79,13 +79,6 @@ def finished(content: dict) -> dict:
     return content
 
 
-def check_teacher(content: dict, student: RunName, spec: DataSet) -> None:
-    """UserError if a checkpoint can't teach a student on these images."""
-    why = mismatch(content, student, spec) if finished(content)["run"]["role"] == "teacher" else "is a student"
-    if why:
-        raise UserError(f"the teacher {content['path']} {why}: choose another one with --teacher or --weights_path")
-
-
 def check_same(content: dict, run: RunConfig) -> None:
     """UserError if a file is of another run than `run`, whose teacher may not be known yet."""
     kind, ignoring = "a finished run", set() if run.teacher else {"teacher", "teacher_unknown"}
@@ -96,20 +89,16 @@ def check_same(content: dict, run: RunConfig) -> None:
         raise UserError(f"{content['path']} is {kind} with {why}: {advice}")
 
 
-def find_finished(run: RunConfig, options, spec: DataSet) -> dict | None:
+def find_finished(run: RunConfig, options) -> dict | None:
     """The checkpoint of this run if it has finished and is kept, else None; UserError if another is in its place."""
     files = RunFiles(run, options)
-    is_shared = options.all and run.role == "teacher"  # --all has the students' options: any teacher that fits is kept
-    is_unfinished = files.resume.exists() and not is_shared
+    is_unfinished = files.resume.exists()
     if is_unfinished and options.all:
         check_same(checkpoint.load(files.resume), run)  # now, not when its turn comes
     if is_unfinished or not (options.resume and files.checkpoint.exists()):
         return None
     content = checkpoint.load(files.checkpoint)
-    if is_shared:
-        check_teacher(content, run, spec)
-    else:
-        check_same(content, run)
+    check_same(content, run)
     return content
 
 

@@ -48,8 +48,8 @@ def test_stopped_after_each_run_it_gives_the_same_table(learn, tmp_path, monkeyp
         patch.setattr(train, "train", train_one)
         for _ in RUNS:
             learn(*words, code=128 + 15)
-    assert (output := learn(*words)).startswith("5 runs, 5 of them finished\n")
-    assert re.findall(r"(\S+): already finished", output) == [f"digits_{run}_subset40" for run in RUNS]
+    assert (output := learn(*words)).startswith("4 runs, 4 of them finished\n")
+    assert re.findall(r"(\S+): already finished", output) == [f"digits_{run}_subset40" for run in RUNS[1:]]
     Path("weights/digits_student_kd_t5_seed7_subset40.pt").rename("kd.pt")
     Path("weights/digits_student_seed7_subset40.pt").unlink()
 
@@ -119,7 +119,7 @@ def test_it_distils_the_teacher_that_is_there_and_replaces_no_students_of_anothe
     teacher = checkpoint.fingerprint(load("teacher")["model"])
     assert load("teacher")["run"]["num_epochs"] == 2 and load("student_kd_t5")["run"]["teacher"] == teacher
     before = snapshot(tmp_path / "weights")
-    assert learn(*ALL).count("already finished") == 1 + 3 and snapshot(tmp_path / "weights") == before
+    assert learn(*ALL).count("already finished") == 2 and snapshot(tmp_path / "weights") == before
     learn("--tto", "--resume=False", "--num_epochs=1")
     error = learn(*ALL, code=2)
     assert f"teacher {teacher[:8]}, not " in error and "--name" in error and "--resume False" in error
