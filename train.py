@@ -99,10 +99,7 @@ def progress_text(run: Run) -> str:
 
 
 def end_epoch(run: Run, held_out: Images, softened: dict, epochs_after: int) -> None:
-    """Evaluate, append the epoch's line to the log, with `softened` in it, and go to the next epoch.
-
-    `epochs_after` are those of the runs after this one: the time that is left for all of them is shown, too.
-    """
+    """Evaluate, log the epoch with `softened`, and go to the next one; `epochs_after` are those of later runs."""
     config, runtime = run.config, run.runtime
     images = run.steps * run.batch_size
     means = dict(zip(METRICS, (runtime.total(run.totals) / images).tolist(), strict=True))
