@@ -139,8 +139,7 @@ def load_teacher(
 
 def complete_state_dict(content: dict, student: RunConfig, spec: DataSet) -> dict:
     """Make a plain state dict with the teacher's keys a checkpoint of an unknown run."""
-    unknown = {"images": UNKNOWN, "num_epochs": 0, "kd_weights": (), "ce_weight": 1.0, "student_layers": ""}
-    unknown |= {"teacher": None, "teacher_unknown": False}
-    run = replace(student, **asdict(student.teacher_name), **unknown)
+    name = asdict(student.teacher_name)
+    run = replace(student, **name, images=UNKNOWN, num_epochs=0, kd_weights=(), ce_weight=1.0, teacher_unknown=False)
     words = {"title": run.title, "data": describe_data(spec), "machine": {}, "log": "", "seconds": 0.0, "metrics": {}}
     return content | {"run": asdict(run)} | words
