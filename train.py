@@ -37,7 +37,7 @@ from models.own import fingerprint_layers
 from runtime import checkpoint
 from runtime.device import Runtime, device_title
 from runtime.errors import Stopped, StopSignal, UserError, exit_code
-from runtime.files import locked
+from runtime.files import locked, remove
 from runtime.processes import start
 from runtime.progress import Progress
 from training.losses import training_loss
@@ -157,7 +157,7 @@ def train(
         if runtime.is_main:
             checkpoint.save(files.checkpoint, content)
             figures = plot_curves(files.log, files.log.parent)
-            files.resume.unlink(missing_ok=True)
+            remove(files.resume)
             print(f"saved {files.checkpoint}, {files.log} and {', '.join(path.name for path in figures)}")
         runtime.barrier()
     return content | {"path": files.checkpoint}
@@ -176,7 +176,7 @@ def begin(run: Run, images: int, resume: bool) -> None:
     run.write_log(json.dumps(run.header() | {"split": config.split}) + "\n")
     run.save()  # fail now if it can't be written
     if runtime.is_main:
-        run.files.resume.unlink(missing_ok=True)  # an early failure must not rule out other options
+        remove(run.files.resume)  # an early failure must not rule out other options
 
 
 def train_all(options: config.TrainOptions) -> None:
@@ -222,6 +222,8 @@ def prepare(options: config.TrainOptions, runtime: Runtime) -> tuple[Data, list[
     runs = plan(options, data.spec, runtime.precision, runtime.world_size)
     if options.all and not options.teacher and RunFiles(runs[0], options).checkpoint.exists():
         runs = runs[1:]  # the teacher that is there is used, whatever its recipe
+    if len(data.spec.classes) == 2 and any(run.loss == "ls" for run in runs):
+        raise UserError("--loss ls standardises two logits to 1 and -1, which teaches nothing: leave it out")
     counts = [len(data.rows(run.subset, run.holdout, run.omit, run.student_images)) for run in runs]
     if options.all or options.student:  # fail before the teacher is trained, not after
         layers = fingerprint_layers(Run(runs[-1], runtime, data.spec, counts[-1], RunFiles(runs[-1], options)).model)

@@ -128,7 +128,8 @@ def answer_early(parse) -> None:
     except ImportError as error:
         sys.exit(report(f"can't start: {error}; install the packages with `pip install -r requirements.txt`"))
     except OSError as error:  # they keep caches, and take the folder of temporary files where they can't
-        sys.exit(report(f"can't start: {error}; set TMPDIR to a folder that can be written to"))
+        advice = "set TMPDIR to a folder that can be written to, or install the packages again"
+        sys.exit(report(f"can't start: {error}; {advice}"))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)

@@ -7,7 +7,7 @@ import struct
 import time
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -24,25 +24,31 @@ UNREADABLE += (zipfile.BadZipFile, zlib.error, struct.error)
 def writing(path: Path) -> Iterator[Path]:
     """Yield a temporary path that replaces `path`, whole, if the block succeeds; UserError leaves the old file."""
     target = Path(os.path.realpath(path))  # of a link, the file it leads to
-    make_folder(target.parent)
+    make_folder(path.parent)
     try:
         with TemporaryDirectory(dir=target.parent, prefix=".", suffix=".tmp", ignore_cleanup_errors=True) as scratch:
             temporary = Path(scratch, "new")  # on the same disk; no name that a search for checkpoints would find
             yield temporary
             with open(temporary, "r+b") as file:  # Windows flushes only what it may write to
                 os.fsync(file.fileno())
-            replace(temporary, target)
+            retry(os.replace, temporary, target)
     except OSError as error:
         raise UserError(f"can't write {path}: {reason(error)}; the old file is unchanged") from error
 
 
-def replace(source: Path, target: Path) -> None:
-    """os.replace, tried again for a second: on Windows a virus scanner may hold a new file for a moment."""
+def retry(action: Callable, *paths: Path) -> None:
+    """Replace or remove a file, tried again for a second: on Windows a virus scanner may hold a new one."""
     for pause in (0.01, 0.1, 0.3, 0.6):
         with contextlib.suppress(PermissionError):
-            return os.replace(source, target)
+            return action(*paths)
         time.sleep(pause)
-    os.replace(source, target)
+    action(*paths)
+
+
+def remove(path: Path) -> None:
+    """Remove a file if it exists."""
+    with contextlib.suppress(FileNotFoundError):
+        retry(os.remove, path)
 
 
 def make_folder(folder: Path) -> None:
@@ -99,4 +105,5 @@ def locked(path: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            lock_path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # some shared folders refuse to remove an open file
+                lock_path.unlink()

@@ -10,6 +10,9 @@ import torch.distributed as dist
 from runtime.device import Runtime, has_fast_bf16, keep_freed_memory, pick_device
 from runtime.errors import Stopped, StopSignal, UserError
 
+FLOAT32_OPERATORS = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+FLOAT32_OPERATORS += (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)
+
 
 def change_settings(stack: contextlib.ExitStack, device: torch.device, deterministic: bool) -> None:
     """Set torch's global settings until `stack` is left; those of the host would change the results, or fail."""
@@ -17,10 +20,16 @@ def change_settings(stack: contextlib.ExitStack, device: torch.device, determini
     algorithms = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     stack.callback(torch.set_default_dtype, torch.get_default_dtype())
     stack.callback(torch.set_default_device, None if host_device.type == "cpu" else host_device)
-    stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
     stack.callback(torch.use_deterministic_algorithms, algorithms[0], warn_only=algorithms[1])
-    for name in ("benchmark", "deterministic", "allow_tf32"):
+    for name in ("benchmark", "deterministic"):
         stack.callback(setattr, cudnn, name, getattr(cudnn, name))
+    for operator in FLOAT32_OPERATORS:
+        stack.callback(setattr, operator, "fp32_precision", operator.fp32_precision)
+    # torch.compile reads torch's older interface, which fails where a host has used the newer one.
+    with contextlib.suppress(RuntimeError):
+        stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+    with contextlib.suppress(RuntimeError):
+        stack.callback(setattr, cudnn, "allow_tf32", cudnn.allow_tf32)
     torch.set_default_dtype(torch.float32)
     torch.set_default_device(None)
     torch.set_float32_matmul_precision("highest")
@@ -28,7 +37,9 @@ def change_settings(stack: contextlib.ExitStack, device: torch.device, determini
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     cudnn.benchmark, cudnn.deterministic = not deterministic, deterministic
-    cudnn.allow_tf32 = False  # --precision fp32 means float32
+    cudnn.allow_tf32 = False
+    for operator in FLOAT32_OPERATORS:
+        operator.fp32_precision = "ieee"  # --precision fp32 means float32
     for context in (torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False)):
         stack.enter_context(context)
     if device.type == "cuda":

@@ -49,6 +49,13 @@ no_weight = lambda num_classes: nn.Sequential(
     nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(3072, num_classes)))
 no_view = lambda num_classes: Net(num_classes, heads=False)
 no_heads = lambda num_classes: Net(num_classes, heads=True)
+
+class Standardised(nn.Conv2d):
+    def forward(self, images):
+        means = self.weight.view(len(self.weight), -1).mean(1)
+        return nn.functional.conv2d(images, self.weight - means.view(-1, 1, 1, 1), self.bias)
+
+no_weight_view = lambda num_classes: nn.Sequential(Standardised(3, 2, 32), nn.Flatten(), nn.Linear(2, num_classes))
 """
 
 
@@ -110,6 +117,7 @@ UNUSABLE = {
     "my_models:no_shape": r"returns shape \(2, 11\) for 2 images, not \(2, 10\)",
     "my_models:no_linear": "has no linear layer that can be trained",
     "my_models:no_view": r"and images \(2, 3, 32, 32\): .*Use .reshape",
+    "my_models:no_weight_view": r"and images \(2, 3, 32, 32\): .*Use .reshape",
     "my_models:no_weight": "has no linear layer that can be trained",
     "my_models:no_size": "list index out of range",
     "my_models:no_heads": r"returns shape \(\) for 2 images",
@@ -247,3 +255,6 @@ def test_a_changed_picture_is_another_run_and_other_classes_are_an_error(root, t
     for split in ("train", "test"):
         (root / split / CLASSES[0]).rename(root / split / "another")
     assert f"has 3 classes ({', '.join(CLASSES)}" in evaluate(*PICTURES, code=2)
+    for split in ("train", "test"):
+        shutil.rmtree(root / split / "another")
+    assert "--loss ls standardises two logits" in train_on_pictures("--all", "--loss", "kd", "ls", code=2)

@@ -412,7 +412,9 @@ def test_what_cannot_be_compared_is_named_and_left_out(compare):
     of_a_branch = content_of(run_of("--kd"))
     of_a_branch["run"]["loss"] = "mine"
     checkpoint.save(Path("weights/g.pt"), of_a_branch)
+    of_a_branch["run"] |= {"loss": "kd", "dropout": 0.5}
+    checkpoint.save(Path("weights/i.pt"), of_a_branch)
     _, labels, output = compare()
     lines = [line for line in output.splitlines() if line.startswith("left out: ")]
-    assert labels == [STUDENT] and len(lines) == 8
-    assert sorted(re.search(r"weights/(\w)\.pt", line)[1] for line in lines) == [*"abcdefgh"]
+    assert labels == [STUDENT] and len(lines) == 9
+    assert sorted(re.search(r"weights/(\w)\.pt", line)[1] for line in lines) == [*"abcdefghi"]

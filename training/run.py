@@ -2,7 +2,7 @@
 
 import math
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -51,7 +51,8 @@ def load_model(content: dict, runtime: Runtime, student: str | None = None) -> t
     run = run_from(content["run"])
     if run.student and run.student != student:  # no code runs because a checkpoint names it
         raise UserError(f"{content['path']} is a student of {run.student}: give --student {run.student} to run that")
-    model = use_products(checkpoint.load_weights(build_model_of(run), content), runtime.max_product_side)
+    model = checkpoint.load_weights(build_model_of(run), content)
+    use_products(model, 0 if run.compile else runtime.max_product_side)  # as in training
     return model.to(runtime.device, memory_format=runtime.memory_format).eval().requires_grad_(False)
 
 
@@ -73,6 +74,8 @@ def finished(content: dict) -> dict:
     """A finished run's checkpoint; UserError if the run is unfinished, or of other code than this."""
     if "metrics" not in content:
         raise UserError(f"{content['path']} is an unfinished run: rerun its command to finish it")
+    if content["run"].keys() != {f.name for f in fields(RunConfig)}:
+        raise UserError(f"{content['path']} was written by another version: {checkpoint.RETRAIN}")
     for name, known in {"dataset": DATA_SETS, "loss": (None, *LOSS_DEFAULTS)}.items():
         if content["run"][name] not in known:
             raise UserError(f"{content['path']} has the {name} {content['run'][name]}, which this code lacks")
@@ -112,7 +115,8 @@ class Run:
         self.batch_size = min(config.batch_size, images) // world * world
         if config.batch_size % world or not self.batch_size:
             why = f"a batch of {min(config.batch_size, images)} can't be split over {world} processes"
-            raise UserError(f"{config.stem}: {why}: give a --batch_size that is a multiple of {world}, or more images")
+            how = "train it first, with --tto True and" if config.role == "teacher" else "give"
+            raise UserError(f"{config.stem}: {why}: {how} a --batch_size that is a multiple of {world}, or more images")
         self.steps = images // self.batch_size  # of an epoch; its last, smaller batch is left out
         self.total_steps = self.steps * config.num_epochs
         torch.manual_seed(config.seed)  # of the initial weights

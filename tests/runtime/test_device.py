@@ -13,7 +13,7 @@ import runtime.device
 from runtime import processes
 from runtime.device import PRECISIONS, Runtime, device_title, machine, pick_device, training_error
 from runtime.errors import UserError
-from runtime.processes import pick_precision, start
+from runtime.processes import FLOAT32_OPERATORS, pick_precision, start
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -95,7 +95,8 @@ def settings() -> dict:
     """Torch's global settings that a run or an evaluation may change."""
     cudnn = torch.backends.cudnn
     return {
-        "enabled": cudnn.enabled, "benchmark": cudnn.benchmark, "tf32": cudnn.allow_tf32,
+        "enabled": cudnn.enabled, "benchmark": cudnn.benchmark,
+        "float32": [operator.fp32_precision for operator in FLOAT32_OPERATORS],
         "deterministic": cudnn.deterministic, "algorithms": torch.are_deterministic_algorithms_enabled(),
         "warn only": torch.is_deterministic_algorithms_warn_only_enabled(),
         "dtype": torch.get_default_dtype(), "device": torch.get_default_device().type,
@@ -147,7 +148,21 @@ def test_a_run_restores_the_hosts_settings(device, deterministic, host):
     if deterministic:
         assert during["deterministic"] and during["algorithms"] and not during["warn only"]
     if device == "cuda":
-        assert (during["benchmark"], during["tf32"]) == (not deterministic, False)
+        assert (during["benchmark"], {*during["float32"]}) == (not deterministic, {"ieee"})
+
+
+@pytest.mark.parametrize("backend", [torch.backends, torch.backends.cuda.matmul])
+def test_a_host_may_use_torchs_newer_interface_to_float32(backend):
+    default = [operator.fp32_precision for operator in FLOAT32_OPERATORS]
+    backend.fp32_precision = "tf32"
+    before = [operator.fp32_precision for operator in FLOAT32_OPERATORS]
+    with start("cpu", "fp32"):
+        assert {operator.fp32_precision for operator in FLOAT32_OPERATORS} == {"ieee"}
+        assert torch.get_float32_matmul_precision() == "highest", "which torch.compile reads"
+    assert "tf32" in before and [operator.fp32_precision for operator in FLOAT32_OPERATORS] == before
+    backend.fp32_precision = "none"
+    for operator, precision in zip(FLOAT32_OPERATORS, default, strict=True):
+        operator.fp32_precision = precision
 
 
 def test_logits_are_repeatable_within_a_block_and_cudnn_stays_on(host):

@@ -12,7 +12,7 @@ from made_up import Hostile, hostile, tiny_student
 from models import build_model
 from runtime import checkpoint
 from runtime.errors import UserError
-from runtime.files import locked, writing
+from runtime.files import locked, remove, writing
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
@@ -41,6 +41,10 @@ def test_a_file_that_a_virus_scanner_holds_for_a_moment_is_replaced(tmp_path, mo
     with writing(tmp_path / "file") as temporary:
         temporary.write_bytes(b"new")
     assert (tmp_path / "file").read_bytes() == b"new" and replace.call_count == 3
+    monkeypatch.setattr(os, "remove", Mock(side_effect=[held, DEFAULT, DEFAULT], wraps=os.remove))
+    for _ in ("there", "gone"):
+        remove(tmp_path / "file")
+        assert not (tmp_path / "file").exists()
 
 
 def test_a_save_is_on_the_disk_before_it_replaces_the_old_file(tmp_path, monkeypatch):

@@ -246,6 +246,8 @@ def test_processes_must_share_a_batch_evenly(make_run):
         make_run(3)
     with pytest.raises(UserError, match="a batch of 40 can't be split over 64 processes"):
         make_run(64, "--batch_size=64")  # of 40 images
+    with pytest.raises(UserError, match="over 3 processes: train it first, with --tto True and a --batch_size that is"):
+        make_run(3, "--tto")
     assert make_run(4).batch_size == 8 and make_run(1, "--batch_size=64").batch_size == 40
 
 
