@@ -7,9 +7,8 @@ from pathlib import Path
 
 from data_sets import DATA_SETS, SIDE, SIZES
 from runtime.cli import LARGEST, Parser, boolean, file_name, folder_name, matching, number, option, parse_words
-from training.plan import name_of
 from training.recipes import ALPHA, LOSS_DEFAULTS, OPTIMIZERS
-from training.runs import DEFAULT_SEED
+from training.runs import DEFAULT_SEED, name_of
 
 WHAT, DATA, KD = "what to run", "data", "distillation"
 RECIPE, MACHINE, FILES = "recipe (defaults: docs/options.md)", "machine", "files"

@@ -39,9 +39,8 @@ from runtime.device import Runtime, device_title
 from runtime.errors import UserError, exit_code
 from runtime.files import make_folder, write_json
 from runtime.processes import start
-from training.plan import name_of
 from training.run import finished, load_model, mismatch, spec_of
-from training.runs import RunConfig, RunName, row_order, run_from
+from training.runs import RunConfig, RunName, name_of, row_order, run_from
 from training.teacher_logits import TeacherLogits, load_teacher
 from utils import Images, held_out_logits, load_images
 

@@ -41,10 +41,9 @@ from runtime.files import locked, remove
 from runtime.processes import start
 from runtime.progress import Progress
 from training.losses import training_loss
-from training.plan import plan
 from training.recipes import RECIPE_FIELDS
 from training.run import METRICS, Run, RunFiles, check_same, find_finished
-from training.runs import RunConfig
+from training.runs import RunConfig, plan
 from training.teacher_logits import TeacherLogits, load_teacher
 from utils import Data, Images, Views, epoch_order, epoch_view, evaluate, load_images, plot_curves, topk_correct
 

@@ -39,9 +39,8 @@ from runtime.files import write_json
 from runtime.processes import start
 from train import train_epoch
 from training.losses import LOSSES
-from training.plan import plan
 from training.run import Run, RunFiles
-from training.runs import RunConfig
+from training.runs import RunConfig, plan
 from utils import EVALUATION_BATCH, Images, Views, compute_logits, epoch_order
 
 IMAGES = 50_000  # of CIFAR-10's training set

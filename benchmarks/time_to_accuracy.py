@@ -35,8 +35,8 @@ from runtime.errors import UserError, exit_code
 from runtime.files import write_json
 from runtime.processes import start
 from train import train_epoch
-from training.plan import plan
 from training.run import Run, RunFiles
+from training.runs import plan
 from utils import Views, epoch_view, evaluate, figure_style, load_images, new_panels, save_figure
 
 # Peak learning rates: 0.1 for every network in both repositories that baseline_loop.py follows, and half of it for VGGs

@@ -17,9 +17,8 @@ from data_sets import DATA_SETS, SIDE, DataSet
 from models import build_model
 from runtime import checkpoint
 from runtime.device import Runtime
-from training.plan import plan
 from training.run import describe_data
-from training.runs import RunConfig
+from training.runs import RunConfig, plan
 from utils import Images
 
 CPU = Runtime(torch.device("cpu"))

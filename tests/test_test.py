@@ -19,8 +19,8 @@ from data_sets import DATA_SETS
 from evaluation import comparison, figures
 from evaluation.measures import bias_correction
 from runtime import checkpoint
-from training.plan import name_of
 from training.run import describe_data
+from training.runs import name_of
 from training.teacher_logits import write_logits
 from utils import Data, held_out_logits, load_images, parse_log
 

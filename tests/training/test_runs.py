@@ -17,10 +17,9 @@ from config import parse_test, parse_train
 from data_sets import DATA_SETS
 from runtime.device import Runtime
 from runtime.errors import UserError
-from training.plan import name_of, plan
 from training.recipes import CIFAR, LOSS_DEFAULTS, OPTIMIZERS, RECIPE_FIELDS, LossDefaults, recipe_of, scale_recipe
 from training.run import Run, RunFiles
-from training.runs import RunConfig, describe_differences, differences, is_baseline_of, is_kd_baseline_of
+from training.runs import RunConfig, describe_differences, differences, is_baseline_of, is_kd_baseline_of, name_of, plan
 from utils import Data
 
 SPEC = replace(DATA_SETS["cifar10"], fingerprint="a" * 16, train_images=50_000)
