@@ -43,8 +43,8 @@ from runtime.progress import Progress
 from training.losses import training_loss
 from training.recipes import RECIPE_FIELDS
 from training.run import METRICS, Run, RunFiles, check_same, find_finished
-from training.runs import RunConfig, plan
-from training.teacher_logits import TeacherLogits, load_teacher
+from training.runs import RunConfig, name_of, plan
+from training.teacher_logits import TeacherLogits, load_teacher, teacher_path
 from utils import Data, Images, Views, epoch_order, epoch_view, evaluate, load_images, plot_curves, topk_correct
 
 
@@ -216,6 +216,8 @@ def prepare(options: config.TrainOptions, runtime: Runtime) -> tuple[Data, list[
     """The images and the plan of runs; UserError for options that can't work, before any training."""
     if options.sync_bn and runtime.device.type != "cuda":
         raise UserError("--sync_bn True needs CUDA devices: leave it out")
+    if options.kd:
+        teacher_path(name_of(options), options)  # fail before a download
     data = load_images(options.dataset, options.data_path, runtime, options.flip, options.skip_broken, options.size)
     runtime.print(*data.notes)
     runs = plan(options, data.spec, runtime.precision, runtime.world_size)

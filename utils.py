@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -237,13 +238,16 @@ def kd_loss(
 ) -> torch.Tensor:
     """alpha * T^2 * KL(teacher_T || student_T) + (1 - alpha) * CE, a scalar in nats, in float32.
 
-    Logits (B, C), targets (B,) int64. ValueError if temp <= 0 or alpha is outside [0, 1].
+    Logits (B, C), those of the teacher without gradients, targets (B,) int64. ValueError if temp is not positive and
+    finite, alpha is outside [0, 1], or the logits differ in shape.
     """
-    if not temp > 0:
-        raise ValueError(f"temp must be above 0, not {temp}")
+    if not 0 < temp < math.inf:
+        raise ValueError(f"temp must be positive and finite, not {temp}")
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be within [0, 1], not {alpha}")
-    student_logits, teacher_logits = student_logits.float(), teacher_logits.float()
+    if student_logits.shape != teacher_logits.shape:
+        raise ValueError(f"logits of shape {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)} differ")
+    student_logits, teacher_logits = student_logits.float(), teacher_logits.detach().float()
     ce = F.cross_entropy(student_logits, targets)
     return alpha * soft_target_loss(student_logits, teacher_logits, temp) + (1 - alpha) * ce
 

@@ -118,6 +118,7 @@ WRONG_INPUTS = {
     "no teacher": (f"{KD} --holdout 8 --weights_path w --seed 7",
                    "no teacher w/digits_teacher_subset40_holdout8.pt: train one with `python train.py --tto True "
                    "--dataset digits --subset 40 --holdout 8 --data_path .* --weights_path w`"),
+    "no teacher, no data": ("train.py --kd True", "no teacher weights/teacher.pt: train one with `python train.py --"),
     "a damaged teacher": (f"{KD} --teacher my.pt", "my.pt is damaged", lambda at: damaged(at / "my.pt")),
     "a damaged finished run": (TRAIN, f"{STEM}.pt is damaged", lambda at: damaged(at / f"weights/{STEM}.pt")),
     "a damaged resume state": (TRAIN, "last.pt is damaged", lambda at: damaged(at / f"weights/{STEM}.last.pt")),

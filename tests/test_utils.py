@@ -1,6 +1,7 @@
 """Loaders, views, losses and metrics, each against a formula or a slow computation of its own."""
 
 import itertools
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -26,14 +27,18 @@ def random_logits(batch: int = 6, scale: float = 4.0):
     return student, teacher, torch.randint(0, 10, (batch,), generator=generator)
 
 
-def test_kd_loss_is_computed_in_float32_and_refuses_values_out_of_range():
+def test_kd_loss_is_computed_in_float32_for_the_student_alone_and_refuses_wrong_values():
     student, teacher, targets = (t.bfloat16() if t.is_floating_point() else t for t in random_logits(scale=20.0))
     loss = kd_loss(student, teacher, targets, 5.0, 0.9)
     assert loss.dtype == torch.float32
     assert torch.equal(loss, kd_loss(student.float(), teacher.float(), targets, 5.0, 0.9))
-    for temp, alpha in ((0, 0.5), (float("nan"), 0.5), (5, -0.1), (5, 1.1), (5, float("nan"))):
+    kd_loss(student.requires_grad_(), teacher.requires_grad_(), targets, 5.0, 0.9).backward()
+    assert student.grad is not None and teacher.grad is None
+    for temp, alpha in ((0, 0.5), (math.nan, 0.5), (math.inf, 0.5), (5, -0.1), (5, 1.1), (5, math.nan)):
         with pytest.raises(ValueError, match="temp|alpha"):
             kd_loss(student, teacher, targets, temp, alpha)
+    with pytest.raises(ValueError, match=r"\(6, 10\) and \(6, 1\) differ"):
+        kd_loss(student, teacher[:, :1], targets, 5.0, 0.9)
 
 
 def probabilities(logits: torch.Tensor, temp: float) -> torch.Tensor:

@@ -15,7 +15,7 @@ from runtime.device import Runtime
 from runtime.errors import UserError
 from runtime.files import load_arrays, save_arrays, write_json
 from training.run import describe_data, finished, load_model, mismatch
-from training.runs import UNKNOWN, RunConfig
+from training.runs import UNKNOWN, RunConfig, RunName
 from utils import Images, Views, compute_logits, held_out_logits
 
 VERSION = 1  # of the forward pass and the views: a change that alters logits gets a new number
@@ -118,16 +118,22 @@ def read_description(folder: Path, spec: DataSet) -> str:
     return key
 
 
-def load_teacher(
-    student: RunConfig, options, spec: DataSet, runtime: Runtime, content: dict | None = None
-) -> TeacherLogits:
-    """A student's teacher: `content` if it is known to fit, a checkpoint, state dict or folder; UserError if unfit."""
+def teacher_path(student: RunName, options) -> Path:
+    """The path of a student's teacher; UserError if none is named and none was trained."""
     name = student.teacher_name
-    path = content["path"] if content else options.teacher or options.weights_path / f"{name.stem}.pt"
+    path = options.teacher or options.weights_path / f"{name.stem}.pt"
     if not (options.teacher or path.exists()):
         folders = options.folders("data_path", "skip_broken", "flip", "weights_path", "plots_path")
         train = name.command("train.py", **folders)
         raise UserError(f"no teacher {path}: train one with `{train}`, or name another with --teacher")
+    return path
+
+
+def load_teacher(
+    student: RunConfig, options, spec: DataSet, runtime: Runtime, content: dict | None = None
+) -> TeacherLogits:
+    """A student's teacher: `content` if it is known to fit, a checkpoint, state dict or folder; UserError if unfit."""
+    path = content["path"] if content else teacher_path(student, options)
     if content is None and not path.is_dir():
         content = checkpoint.load(path, or_state_dict=True)
         content = content if "run" in content else complete_state_dict(content, student, spec)

@@ -38,6 +38,11 @@ def test_vgg_features_are_torchvisions():
     assert expected.shape == (2, 512, 1, 1) and expected.std() > 0
 
 
+@pytest.mark.parametrize("role", BUILDERS)
+def test_a_model_can_be_cast(role):
+    assert build_model(role).double()(torch.zeros(1, 3, 32, 32, dtype=torch.float64)).dtype == torch.float64
+
+
 def test_costs_are_what_the_docstrings_say():
     student, teacher = StudentCNN().eval(), vgg19_bn().eval()
     weights, of_teacher = inference.count_parameters(student), inference.count_parameters(teacher)
