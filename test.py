@@ -169,7 +169,7 @@ def find_checkpoints(options: config.TestOptions, name: RunName, runtime: Runtim
     taught_by = [None, checkpoint.fingerprint(teacher["model"])] if teacher else []
     paths = {*options.weights_folder.rglob("*.pt")}
     shared = options.weights_path / f"{name.teacher_name.stem}.pt"  # by all --name folders
-    if shared.exists():
+    if paths and shared.exists():  # alone it would make a table for a --name that was mistyped
         paths.add(shared)
     for path in sorted(paths):
         if path.name.endswith(".last.pt") or path == options.teacher:

@@ -338,7 +338,7 @@ def test_compare_shows_of_each_checkpoint_the_numbers_of_its_report(report_of, c
     assert lines[2][8:10] == ["", ""], "the teacher is not compared with itself"
 
 
-def test_compare_shows_the_runs_of_the_folders_and_of_the_images_that_its_options_name(compare):
+def test_compare_shows_the_runs_of_the_folders_and_of_the_images_that_its_options_name(compare, evaluate):
     save(weights=1)
     save("--holdout=8", weights=2)
     save("--dataset=digits", weights=3)
@@ -358,6 +358,7 @@ def test_compare_shows_the_runs_of_the_folders_and_of_the_images_that_its_option
     save("--tto", weights=5)
     _, labels, output = compare("--name=a05")
     assert labels == [TEACHER, half] and f"{half}: its teacher is not in this table\n" in output
+    assert "no finished checkpoint of cifar10 in weights/a50" in evaluate("--compare", "--name=a50", code=2)
 
 
 def test_students_of_two_teachers_are_two_rows_each_beside_its_own(report_of, compare):
