@@ -242,9 +242,13 @@ def run(options: config.TestOptions) -> None:
         task = compare
     elif options.image or options.soften:
         task = classify
+    elif options.export:
+        task = export
     else:
-        task = export if options.export else evaluate
-    for folder in filter(None, (options.plots_folder, options.json and options.json.parent)):
+        task = evaluate
+    folders = [options.export.parent] if options.export else [options.plots_folder]
+    folders += [options.json.parent] if options.json else []
+    for folder in folders:
         make_folder(folder)  # fail before the evaluation, not after it
     with start(options.device, options.precision) as runtime:
         task(options, runtime)
