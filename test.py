@@ -130,7 +130,7 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
 
 def figures_stem(path: Path, options: config.TestOptions) -> Path:
     """The beginning of the paths of a checkpoint's figures: its subfolder of --weights_path is one of --plots_path."""
-    folder, weights = path.resolve().parent, options.weights_path.resolve()
+    folder, weights = path.parent.resolve(), options.weights_path.resolve()
     subfolder = folder.relative_to(weights) if folder.is_relative_to(weights) else Path()
     return options.plots_path / subfolder / path.stem
 
