@@ -100,7 +100,7 @@ def known_failure(error: Exception) -> str | None:
                 return advice
     modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
     if any(name.startswith("torch._inductor") for name in modules):  # not torch._dynamo, which runs the model's code
-        lines = str(error).splitlines()
+        lines = str(error).splitlines() or [type(error).__name__]
         cause = next((line for line in lines if "error: " in line), lines[0])  # the compiler's first error
         return f"--compile True failed: {cause}; leave --compile out"
     full = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
