@@ -205,11 +205,11 @@ def train_all(options: config.TrainOptions) -> None:
                 content = train(run, data, teacher, options, runtime, epochs_after)
             contents.append(content)
         if options.all:
-            shown = measure_all(contents, run, data, runtime, teacher, student=options.student)
+            shown = measure_all(contents, runs[-1], data, runtime, teacher, student=options.student)
             if runtime.is_main:
                 publish(shown, options.table_folder)
         else:
-            runtime.print(f"evaluate it with `{run.command('test.py', **options.folders())}`")
+            runtime.print(f"evaluate it with `{runs[-1].command('test.py', **options.folders())}`")
 
 
 def prepare(options: config.TrainOptions, runtime: Runtime) -> tuple[Data, list[RunConfig]]:

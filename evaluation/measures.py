@@ -131,12 +131,13 @@ def t_quantile(freedom: int) -> float:
 
 def paired_gain(gains: list[float]) -> dict:
     """Mean of paired differences; unless all are equal, also deviation, 95 % interval and p by Student's t."""
-    pairs, mean, deviation = len(gains), statistics.mean(gains), statistics.pstdev(gains)
+    pairs, mean = len(gains), statistics.mean(gains)
+    deviation = statistics.stdev(gains) if pairs > 1 else 0.0
     if deviation < 1e-9:  # one, or several that are equal by chance
         return {"pairs": pairs, "mean": mean}
-    error = statistics.stdev(gains) / math.sqrt(pairs)
+    error = deviation / math.sqrt(pairs)
     half, p = t_quantile(pairs - 1) * error, two_sided_p(mean / error, pairs - 1)
-    return {"pairs": pairs, "mean": mean, "sd": statistics.stdev(gains), "ci": [mean - half, mean + half], "p": p}
+    return {"pairs": pairs, "mean": mean, "sd": deviation, "ci": [mean - half, mean + half], "p": p}
 
 
 def holm(ps: list[float], level: float = 0.05) -> list[bool]:

@@ -154,7 +154,7 @@ def test_a_plain_state_dict_teaches_and_its_images_are_unknown(learn):
         assert tells in learn("--kd", f"--size={size}", f"--teacher={teacher}", code=2)
 
 
-def test_what_does_not_fit_into_memory_is_said_before_it_is_read(learn, monkeypatch, capfd):
+def test_what_does_not_fit_into_memory_is_said_before_it_is_read(learn, monkeypatch):
     monkeypatch.setattr(pictures, "available_memory", lambda: 10**6)
     tells = "120 images of 96 x 96 pixels need 0.0 GB of memory, and 0.0 GB are free"
     assert tells in learn("--size=96", code=2)

@@ -118,17 +118,17 @@ class RunConfig(Recipe, RunName):
     student_layers: str = ""  # of the user's own student, the fingerprint of its layers, once it is imported
 
     @property
-    def is_plain_kd(self) -> bool:
+    def is_default_kd(self) -> bool:
         """Whether the loss is plain KD at its default weights."""
-        weights = LOSS_DEFAULTS["kd"].kd_weights, LOSS_DEFAULTS["kd"].ce_weight
-        return self.loss == "kd" and (self.kd_weights, self.ce_weight) == weights
+        default = LOSS_DEFAULTS["kd"]
+        return (self.loss, self.kd_weights, self.ce_weight) == ("kd", default.kd_weights, default.ce_weight)
 
     @property
     def title(self) -> str:
         """The name's title, with weights of the loss other than the default ones, and what is unknown."""
         unknown = ", images unknown" if self.images == UNKNOWN else ""
         unknown = ", teacher's images unknown" if self.teacher_unknown else unknown
-        if not self.kd or self.is_plain_kd:
+        if not self.kd or self.is_default_kd:
             return super().title + unknown
         default_terms = (self.loss.upper(),) * len(self.kd_weights)
         terms = {"kd": ("KL",), "dkd": ("TCKD", "NCKD")}.get(LOSS_DEFAULTS[self.loss].function, default_terms)
@@ -224,7 +224,7 @@ def is_kd_baseline_of(run: RunConfig, other: RunConfig) -> bool:
     """Whether `run`, plain KD at default or matched weights, is the baseline of `other`, with another loss."""
     if not (run.kd and other.kd) or LOSS_DEFAULTS[other.loss].function == "kd" or differences(run, other, LOSS_FIELDS):
         return False
-    return run.is_plain_kd or run.loss == f"kd_as_{other.loss}"
+    return run.is_default_kd or run.loss == f"kd_as_{other.loss}"
 
 
 def saw_held_out(run: RunConfig, name: RunName, train_images: int) -> bool:
