@@ -100,7 +100,7 @@ def find_finished(run: RunConfig, options) -> dict | None:
         check_same(checkpoint.load(files.resume), run)  # now, not when its turn comes
     if is_unfinished or not (options.resume and files.checkpoint.exists()):
         return None
-    content = checkpoint.load(files.checkpoint)
+    content = finished(checkpoint.load(files.checkpoint))
     check_same(content, run)
     return content
 
