@@ -92,7 +92,7 @@ def test_students_of_a_seed_differ_in_the_loss_alone(learn, monkeypatch):
         weights = checkpoint.fingerprint(run.model.state_dict())
         seen.clear()
         real(run, *arguments)
-        runs[run.config.stem] = weights, [*seen], run.totals.tolist()
+        runs[run.config.stem] = weights, [*seen], run.totals[0].item()
 
     def images(views, rows, k, real=utils.Views.images):
         seen.append((rows.tolist(), k))
@@ -104,9 +104,9 @@ def test_students_of_a_seed_differ_in_the_loss_alone(learn, monkeypatch):
     names = [f"student{kd}{seed}" for seed in ("", "_seed43") for kd in ("", "_kd_t5", "_dkd_t5")]
     assert [*runs] == [f"digits_{name}_subset40" for name in ("teacher", *names)]
     _, *students = runs.values()
-    for (start, batches, losses), *with_kd in (students[:3], students[3:]):
-        for kd_start, kd_batches, kd_losses in with_kd:
-            assert kd_start == start and kd_losses != losses
+    for (start, batches, loss), *with_kd in (students[:3], students[3:]):
+        for kd_start, kd_batches, kd_loss in with_kd:
+            assert kd_start == start and kd_loss != loss
             assert len(batches) == 5 and kd_batches == batches, "the same batches in the same views"
         assert with_kd[0][2] != with_kd[1][2]
     assert students[3][0] != students[0][0]
