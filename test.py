@@ -40,7 +40,7 @@ from runtime.errors import UserError, exit_code
 from runtime.files import make_folder, write_json
 from runtime.processes import start
 from training.run import finished, load_model, mismatch, spec_of
-from training.runs import RunConfig, RunName, name_of, row_order, run_from
+from training.runs import RunConfig, RunName, name_of, row_order, run_of
 from training.teacher_logits import TeacherLogits, load_teacher
 from utils import Images, held_out_logits, load_images
 
@@ -62,7 +62,7 @@ def find_checkpoint(options: config.TestOptions, runtime: Runtime) -> dict:
     if path is published:
         runtime.print(f"{paths[0]} does not exist: evaluating the published {published}")
     content = finished(checkpoint.load(path))
-    run = run_from(content["run"])
+    run = run_of(content)
     if options.checkpoint and options.student and not run.student:
         raise UserError(f"{path} is not a student of your own: leave --student out")
     if options.checkpoint and options.teacher and run.role == "teacher":
@@ -86,7 +86,7 @@ def find_teacher(run: RunConfig, options, spec: DataSet, runtime: Runtime, tell:
 def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
     """Print the report of one checkpoint and write its figures."""
     content = find_checkpoint(options, runtime)
-    run, path = run_from(content["run"]), content["path"]
+    run, path = run_of(content), content["path"]
     runtime = as_trained(runtime, run, options.precision)
     model = load_model(content, runtime, options.student)
     data = load_images(run.dataset, options.data_path, runtime, run.flip, options.skip_broken, size=run.size)
@@ -176,19 +176,19 @@ def find_checkpoints(options: config.TestOptions, name: RunName, runtime: Runtim
             continue
         try:
             content = finished(checkpoint.load(path))
-            run = run_from(content["run"])
+            run = run_of(content)
             is_shown = not teacher or (run.role == "student" and run.teacher in taught_by)
             if is_shown and run.teacher_name == name.teacher_name:  # then the images are the same
                 contents.append(content)
         except UserError as error:
             runtime.print(f"left out: {error}")
-    return sorted(contents, key=lambda content: row_order(run_from(content["run"])))
+    return sorted(contents, key=lambda content: row_order(run_of(content)))
 
 
 def classify(options: config.TestOptions, runtime: Runtime) -> None:
     """Print and draw the classes of pictures by the model and its teacher, with --soften by the model at each T."""
     contents = [find_checkpoint(options, runtime)]
-    run, spec = run_from(contents[0]["run"]), spec_of(contents[0])
+    run, spec = run_of(contents[0]), spec_of(contents[0])
     images, rows, names = read_pictures(options, contents[0], runtime)
     if options.teacher and options.teacher.is_dir():
         raise UserError(f"{options.teacher} holds logits, not a model: give a checkpoint")
@@ -196,7 +196,7 @@ def classify(options: config.TestOptions, runtime: Runtime) -> None:
         contents.append(teacher.content)
     answers = {}
     for content in contents:
-        its_run = run_from(content["run"])
+        its_run = run_of(content)
         in_training = as_trained(runtime, its_run, options.precision)
         model = load_model(content, in_training, options.student)
         logits = held_out_logits(model, images, spec_of(content), in_training)
@@ -216,7 +216,7 @@ def classify(options: config.TestOptions, runtime: Runtime) -> None:
 
 def read_pictures(options: config.TestOptions, content: dict, runtime: Runtime) -> tuple[Images, list[int], list[str]]:
     """The pictures of --image, or the test images; which to show, all or the first of four classes; their names."""
-    run = run_from(content["run"])
+    run = run_of(content)
     if options.image:
         pixels = torch.stack([torch.tensor(read_picture(path, run.size)) for path in options.image])
         return Images(pixels, torch.zeros(len(pixels))), list(range(len(pixels))), [*map(str, options.image)]

@@ -186,17 +186,17 @@ def train_all(options: config.TrainOptions) -> None:
         if options.all:
             runtime.print(f"{len(runs)} runs, {sum(map(bool, finished.values()))} of them finished")
         teacher, contents = None, []
-        for i, run in enumerate(runs):
-            if run.role == "student" and (options.kd or options.all) and teacher is None:  # one for all students
-                teacher = load_teacher(run, options, data.spec, runtime, contents[0] if contents else None)
-                teacher.check_views(run.views)
+        for i, planned in enumerate(runs):
+            if planned.role == "student" and (options.kd or options.all) and teacher is None:  # one for all students
+                teacher = load_teacher(planned, options, data.spec, runtime, contents[0] if contents else None)
+                teacher.check_views(planned.views)
                 runtime.print(f"the teacher is {teacher.title}")
                 contents = contents or list(filter(None, [teacher.content]))
-            if run.kd:
-                run = replace(run, teacher=teacher.fingerprint, teacher_unknown=teacher.is_unknown)
+                for student in runs[i:]:
+                    if content := finished[student.stem]:
+                        check_same(content, teacher.taught(student))  # now, not when its turn comes
+            run = teacher.taught(planned) if teacher else planned
             if content := finished[run.stem] or find_finished(run, options):  # perhaps meanwhile
-                if run.kd:
-                    check_same(content, run)  # by its teacher, too
                 ended = f"already finished ({content['metrics']['top1']:.2f}% top-1), skipping"
                 runtime.print(f"{run.stem}: {ended}" + ("" if options.all else "; --resume False trains it again"))
             else:

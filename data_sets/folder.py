@@ -18,7 +18,7 @@ from runtime.errors import Stopped, StopSignal, UserError
 from runtime.files import load_arrays, save_arrays
 from runtime.progress import Progress
 
-VERSION = 1  # of the packed file: raise it with every change to its contents
+VERSION = 2  # of the packed file: raise it with every change to its contents
 LAYOUT = "--data_path must name a folder with train/<class>/<pictures> and, if you have one, test/<class>/<pictures>"
 TEST_FOLDERS = ("test", "val", "valid", "validation")  # the first that exists is the test set
 SYSTEM_FILES = ("thumbs.db", "desktop.ini", "__macosx", "icon\r", "@eadir")  # left out, as are hidden files

@@ -13,7 +13,7 @@ from runtime import checkpoint
 from runtime.device import Runtime
 from runtime.errors import UserError
 from training.run import load_model, mismatch, spec_of
-from training.runs import RunConfig, RunName, is_baseline_of, labels, run_from
+from training.runs import RunConfig, RunName, is_baseline_of, labels, run_of
 from training.teacher_logits import TeacherLogits
 from utils import Data, Images, held_out_logits
 
@@ -33,7 +33,7 @@ def measure_checkpoint(
     model: torch.nn.Module, content: dict, images: Images, data: Data, runtime: Runtime
 ) -> tuple[torch.Tensor, dict]:
     """A checkpoint's logits (N, C) of images and their metrics; with omitted classes also top-1 on these and others."""
-    run, spec, targets = run_from(content["run"]), spec_of(content), images.labels
+    run, spec, targets = run_of(content), spec_of(content), images.labels
     logits = held_out_logits(model, images, spec, runtime)
     numbers = measure(logits, targets)
     omitted = data.numbers_of(run.omit).tolist()
@@ -64,7 +64,7 @@ def measure_all(
     is, else the first; with `cost` all are timed. `student` is the --student that was typed. Stopped after a signal.
     """
     images = data.held_out(name.subset, name.holdout)
-    runs = [run_from(content["run"]) for content in contents]
+    runs = [run_of(content) for content in contents]
     shown, teachers = [], {}  # the logits of each teacher, by its fingerprint
     if teacher and teacher.model is None:  # a teacher with a model is among the checkpoints
         with contextlib.suppress(UserError):  # a folder of logits may have none of the test images
@@ -98,7 +98,7 @@ def rows_of(contents: list[dict]) -> dict[str, list[dict]]:
     rows: dict[tuple, list[dict]] = {}
     copies: Counter[tuple] = Counter()
     for content in contents:
-        run, folder = run_from(content["run"]), Path(content["path"]).parent  # a new --name may stand for new code
+        run, folder = run_of(content), Path(content["path"]).parent  # a new --name may stand for new code
         rows.setdefault((replace(run, seed=0), folder, copies[run, folder]), []).append(content)
         copies[run, folder] += 1
     found: dict[str, list[dict]] = {}

@@ -9,7 +9,7 @@ from evaluation.figures import plot_comparison, plot_images, plot_omitted, plot_
 from evaluation.measures import holm, paired_gain
 from evaluation.report import NUMBERS, table
 from runtime.files import write_json, writing
-from training.runs import is_baseline_of, is_kd_baseline_of, run_from, why_no_baseline
+from training.runs import is_baseline_of, is_kd_baseline_of, run_of, why_no_baseline
 from utils import parse_log
 
 OTHER_MACHINES = "†"
@@ -27,7 +27,7 @@ def collect(contents: list[dict]) -> dict:
     results = {"rows": [], "gains": [], "gains_over_kd": [], "notes": []}
     rows = rows_of(contents)
     for label, row in rows.items():
-        runs = [run_from(content["run"]) for content in row]
+        runs = [run_of(content) for content in row]
         numbers = {"model": label, "epochs": runs[0].num_epochs, "seeds": [run.seed for run in runs]}
         if runs[0].student_images:
             numbers["student_images"] = runs[0].student_images
@@ -53,7 +53,7 @@ def collect(contents: list[dict]) -> dict:
             if gains := paired_differences(row, contents, is_baseline_of):
                 results["gains"].append({"model": label, **paired_gain(gains)})
             else:
-                why = why_no_baseline(runs[0], [run_from(content["run"]) for content in contents])
+                why = why_no_baseline(runs[0], [run_of(content) for content in contents])
                 results["notes"].append(f"{label}: no baseline, {why}")
         for other_label, others in rows.items():
             if gains := paired_differences(row, others, is_kd_baseline_of):
@@ -68,8 +68,8 @@ def paired_differences(row: list[dict], others: list[dict], are_paired: Callable
     """The differences in top-1 (points) between the runs of a row and their partners among `others`."""
     found = []
     for content in row:
-        run, folder = run_from(content["run"]), Path(content["path"]).parent
-        partners = [other for other in others if are_paired(run_from(other["run"]), run)]
+        run, folder = run_of(content), Path(content["path"]).parent
+        partners = [other for other in others if are_paired(run_of(other), run)]
         partner = min(partners, key=lambda other: Path(other["path"]).parent != folder, default=None)
         if partner:
             found.append(100 * (content["measured"]["top1"] - partner["measured"]["top1"]))

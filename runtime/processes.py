@@ -10,6 +10,7 @@ import torch.distributed as dist
 from runtime.device import Runtime, has_fast_bf16, keep_freed_memory, pick_device
 from runtime.errors import Stopped, StopSignal, UserError
 
+# In torch's newer interface to the precision of float32, which --precision fp32 sets for all of them.
 FLOAT32_OPERATORS = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
 FLOAT32_OPERATORS += (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)
 
@@ -39,7 +40,7 @@ def change_settings(stack: contextlib.ExitStack, device: torch.device, determini
     cudnn.benchmark, cudnn.deterministic = not deterministic, deterministic
     cudnn.allow_tf32 = False
     for operator in FLOAT32_OPERATORS:
-        operator.fp32_precision = "ieee"  # --precision fp32 means float32
+        operator.fp32_precision = "ieee"
     for context in (torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False)):
         stack.enter_context(context)
     if device.type == "cuda":

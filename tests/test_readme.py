@@ -19,7 +19,7 @@ from runtime import checkpoint
 from runtime.cli import typed
 from training.recipes import LOSS_DEFAULTS
 from training.run import load_model, spec_of
-from training.runs import RunConfig, is_baseline_of, run_from
+from training.runs import RunConfig, is_baseline_of, run_of
 from training.teacher_logits import TeacherLogits
 from utils import Views, accuracies, evaluate, kd_loss, load_images
 
@@ -66,7 +66,7 @@ def logs_of(dataset: str) -> dict[RunConfig, list[dict]]:
     runs = {}
     for line in map(json.loads, (RESULTS / dataset / "runs.jsonl").read_text().splitlines()):
         if "run" in line:
-            run = run_from(line["run"])
+            run = run_of(line)
             assert (line["title"], line["split"], [*line["machine"]]) == (run.title, "test", ["torch", "device"])
             runs[run] = []
         else:
@@ -154,7 +154,7 @@ def test_the_published_students_are_as_accurate_as_their_logs_say(cifar10):
     logs, data = (RESULTS / "cifar10" / "runs.jsonl").read_text(), load_images("cifar10", cifar10, CPU)
     for name in ("student", "student_kd_t5", "student_kd_t20"):
         content = checkpoint.load(RESULTS / "cifar10" / f"{name}.pt")
-        assert run_from(content["run"]).stem == name and content["log"] in logs
+        assert run_of(content).stem == name and content["log"] in logs
         assert json.loads(content["log"].splitlines()[-1])["test"] == content["metrics"]
         assert content["run"]["images"] == data.spec.fingerprint
         found = evaluate(load_model(content, CPU), data.test[:1000], spec_of(content), CPU)

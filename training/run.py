@@ -2,7 +2,7 @@
 
 import math
 import time
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -15,8 +15,7 @@ from runtime.device import Runtime, machine
 from runtime.errors import UserError
 from runtime.files import writing
 from training.optimizer import learning_rate, make_optimizer, set_learning_rate
-from training.recipes import LOSS_DEFAULTS
-from training.runs import UNKNOWN, RunConfig, RunName, describe_differences, run_from, saw_held_out
+from training.runs import UNKNOWN, RunConfig, RunName, describe_differences, run_of, saw_held_out
 from utils import parse_log, seed_of
 
 METRICS = ("loss", "ce", "kl", "top1", "top5")
@@ -42,13 +41,13 @@ def describe_data(spec: DataSet) -> dict:
 def spec_of(content: dict) -> DataSet:
     """The data set as a checkpoint describes it: classes, normalisation, flip and size."""
     described = {name: tuple(content["data"][name]) for name in ("classes", "mean", "std")}
-    run = run_from(content["run"])
+    run = run_of(content)
     return replace(DATA_SETS[run.dataset], **described, flip=run.flip, size=run.size)
 
 
 def load_model(content: dict, runtime: Runtime, student: str | None = None) -> torch.nn.Module:
     """The model of a checkpoint, ready to evaluate on the device; UserError if its weights or `student` don't fit."""
-    run = run_from(content["run"])
+    run = run_of(content)
     if run.student and run.student != student:  # no code runs because a checkpoint names it
         raise UserError(f"{content['path']} is a student of {run.student}: give --student {run.student} to run that")
     model = checkpoint.load_weights(build_model_of(run), content)
@@ -58,7 +57,7 @@ def load_model(content: dict, runtime: Runtime, student: str | None = None) -> t
 
 def mismatch(content: dict, name: RunName, spec: DataSet, same_images: bool = True) -> str:
     """Why a checkpoint doesn't fit a data set, as far as that was read, or saw what `name` holds out; else ""."""
-    run, classes = run_from(content["run"]), content["data"]["classes"]
+    run, classes = run_of(content), content["data"]["classes"]
     if tuple(classes) != spec.classes:
         return f"has {len(classes)} classes ({', '.join(classes[:3])}, ...) that are not those of {spec.name}"
     if run.size != spec.size:
@@ -71,14 +70,10 @@ def mismatch(content: dict, name: RunName, spec: DataSet, same_images: bool = Tr
 
 
 def finished(content: dict) -> dict:
-    """A finished run's checkpoint; UserError if the run is unfinished, or of other code than this."""
+    """A finished run's checkpoint; UserError if the run is unfinished, or of code that is not this one."""
     if "metrics" not in content:
         raise UserError(f"{content['path']} is an unfinished run: rerun its command to finish it")
-    if content["run"].keys() != {f.name for f in fields(RunConfig)}:
-        raise UserError(f"{content['path']} was written by another version: {checkpoint.RETRAIN}")
-    for name, known in {"dataset": DATA_SETS, "loss": (None, *LOSS_DEFAULTS)}.items():
-        if content["run"][name] not in known:
-            raise UserError(f"{content['path']} has the {name} {content['run'][name]}, which this code lacks")
+    run_of(content)
     return content
 
 
@@ -87,7 +82,7 @@ def check_same(content: dict, run: RunConfig) -> None:
     kind, ignoring = "a finished run", set() if run.teacher else {"teacher", "teacher_unknown"}
     if "metrics" not in content:
         kind, ignoring = "an unfinished run", ignoring | {"processes", "sync_bn"}  # sync_bn needs several
-    if why := describe_differences(run_from(content["run"]), run, ignoring):
+    if why := describe_differences(run_of(content), run, ignoring):
         advice = "give its own options, keep both with --name WORD, or replace it with --resume False (not with --all)"
         raise UserError(f"{content['path']} is {kind} with {why}: {advice}")
 
@@ -100,7 +95,7 @@ def find_finished(run: RunConfig, options) -> dict | None:
         check_same(checkpoint.load(files.resume), run)  # now, not when its turn comes
     if is_unfinished or not (options.resume and files.checkpoint.exists()):
         return None
-    content = finished(checkpoint.load(files.checkpoint))
+    content = checkpoint.load(files.checkpoint)
     check_same(content, run)
     return content
 
@@ -232,7 +227,7 @@ class Run:
         path = self.files.resume
         state = checkpoint.load(path)
         check_same(state, self.config)
-        before = run_from(state["run"])
+        before = run_of(state)
         checkpoint.load_weights(self.model, state)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])

@@ -8,8 +8,9 @@ import hashlib
 import re
 from dataclasses import asdict, dataclass, fields, replace
 
-from data_sets import SIDE, DataSet
+from data_sets import DATA_SETS, SIDE, DataSet
 from runtime.cli import format_number, typed
+from runtime.errors import UserError
 from training.recipes import LOSS_DEFAULTS, RECIPE_FIELDS, Recipe, recipe_of, temps_of
 
 DEFAULT_SEED = 42
@@ -178,9 +179,13 @@ def resolve(name: RunName, options, data: DataSet, precision: str, processes: in
     return RunConfig(**asdict(name), **recipe, **values, sync_bn=options.sync_bn and processes > 1)
 
 
-def run_from(values: dict) -> RunConfig:
-    """The run of a checkpoint or a log, from `asdict` of it; TypeError if fields are missing or unknown."""
-    return RunConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+def run_of(content: dict) -> RunConfig:
+    """The run of a checkpoint, or of a log's header; UserError if it is of code that is not this one."""
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in content["run"].items()}
+    has_all = values.keys() == {f.name for f in fields(RunConfig)}
+    if not has_all or values["dataset"] not in DATA_SETS or values["loss"] not in (None, *LOSS_DEFAULTS):
+        raise UserError(f"{content['path']} is of another version of this code: train it again, or give another file")
+    return RunConfig(**values)
 
 
 LOSS_FIELDS = {"loss", "temp", "kd_weights", "ce_weight"}

@@ -44,6 +44,10 @@ class TeacherLogits:
         origin = "its training images are unknown" if self.is_unknown else f"seed {self.content['run']['seed']}"
         return f"{self.path} ({origin})"
 
+    def taught(self, run: RunConfig) -> RunConfig:
+        """A run with what it says of its teacher; one without KD says nothing."""
+        return replace(run, teacher=self.fingerprint, teacher_unknown=self.is_unknown) if run.kd else run
+
     def check_views(self, count: int) -> None:
         """UserError if a folder of logits lacks one of the first `count` views, before hours of training."""
         missing = [k for k in range(count) if not (self.folder / f"{k:02}.npz").exists()]
@@ -67,13 +71,13 @@ class TeacherLogits:
 
     def cached(self, name: str, count: int, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The first `count` logits, float16, read, or computed and stored; UserError if a folder lacks them."""
-        path, logits = self.folder / name, ()
+        path, logits = self.folder / name, None
         try:
             logits = read_logits(path, self.key, count, len(self.spec.classes))
         except ValueError as error:
             if self.model is None:
                 raise UserError(f"can't use {path}: {error}; write it again, or give another --teacher") from error
-        if self.runtime.agree(len(logits) < count)[0]:  # if one process lacks them, all compute
+        if self.runtime.agree(logits is None)[0]:  # if one process lacks them, all compute
             logits = compute().half()
             try:
                 if self.runtime.is_main:
@@ -145,7 +149,8 @@ def load_teacher(
 
 def complete_state_dict(content: dict, student: RunConfig, spec: DataSet) -> dict:
     """Make a plain state dict with the teacher's keys a checkpoint of an unknown run."""
-    name = asdict(student.teacher_name)
-    run = replace(student, **name, images=UNKNOWN, num_epochs=0, kd_weights=(), ce_weight=1.0, teacher_unknown=False)
+    unknown = {"images": UNKNOWN, "num_epochs": 0, "kd_weights": (), "ce_weight": 1.0, "student_layers": ""}
+    unknown |= {"teacher": None, "teacher_unknown": False}
+    run = replace(student, **asdict(student.teacher_name), **unknown)
     words = {"title": run.title, "data": describe_data(spec), "machine": {}, "log": "", "seconds": 0.0, "metrics": {}}
     return content | {"run": asdict(run)} | words

@@ -157,12 +157,13 @@ def test_a_host_may_use_torchs_newer_interface_to_float32(backend):
     backend.fp32_precision = "tf32"
     before = [operator.fp32_precision for operator in FLOAT32_OPERATORS]
     with start("cpu", "fp32"):
-        assert {operator.fp32_precision for operator in FLOAT32_OPERATORS} == {"ieee"}
-        assert torch.get_float32_matmul_precision() == "highest", "which torch.compile reads"
-    assert "tf32" in before and [operator.fp32_precision for operator in FLOAT32_OPERATORS] == before
+        during = {operator.fp32_precision for operator in FLOAT32_OPERATORS}
+        products = torch.get_float32_matmul_precision()  # which torch.compile reads
+    after = [operator.fp32_precision for operator in FLOAT32_OPERATORS]
     backend.fp32_precision = "none"
     for operator, precision in zip(FLOAT32_OPERATORS, default, strict=True):
         operator.fp32_precision = precision
+    assert during == {"ieee"} and products == "highest" and "tf32" in before and after == before
 
 
 def test_logits_are_repeatable_within_a_block_and_cudnn_stays_on(host):

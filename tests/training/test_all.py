@@ -121,7 +121,9 @@ def test_it_distils_the_teacher_that_is_there_and_replaces_no_students_of_anothe
     before = snapshot(tmp_path / "weights")
     assert learn(*ALL).count("already finished") == 2 and snapshot(tmp_path / "weights") == before
     learn("--tto", "--resume=False", "--num_epochs=1")
+    Path("weights/digits_student_subset40.pt").unlink()
     error = learn(*ALL, code=2)
+    assert not Path("weights/digits_student_subset40.pt").exists(), "it is told before a training"
     assert f"teacher {teacher[:8]}, not " in error and "--name" in error and "--resume False" in error
     assert load("student_kd_t5")["run"]["teacher"] == teacher
     Path("weights/digits_teacher_subset40.last.pt").write_text("a longer training, interrupted")
