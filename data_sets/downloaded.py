@@ -44,12 +44,15 @@ def read_torchvision(spec: DataSet, folder: Path) -> dict[str, tuple[np.ndarray,
 
 
 def as_arrays(found: torchvision.datasets.VisionDataset, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels (N, size, size, 3) uint8 and labels (N,) int64 of a data set of pictures and numbers of classes."""
+    """Pixels (N, size, size, 3) uint8 and labels (N,) int64 of a data set of pictures and numbers of classes.
+
+    Those of other shapes come in a random order: some data sets are sorted by class, and --holdout takes the last ones.
+    """
     pixels = getattr(found, "data", None)
     if isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.shape[1:] == (size, size, 3):
         return np.ascontiguousarray(pixels), np.asarray(found.targets, dtype=np.int64)
     pixels, labels = np.empty((len(found), size, size, 3), np.uint8), np.empty(len(found), np.int64)
-    for i in range(len(found)):
-        picture, labels[i] = found[i]
-        pixels[i] = square(picture, size)
+    for place, i in enumerate(np.random.default_rng(0).permutation(len(found)).tolist()):
+        picture, labels[place] = found[i]
+        pixels[place] = square(picture, size)
     return pixels, labels

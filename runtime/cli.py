@@ -123,10 +123,17 @@ def answer_early(parse) -> None:
         os.environ.pop("MPLBACKEND", None)  # a notebook's own, for its shell, which may not be installed here
     try:
         import matplotlib  # noqa: F401
+        import PIL
+        import torch
+
+        for package, least in ((torch, (2, 11)), (PIL, (10, 1))):
+            found = package.__version__
+            if tuple(int(number) for number in found.split(".")[:2]) < least:
+                raise ImportError(f"{package.__name__} {found} is too old")
         import torchvision  # noqa: F401
         import tqdm  # noqa: F401
     except ImportError as error:
-        sys.exit(report(f"can't start: {error}; install the packages with `pip install -r requirements.txt`"))
+        sys.exit(report(f"can't start: {error}; install the packages with `pip install -U -r requirements.txt pillow`"))
     except OSError as error:  # they keep caches, and take the folder of temporary files where they can't
         advice = "set TMPDIR to a folder that can be written to, or install the packages again"
         sys.exit(report(f"can't start: {error}; {advice}"))

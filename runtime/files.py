@@ -1,6 +1,7 @@
 """Files that are never half written, caches of arrays, and locks."""
 
 import contextlib
+import errno
 import json
 import os
 import struct
@@ -10,6 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import IO
 
 import numpy as np
 
@@ -85,23 +87,29 @@ def load_arrays(path: Path, key: str) -> dict[str, np.ndarray]:
     raise ValueError("it has another key")
 
 
+def take_lock(file: IO) -> None:
+    """Lock an open file; OSError if another process has, or if it can't be locked."""
+    try:
+        import fcntl
+    except ImportError:
+        import msvcrt
+
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold the lock of `path`, one run at a time; the system releases it however its holder ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows has no such locks
-        yield
-        return
     make_folder(path.parent)
     lock_path = path.with_name(f"{path.name}.lock")
     with open(lock_path, "a") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another run is writing {path}: wait for it, or stop it") from None
-        except OSError:
-            pass  # a file system without locks
+            take_lock(file)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):  # else a file system without locks
+                raise UserError(f"another run is writing {path}: wait for it, or stop it") from None
         try:
             yield
         finally:

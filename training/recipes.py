@@ -35,9 +35,12 @@ DIGITS = {
 
 
 def recipe_of(dataset: str, role: str, optimizer: str, train_images: int, student_images: int | None = None) -> Recipe:
-    """The recipe of a role ("teacher" | "student"), scaled to a folder's images or, if given, the student's."""
+    """The recipe of a role ("teacher" | "student"), scaled to the images of a data set that has no own recipe.
+
+    `student_images`, if given, are what it is scaled to.
+    """
     recipe = (DIGITS if dataset == "digits" else CIFAR)[role, optimizer]
-    images = student_images or (train_images if dataset == "folder" else None)
+    images = student_images or (train_images if dataset not in ("cifar10", "cifar100", "digits") else None)
     return scale_recipe(recipe, images, **(DIGITS_SCALING if dataset == "digits" else {})) if images else recipe
 
 

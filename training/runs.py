@@ -182,10 +182,14 @@ def resolve(name: RunName, options, data: DataSet, precision: str, processes: in
 def run_of(content: dict) -> RunConfig:
     """The run of a checkpoint, or of a log's header; UserError if it is of code that is not this one."""
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in content["run"].items()}
-    has_all = values.keys() == {f.name for f in fields(RunConfig)}
-    if not has_all or values["dataset"] not in DATA_SETS or values["loss"] not in (None, *LOSS_DEFAULTS):
+    try:
+        run = RunConfig(**values)
+        is_known = run.dataset in DATA_SETS and run.loss in (None, *LOSS_DEFAULTS)
+    except TypeError:  # a field is missing, or unknown
+        is_known = False
+    if not is_known:
         raise UserError(f"{content['path']} is of another version of this code: train it again, or give another file")
-    return RunConfig(**values)
+    return run
 
 
 LOSS_FIELDS = {"loss", "temp", "kd_weights", "ce_weight"}

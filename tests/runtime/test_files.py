@@ -3,6 +3,8 @@
 import errno
 import fcntl
 import os
+import sys
+from types import SimpleNamespace
 from unittest.mock import DEFAULT, Mock
 
 import pytest
@@ -110,6 +112,11 @@ def test_one_run_at_a_time_holds_the_lock_and_a_file_system_without_locks_stops_
     monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
     with locked(path):
         pass
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
+    denied = Mock(side_effect=PermissionError(errno.EACCES, "Permission denied"))
+    monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(LK_NBLCK=2, locking=denied))
+    with pytest.raises(UserError, match="another run is writing .*student.pt"), locked(path):
+        raise AssertionError("another process held it")
 
 
 # ----------------------------------------------------------------------------------------------- checkpoints

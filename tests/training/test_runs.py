@@ -122,7 +122,8 @@ def test_recipes_are_scaled_to_a_folder_within_bounds():
     ):  # fmt: skip
         assert scale_recipe(teacher, images) == replace(teacher, num_epochs=epochs, batch_size=batch)
         assert scale_recipe(sgd, images).batch_size == min(batch, 128)
-    assert recipe_of("cifar100", "teacher", "muon", 25_000) == teacher, "only a folder's is scaled"
+    assert recipe_of("cifar100", "teacher", "muon", 25_000) == teacher, "which was chosen for it"
+    assert recipe_of("svhn", "teacher", "muon", 25_000) == scale_recipe(teacher, 25_000)
     student = recipe_of("digits", "student", "muon", 5000)
     for images, epochs, batch in ((5000, 3, 64), (1500, 10, 32), (50, 30, 32)):
         scaled = replace(student, num_epochs=epochs, batch_size=batch)
