@@ -18,6 +18,7 @@ from data_sets.digits import cached_digits
 from data_sets.downloaded import read_torchvision
 from data_sets.folder import read_folder
 from data_sets.pictures import check_memory
+from runtime.checkpoint import fingerprint
 from runtime.device import Runtime
 from runtime.errors import Stopped, UserError
 from runtime.files import writing
@@ -218,6 +219,15 @@ class Normaliser:
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         values = pixels.to(self.scale.device).flatten(2).float().mul_(self.scale).add_(self.shift)
         return values.unflatten(2, (-1, 3)).permute(0, 3, 1, 2)
+
+
+def fingerprint_views() -> str:
+    """A hash of views of made-up images, which changes with the augmentation and with torch's random numbers."""
+    pixels = torch.arange(8 * SIDE * SIDE * 3).remainder(251).to(torch.uint8).view(8, SIDE, SIDE, 3)
+    spec = DataSet("made up", "", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    views = Views(Images(pixels, torch.zeros(8, dtype=torch.int64)), spec, torch.device("cpu"))
+    shown = torch.stack([views.images(torch.arange(8), k) for k in range(4)])
+    return fingerprint({"views": (255 * shown).round().to(torch.uint8)})
 
 
 # ---------------------------------------------------------------------------------------------- loss

@@ -316,11 +316,7 @@ INTERRUPT = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise Syste
     [
         (INTERRUPT, 130, "interrupted\n"),
         ("raise OSError(30, 'Read-only')", 2, "train.py: error: can't start: [Errno 30] Read-only; set TMPDIR to a "),
-        (
-            "__version__ = '2.8.0+cpu'",
-            2,
-            "train.py: error: can't start: torch 2.8.0+cpu is too old; install the pac",
-        ),
+        ("__version__ = '2.8.0+cpu'", 2, "train.py: error: can't start: torch 2.8.0+cpu is too old; install the pac"),
         ("raise ImportError('No torch')", 2, "train.py: error: can't start: No torch; install the packages with `pip "),
     ],
 )

@@ -16,9 +16,7 @@ from runtime.errors import UserError
 from runtime.files import load_arrays, save_arrays, write_json
 from training.run import describe_data, finished, load_model, mismatch
 from training.runs import UNKNOWN, RunConfig, RunName
-from utils import Images, Views, compute_logits, held_out_logits
-
-VERSION = 1  # of the forward pass and the views: a change that alters logits gets a new number
+from utils import Images, Views, compute_logits, fingerprint_views, held_out_logits
 
 
 class TeacherLogits:
@@ -34,8 +32,8 @@ class TeacherLogits:
         else:
             self.model = load_model(content, runtime)
             self.fingerprint = checkpoint.fingerprint(content["model"])
-            facts = (VERSION, self.fingerprint, spec.fingerprint, spec.mean, spec.std, spec.flip, runtime.precision)
-            self.key = checkpoint.fingerprint({}, *facts)
+            facts = (self.fingerprint, spec.fingerprint, spec.mean, spec.std, spec.flip, runtime.precision)
+            self.key = checkpoint.fingerprint({}, fingerprint_views(), *facts)
             self.folder = weights_path / f"{path.stem}_logits_{self.key}"
 
     @property
@@ -105,7 +103,8 @@ def write_logits(folder: Path, name: str, logits: torch.Tensor, spec: DataSet, k
 
 def description(spec: DataSet) -> dict:
     """What must match between logits and the data they are used for."""
-    return {"classes": list(spec.classes), "images": spec.fingerprint, "flip": spec.flip, "version": VERSION}
+    facts = {"images": spec.fingerprint, "flip": spec.flip, "views": fingerprint_views()}
+    return {"classes": list(spec.classes)} | facts
 
 
 def read_description(folder: Path, spec: DataSet) -> str:
