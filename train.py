@@ -21,11 +21,11 @@ import time
 from dataclasses import replace
 from datetime import timedelta
 
-import config
+from config import TrainOptions, parse_train
 from runtime.cli import answer_early
 
 if __name__ == "__main__":
-    answer_early(config.parse_train)  # --help and a wrong option answer here, before torch is imported
+    answer_early(parse_train)  # --help and a wrong option answer here, before torch is imported
 
 import torch
 
@@ -178,7 +178,7 @@ def begin(run: Run, images: int, resume: bool) -> None:
         remove(run.files.resume)  # an early failure must not rule out other options
 
 
-def train_all(options: config.TrainOptions) -> None:
+def train_all(options: TrainOptions) -> None:
     """The run that the options name, or with --all every run that is not finished yet, and then the table."""
     with StopSignal() as stop, start(options.device, options.precision, options.deterministic, stop) as runtime:
         data, runs = prepare(options, runtime)
@@ -212,7 +212,7 @@ def train_all(options: config.TrainOptions) -> None:
             runtime.print(f"evaluate it with `{runs[-1].command('test.py', **options.folders())}`")
 
 
-def prepare(options: config.TrainOptions, runtime: Runtime) -> tuple[Data, list[RunConfig]]:
+def prepare(options: TrainOptions, runtime: Runtime) -> tuple[Data, list[RunConfig]]:
     """The images and the plan of runs; UserError for options that can't work, before any training."""
     if options.sync_bn and runtime.device.type != "cuda":
         raise UserError("--sync_bn True needs CUDA devices: leave it out")
@@ -234,7 +234,7 @@ def prepare(options: config.TrainOptions, runtime: Runtime) -> tuple[Data, list[
 
 def main(argv: list | None = None) -> int:
     """Run train.py with `argv` (None: the command line); the exit code."""
-    options = config.parse_train(argv)
+    options = parse_train(argv)
     return exit_code(lambda: train_all(options))
 
 
