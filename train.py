@@ -98,7 +98,7 @@ def progress_text(run: Run) -> str:
 
 
 def end_epoch(run: Run, held_out: Images, softened: dict, epochs_after: int) -> None:
-    """Evaluate, log the epoch with `softened`, and go to the next one; `epochs_after` are those of later runs."""
+    """Evaluate, log (with `softened`) and print the epoch, begin the next; `epochs_after` are those of later runs."""
     config, runtime = run.config, run.runtime
     images = run.steps * run.batch_size
     means = dict(zip(METRICS, (runtime.total(run.totals) / images).tolist(), strict=True))
@@ -108,7 +108,7 @@ def end_epoch(run: Run, held_out: Images, softened: dict, epochs_after: int) -> 
     evaluation = time.monotonic() - run.clock
     left_out = {"kl": not config.kd, "top5": "top5" not in test}
     train = percent({name: value for name, value in means.items() if not left_out.get(name)})
-    line = {"epoch": run.epoch + 1, "train": train, config.split: test, "lr": run.lr} | softened
+    line = {"epoch": run.epoch + 1, "train": train, config.split: test, "lr": run.lr, **softened}
     line |= {"seconds": round(seconds, 3), "images_per_second": round(images / max(seconds, 1e-9), 1)}
     run.write_log(f"{run.log}{json.dumps(line)}\n")
     run.begin_epoch(run.epoch + 1)
@@ -140,11 +140,13 @@ def train(
         while run.epoch < config.num_epochs:
             k = epoch_view(config.views, config.flip, config.seed, run.epoch)
             try:
-                teacher_logits = teacher.view_logits(k, views, rows) if config.kd else None
-                softened = {"teacher": softness(teacher_logits[rows], config.temp)} if config.kd else {}
-                if config.kd and not run.epoch:
-                    told = softness_text(softened["teacher"], config.temp, config.num_classes)
-                    runtime.print(f"the teacher at {told}")
+                teacher_logits, softened = None, {}
+                if config.kd:
+                    teacher_logits = teacher.view_logits(k, views, rows)
+                    softened["teacher"] = softness(teacher_logits[rows], config.temp)
+                    if run.epoch == 0:
+                        text = softness_text(softened["teacher"], config.temp, config.num_classes)
+                        runtime.print(f"the teacher at {text}")
                 train_epoch(run, views, rows, k, teacher_logits)
                 end_epoch(run, held_out, softened, epochs_after)
                 save_or_stop(run)
