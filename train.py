@@ -105,15 +105,18 @@ def end_epoch(run: Run, held_out: Images, softened: dict, epochs_after: int) -> 
     run.count_time()  # total() has synchronised
     seconds = run.seconds
     test = percent(evaluate(run.model, held_out, run.spec, runtime))
-    evaluation = time.monotonic() - run.clock
-    left_out = {"kl": not config.kd, "top5": "top5" not in test}
-    train = percent({name: value for name, value in means.items() if not left_out.get(name)})
+    evaluation_seconds = time.monotonic() - run.clock
+    if not config.kd:
+        del means["kl"]
+    if "top5" not in test:
+        del means["top5"]
+    train = percent(means)
     line = {"epoch": run.epoch + 1, "train": train, config.split: test, "lr": run.lr, **softened}
     line |= {"seconds": round(seconds, 3), "images_per_second": round(images / max(seconds, 1e-9), 1)}
     run.write_log(f"{run.log}{json.dumps(line)}\n")
     run.begin_epoch(run.epoch + 1)
     top5 = f" top5 {test['top5']:.2f}%" if "top5" in test else ""
-    left = timedelta(seconds=int((config.num_epochs - run.epoch + epochs_after) * (seconds + evaluation)))
+    left = timedelta(seconds=int((config.num_epochs - run.epoch + epochs_after) * (seconds + evaluation_seconds)))
     all_left = f", about {left} left for all runs" if epochs_after else ""
     runtime.print(
         f"epoch {line['epoch']}/{config.num_epochs}: train loss {train['loss']:.4f} top1 {train['top1']:.2f}%, "
