@@ -89,12 +89,13 @@ def save_or_stop(run: Run) -> None:
 def progress_text(run: Run) -> str:
     """Loss, top-1, speed, learning rate and time left for the whole run, as shown while it runs; UserError if NaN."""
     run.check_finite()
-    seen = run.step * run.batch_size / run.runtime.world_size
-    loss, top1 = (run.totals[[0, 3]] / seen).tolist()
+    seen = run.step * run.batch_size / run.runtime.world_size  # by this process
+    means = dict(zip(METRICS, (run.totals / seen).tolist(), strict=True))
     run.count_time()
     speed = run.step * run.batch_size / run.seconds
-    left = timedelta(seconds=int((run.total_steps - run.epoch * run.steps - run.step) * run.batch_size / speed))
-    return f"loss {loss:.3f} top1 {100 * top1:.2f}% {speed:,.0f} img/s lr {run.lr:.4f} left {left}"
+    steps_left = run.total_steps - run.epoch * run.steps - run.step
+    left = timedelta(seconds=int(steps_left * run.batch_size / speed))
+    return f"loss {means['loss']:.3f} top1 {100 * means['top1']:.2f}% {speed:,.0f} img/s lr {run.lr:.4f} left {left}"
 
 
 def end_epoch(run: Run, held_out: Images, softened: dict, epochs_after: int) -> None:

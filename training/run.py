@@ -177,7 +177,7 @@ class Run:
 
     def check_finite(self) -> None:
         """UserError if a loss of this epoch is NaN or infinite, and so their sum; what was saved before it stays."""
-        loss = self.totals[0].item()
+        loss = self.totals[METRICS.index("loss")].item()
         if not math.isfinite(loss):
             how = "--tto True " if self.config.role == "teacher" else ""
             what = f"the loss of {self.config.stem} is {loss:g} in epoch {self.epoch + 1}"
