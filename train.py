@@ -193,18 +193,22 @@ def train_all(options: TrainOptions) -> None:
             runtime.print(f"{len(runs)} runs, {sum(map(bool, finished.values()))} of them finished")
         teacher, contents = None, []
         for i, planned in enumerate(runs):
-            if planned.role == "student" and (options.kd or options.all) and teacher is None:  # one for all students
-                teacher = load_teacher(planned, options, data.spec, runtime, contents[0] if contents else None)
+            if teacher is None and planned.role == "student" and (options.kd or options.all):  # one for all students
+                trained = contents[0] if contents else None  # the teacher, where it is a run of the plan
+                teacher = load_teacher(planned, options, data.spec, runtime, trained)
                 teacher.check_views(planned.views)
                 runtime.print(f"the teacher is {teacher.title}")
-                contents = contents or list(filter(None, [teacher.content]))
+                if teacher.content and not trained:
+                    contents.append(teacher.content)
                 for student in runs[i:]:
-                    if content := finished[student.stem]:
-                        check_same(content, teacher.taught(student))  # now, not when its turn comes
+                    if finished[student.stem]:  # check all now, not each when its turn comes
+                        check_same(finished[student.stem], teacher.taught(student))
             run = teacher.taught(planned) if teacher else planned
-            if content := finished[run.stem] or find_finished(run, options):  # perhaps meanwhile
+            content = finished[run.stem] or find_finished(run, options)  # which may have finished meanwhile
+            if content:
+                advice = "" if options.all else "; --resume False trains it again"
                 ended = f"already finished ({content['metrics']['top1']:.2f}% top-1), skipping"
-                runtime.print(f"{run.stem}: {ended}" + ("" if options.all else "; --resume False trains it again"))
+                runtime.print(f"{run.stem}: {ended}{advice}")
             else:
                 later = runs[i + 1 :] if teacher else []  # a teacher's epochs take longer than the students'
                 epochs_after = sum(other.num_epochs for other in later if not finished[other.stem])
