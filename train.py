@@ -236,9 +236,9 @@ def prepare(options: TrainOptions, runtime: Runtime) -> tuple[Data, list[RunConf
     if len(data.spec.classes) == 2 and any(run.loss == "ls" for run in runs):
         raise UserError("--loss ls standardises two logits to 1 and -1, which teaches nothing: leave it out")
     counts = [len(data.rows(run.subset, run.holdout, run.omit, run.student_images)) for run in runs]
-    if options.all or options.student:  # fail before the teacher is trained, not after
-        layers = fingerprint_layers(Run(runs[-1], runtime, data.spec, counts[-1], RunFiles(runs[-1], options)).model)
-        runs = [replace(run, student_layers=layers) if run.student else run for run in runs]
+    if options.all or options.student:  # make a student, to fail before the teacher is trained and not after it
+        model = Run(runs[-1], runtime, data.spec, counts[-1], RunFiles(runs[-1], options)).model
+        runs = [replace(run, student_layers=fingerprint_layers(model)) if run.student else run for run in runs]
     return data, runs
 
 
