@@ -49,18 +49,22 @@ PUBLISHED = Path(__file__).resolve().parent / "results"
 
 def find_checkpoint(options: config.TestOptions, runtime: Runtime) -> dict:
     """The checkpoint that the options name, or the published one of that name; UserError if it can't be evaluated."""
-    name, named = name_of(options), options.checkpoint or (options.teacher if options.tto else None)
-    folders = [options.weights_folder, options.weights_path] if options.tto else [options.weights_folder]
-    paths = [folder / f"{name.stem}.pt" for folder in folders]  # the teacher of --all is in --weights_path itself
-    published = PUBLISHED / options.dataset / f"{name.stem}.pt"
-    if not options.folders("weights_path", "name"):
-        paths.append(published)
-    path = named or next((path for path in paths if path.exists()), None)
+    name = name_of(options)
+    path = options.checkpoint or (options.teacher if options.tto else None)
     if path is None:
-        train = name.command("train.py", **options.folders())
-        raise UserError(f"no checkpoint {paths[0]}: train it with `{train}`, or give its folder in --weights_path")
-    if path is published:
-        runtime.print(f"{paths[0]} does not exist: evaluating the published {published}")
+        own = options.weights_folder / f"{name.stem}.pt"
+        shared = options.weights_path / own.name  # the teacher that all --name folders share
+        published = PUBLISHED / options.dataset / own.name
+        if own.exists():
+            path = own
+        elif options.tto and shared.exists():
+            path = shared
+        elif published.exists() and not options.folders("weights_path", "name"):
+            path = published
+            runtime.print(f"{own} does not exist: evaluating the published {published}")
+        else:
+            train = name.command("train.py", **options.folders())
+            raise UserError(f"no checkpoint {own}: train it with `{train}`, or give its folder in --weights_path")
     content = finished(checkpoint.load(path))
     run = run_of(content)
     if options.checkpoint and options.student and not run.student:
