@@ -78,13 +78,14 @@ def find_checkpoint(options: config.TestOptions, runtime: Runtime) -> dict:
 
 
 def find_teacher(run: RunConfig, options, spec: DataSet, runtime: Runtime, tell: Callable) -> TeacherLogits | None:
-    """A student's teacher; without --teacher it may be missing or unfit, which is passed to `tell`, and then None."""
+    """A student's teacher, or None; `tell` is called with why a teacher that --teacher does not name can't be used."""
     try:
         return load_teacher(run, options, spec, runtime) if run.role == "student" else None
     except UserError as error:
         if options.teacher:
             raise
         tell(f"not compared with the teacher: {error}")
+        return None
 
 
 def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
@@ -102,7 +103,8 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
     images = data.held_out(run.subset, run.holdout)
     logits, numbers = measure_checkpoint(model, content, images, data, runtime)
     imitation = {}
-    if teacher := find_teacher(run, options, data.spec, runtime, notes.append):
+    teacher = find_teacher(run, options, data.spec, runtime, notes.append)
+    if teacher:
         try:
             imitation = fidelity(logits, teacher.test_logits(images, run.holdout), images.labels)
         except UserError as error:  # a folder of logits may have none of these images
@@ -112,15 +114,18 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
     if not runtime.is_main:
         return
     cost = inference.measure_cost(model, path, runtime, run.size)
-    teacher_cost = teacher and teacher.model and inference.measure_cost(teacher.model, teacher.path, runtime, run.size)
-    classes, title, stem = data.spec.classes, f"{run.title} on {run.dataset}", figures_stem(path, options)
+    teacher_cost = None  # of a folder of logits, too
+    if teacher and teacher.model:
+        teacher_cost = inference.measure_cost(teacher.model, teacher.path, runtime, run.size)
+    title, stem = f"{run.title} on {run.dataset}", figures_stem(path, options)
+    classes, labels = data.spec.classes, images.labels
     saved = [figures.plot_confusion(numbers, classes, f"{title}: confusion", Path(f"{stem}_confusion.png"))]
-    saved += [figures.plot_reliability(logits, images.labels, f"{title}: reliability", Path(f"{stem}_reliability.png"))]
+    saved.append(figures.plot_reliability(logits, labels, f"{title}: reliability", Path(f"{stem}_reliability.png")))
     if "bias" in numbers:
-        saved += [figures.plot_omitted([content | {"measured": numbers}], Path(f"{stem}_omitted.png"))]
+        saved.append(figures.plot_omitted([content | {"measured": numbers}], Path(f"{stem}_omitted.png")))
     if options.json:
-        values = {"checkpoint": str(path), "role": run.role, **numbers, **cost}
-        saved += [write_json(options.json, values | imitation)]
+        values = {"checkpoint": str(path), "role": run.role, **numbers, **cost, **imitation}
+        saved.append(write_json(options.json, values))
     tops = " ".join(f"{name} {100 * numbers[name]:.2f}%" for name in TOPS if name in numbers)
     print(f"{run.split} loss {numbers['loss']:.4f} {tops}")
     print(f"{path} on {run.dataset}, {device_title(runtime)}, {runtime.precision}", *notes, "", sep="\n")
