@@ -203,24 +203,26 @@ def classify(options: config.TestOptions, runtime: Runtime) -> None:
         raise UserError(f"{options.teacher} holds logits, not a model: give a checkpoint")
     if not options.soften and (teacher := find_teacher(run, options, spec, runtime, runtime.print)):
         contents.append(teacher.content)
-    answers = {}
+    probabilities = {}  # (B, C) of the pictures, by the title of each model, or of the model at each temperature
     for content in contents:
         its_run = run_of(content)
         in_training = as_trained(runtime, its_run, options.precision)
         model = load_model(content, in_training, options.student)
         logits = held_out_logits(model, images, spec_of(content), in_training)
-        for temp in options.soften or (1.0,):
-            label = f"{its_run.title}, T = {format_number(temp)}" if options.soften else its_run.title
-            answers[label] = (logits[rows] / temp).softmax(1)
-    if options.soften:
-        told = [report.softness_text(softness(logits, temp), temp, len(spec.classes)) for temp in options.soften]
-        runtime.print(f"over {len(images):,} images, at", *told)
+        if options.soften:
+            runtime.print(f"over {len(images):,} images, at")
+            for temp in options.soften:
+                runtime.print(report.softness_text(softness(logits, temp), temp, len(spec.classes)))
+                probabilities[f"{its_run.title}, T = {format_number(temp)}"] = (logits[rows] / temp).softmax(1)
+        else:
+            probabilities[its_run.title] = logits[rows].softmax(1)
     if runtime.is_main:
-        stem, what = figures_stem(contents[0]["path"], options), "softened" if options.soften else "images"
-        path = Path(f"{stem}_{what}.png")
-        figures.plot_pictures(images.pixels[rows].numpy(), names[: figures.PICTURES_SHOWN], answers, spec.classes, path)
-        left_out = f" (the first {figures.PICTURES_SHOWN})" if len(names) > figures.PICTURES_SHOWN else ""
-        print(f"{report.pictures_text(names, answers, spec.classes)}\nsaved {path}{left_out}")
+        what = "softened" if options.soften else "images"
+        path = Path(f"{figures_stem(contents[0]['path'], options)}_{what}.png")
+        shown = names[: figures.PICTURES_SHOWN]
+        figures.plot_pictures(images.pixels[rows].numpy(), shown, probabilities, spec.classes, path)
+        left_out = f" (the first {len(shown)})" if len(shown) < len(names) else ""
+        print(f"{report.pictures_text(names, probabilities, spec.classes)}\nsaved {path}{left_out}")
 
 
 def read_pictures(options: config.TestOptions, content: dict, runtime: Runtime) -> tuple[Images, list[int], list[str]]:
