@@ -39,7 +39,7 @@ from runtime.device import Runtime, device_title
 from runtime.errors import UserError, exit_code
 from runtime.files import make_folder, write_json
 from runtime.processes import start
-from training.run import finished, load_model, mismatch, spec_of
+from training.run import load_model, mismatch, require_finished, spec_of
 from training.runs import RunConfig, RunName, name_of, row_order, run_of
 from training.teacher_logits import TeacherLogits, load_teacher
 from utils import Images, held_out_logits, load_images
@@ -65,7 +65,7 @@ def find_checkpoint(options: config.TestOptions, runtime: Runtime) -> dict:
         else:
             train = name.command("train.py", **options.folders())
             raise UserError(f"no checkpoint {own}: train it with `{train}`, or give its folder in --weights_path")
-    content = finished(checkpoint.load(path))
+    content = require_finished(checkpoint.load(path))
     run = run_of(content)
     if options.checkpoint and options.student and not run.student:
         raise UserError(f"{path} is not a student of your own: leave --student out")
@@ -174,8 +174,8 @@ def find_checkpoints(options: config.TestOptions, name: RunName, runtime: Runtim
     With --teacher, that teacher, its students and those without KD. Files that can't be shown are named.
     """
     teacher = checkpoint.load(options.teacher, or_state_dict=True) if options.teacher else None
-    contents = [finished(teacher)] if teacher and "run" in teacher else []
-    taught_by = [None, checkpoint.fingerprint(teacher["model"])] if teacher else []
+    contents = [require_finished(teacher)] if teacher and "run" in teacher else []
+    teachers = [None, checkpoint.fingerprint(teacher["model"])] if teacher else []  # None: of students without KD
     paths = {*options.weights_folder.rglob("*.pt")}
     shared = options.weights_path / f"{name.teacher_name.stem}.pt"  # by all --name folders
     if paths and shared.exists():  # alone it would make a table for a --name that was mistyped
@@ -184,9 +184,9 @@ def find_checkpoints(options: config.TestOptions, name: RunName, runtime: Runtim
         if path.name.endswith(".last.pt") or path == options.teacher:
             continue
         try:
-            content = finished(checkpoint.load(path))
+            content = require_finished(checkpoint.load(path))
             run = run_of(content)
-            is_shown = not teacher or (run.role == "student" and run.teacher in taught_by)
+            is_shown = not teacher or (run.role == "student" and run.teacher in teachers)
             if is_shown and run.teacher_name == name.teacher_name:  # then the images are the same
                 contents.append(content)
         except UserError as error:

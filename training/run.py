@@ -69,8 +69,8 @@ def mismatch(content: dict, name: RunName, spec: DataSet, same_images: bool = Tr
     return ""
 
 
-def finished(content: dict) -> dict:
-    """A finished run's checkpoint; UserError if the run is unfinished, or of code that is not this one."""
+def require_finished(content: dict) -> dict:
+    """The same checkpoint; UserError if its run is unfinished, or of another version of this code."""
     if "metrics" not in content:
         raise UserError(f"{content['path']} is an unfinished run: rerun its command to finish it")
     run_of(content)

@@ -14,7 +14,7 @@ from runtime import checkpoint
 from runtime.device import Runtime
 from runtime.errors import UserError
 from runtime.files import load_arrays, save_arrays, write_json
-from training.run import describe_data, finished, load_model, mismatch
+from training.run import describe_data, load_model, mismatch, require_finished
 from training.runs import UNKNOWN, RunConfig, RunName
 from utils import Images, Views, compute_logits, held_out_logits
 
@@ -140,8 +140,10 @@ def load_teacher(
     path = content["path"] if content else teacher_path(student, options)
     if content is None and not path.is_dir():
         content = checkpoint.load(path, or_state_dict=True)
-        content = content if "run" in content else complete_state_dict(content, student, spec)
-        why = mismatch(content, student, spec) if finished(content)["run"]["role"] == "teacher" else "is a student"
+        if "run" not in content:
+            content = complete_state_dict(content, student, spec)
+        is_teacher = require_finished(content)["run"]["role"] == "teacher"
+        why = mismatch(content, student, spec) if is_teacher else "is a student"
         if why:
             raise UserError(f"the teacher {path} {why}: choose another one with --teacher or --weights_path")
     return TeacherLogits(path, spec, runtime, options.weights_path, content)
