@@ -79,9 +79,10 @@ def require_finished(content: dict) -> dict:
 
 def check_same(content: dict, run: RunConfig) -> None:
     """UserError if a file is of another run than `run`, whose teacher may not be known yet."""
-    kind, ignoring = "a finished run", set() if run.teacher else {"teacher", "teacher_unknown"}
-    if "metrics" not in content:
-        kind, ignoring = "an unfinished run", ignoring | {"processes", "sync_bn"}  # sync_bn needs several
+    kind = "a finished run" if "metrics" in content else "an unfinished run"
+    ignoring = set() if run.teacher else {"teacher", "teacher_unknown"}
+    if "metrics" not in content:  # another number of processes may resume it, and sync_bn needs several
+        ignoring |= {"processes", "sync_bn"}
     if why := describe_differences(run_of(content), run, ignoring):
         advice = "give its own options, keep both with --name WORD, or replace it with --resume False (not with --all)"
         raise UserError(f"{content['path']} is {kind} with {why}: {advice}")
@@ -235,8 +236,9 @@ class Run:
         # Sums over all processes then: each takes its share, so that they add up to the same.
         self.totals += (state["totals"] / self.runtime.world_size).to(self.totals)
         self.write_log(state["log"])  # whatever became of the file meanwhile
-        notes = [describe_differences(before, self.config)] if before != self.config else []
-        notes += [f"{name} {state['machine'][name]}, not {value}" for name, value in machine(self.runtime).items()
-                  if state["machine"][name] != value]  # fmt: skip
-        changed = f"; it was saved with {'; '.join(notes)}: the result may differ" if notes else ""
-        self.runtime.print(f"resuming {path} at {self.place}{changed}")
+        changes = [describe_differences(before, self.config)] if before != self.config else []
+        for name, value in machine(self.runtime).items():
+            if state["machine"][name] != value:
+                changes.append(f"{name} {state['machine'][name]}, not {value}")
+        note = f"; it was saved with {'; '.join(changes)}: the result may differ" if changes else ""
+        self.runtime.print(f"resuming {path} at {self.place}{note}")
