@@ -53,16 +53,19 @@ class RunName:
     def omitted(self) -> str:
         """The omitted classes in words; of many, their number and a hash of their names."""
         words = " ".join(self.omit)
-        many = f"{len(self.omit)} classes {hashlib.sha256(words.encode()).hexdigest()[:8]}"
-        return words if len(words.encode()) <= LONGEST_WORDS else many
+        if len(words.encode()) <= LONGEST_WORDS:
+            return words
+        return f"{len(self.omit)} classes {hashlib.sha256(words.encode()).hexdigest()[:8]}"
 
     @property
     def images_suffix(self) -> str:
-        """What the choice of images adds to file names; all at the default size, nothing."""
-        omitted = self.omitted.replace(" ", "_")
-        parts = {"size": self.size if self.size != SIDE else None, "subset": self.subset, "holdout": self.holdout}
-        parts |= {"omit_": omitted, "images": self.student_images}
-        return "".join(f"_{name}{value}" for name, value in parts.items() if value)
+        """What the choice of images adds to file names: nothing for all images at the default size."""
+        size = f"_size{self.size}" if self.size != SIDE else ""
+        subset = f"_subset{self.subset}" if self.subset else ""
+        holdout = f"_holdout{self.holdout}" if self.holdout else ""
+        omit = f"_omit_{self.omitted.replace(' ', '_')}" if self.omitted else ""
+        images = f"_images{self.student_images}" if self.student_images else ""
+        return size + subset + holdout + omit + images
 
     @property
     def student_suffix(self) -> str:
