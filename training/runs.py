@@ -154,15 +154,19 @@ def name_of(options) -> RunName:
 def plan(options, data: DataSet, precision: str, processes: int) -> list[RunConfig]:
     """The runs that the options of train.py ask for: one, or with --all the teacher, then the students of each seed."""
     first = name_of(options)
-    names, losses = [first], options.loss or ("kd",)
+    names = [first]
     if options.all:
         names = [] if options.teacher else [first.teacher_name]
-        matched = [f"kd_as_{loss}" for loss in losses if options.matched and LOSS_DEFAULTS[loss].function != "kd"]
-        temps = {loss: options.temp or temps_of(options.dataset, loss) for loss in (*losses, *matched)}
+        losses = options.loss or ("kd",)
+        if options.matched:
+            losses += tuple(f"kd_as_{loss}" for loss in losses if LOSS_DEFAULTS[loss].function != "kd")
         for seed in range(first.seed, first.seed + options.seeds):
             for images in options.student_images or (None,):
                 student = replace(first, seed=seed, student_images=images)
-                names += [student, *(replace(student, loss=loss, temp=temp) for loss in temps for temp in temps[loss])]
+                names.append(student)  # without KD
+                for loss in dict.fromkeys(losses):  # each once, also one that was typed and is matched
+                    for temp in options.temp or temps_of(options.dataset, loss):
+                        names.append(replace(student, loss=loss, temp=temp))
     return [resolve(name, options, data, precision, processes) for name in names]
 
 
