@@ -180,10 +180,12 @@ def resolve(name: RunName, options, data: DataSet, precision: str, processes: in
     if name.kd:
         kd_weights = options.kd_weight or LOSS_DEFAULTS[name.loss].kd_weights
         ce_weight = LOSS_DEFAULTS[name.loss].ce_weight if options.ce_weight is None else options.ce_weight
-    values = {f: getattr(options, f) for f in ("optimizer", "compile", "deterministic")}
-    values |= {"num_classes": len(data.classes), "images": data.fingerprint, "flip": data.flip, "precision": precision}
-    values |= {"kd_weights": kd_weights, "ce_weight": ce_weight, "processes": processes}
-    return RunConfig(**asdict(name), **recipe, **values, sync_bn=options.sync_bn and processes > 1)
+    return RunConfig(
+        **asdict(name), **recipe, kd_weights=kd_weights, ce_weight=ce_weight,
+        num_classes=len(data.classes), images=data.fingerprint, flip=data.flip, precision=precision,
+        processes=processes, sync_bn=options.sync_bn and processes > 1,
+        optimizer=options.optimizer, compile=options.compile, deterministic=options.deterministic,
+    )  # fmt: skip
 
 
 def run_of(content: dict) -> RunConfig:
