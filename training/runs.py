@@ -142,13 +142,16 @@ class RunConfig(Recipe, RunName):
 
 
 def name_of(options) -> RunName:
-    """The run that the options of either script name; with several temperatures or losses, the first."""
-    loss = (options.loss or ("kd",))[0]
-    kd = {"loss": loss, "temp": (options.temp or temps_of(options.dataset, loss))[0]} if options.kd else {}
-    role = "teacher" if options.tto else "student"
-    images = (options.student_images or (None,))[0]
-    as_typed = {f: getattr(options, f) for f in ("dataset", "seed", "subset", "holdout", "student", "size")}
-    return RunName(role=role, **kd, **as_typed, omit=options.omit or (), student_images=images)
+    """The run that the options of either script name; of several losses, temperatures or image counts, the first."""
+    loss, temp = None, None
+    if options.kd:
+        loss = options.loss[0] if options.loss else "kd"
+        temp = (options.temp or temps_of(options.dataset, loss))[0]
+    return RunName(
+        dataset=options.dataset, role="teacher" if options.tto else "student", loss=loss, temp=temp, seed=options.seed,
+        subset=options.subset, holdout=options.holdout, omit=options.omit or (), student=options.student,
+        student_images=options.student_images[0] if options.student_images else None, size=options.size,
+    )  # fmt: skip
 
 
 def plan(options, data: DataSet, precision: str, processes: int) -> list[RunConfig]:
