@@ -91,14 +91,16 @@ class RunName:
         names = [name for name in ("size", "subset", "holdout") if getattr(self, name) != getattr(RunName, name)]
         return title + "".join(f", {name} {getattr(self, name)}" for name in names)
 
-    def command(self, script: str, **folders) -> str:
+    def command(self, script: str, **more) -> str:
         """What to type to train ("train.py") or to evaluate ("test.py") this run; only one with KD has a --teacher."""
         options = {"tto": True} if self.role == "teacher" else {}
         if self.kd:
-            options |= {"kd": True} | ({"loss": self.loss} if self.loss != "kd" else {}) | {"temp": self.temp}
+            options |= {"kd": True, "loss": self.loss, "temp": self.temp}
+        if self.loss == "kd":
+            del options["loss"]  # it is the default
         names = ("dataset", "seed", "subset", "holdout", "omit", "student_images", "student", "size")
         options |= {name: getattr(self, name) for name in names if getattr(self, name) != getattr(RunName, name)}
-        words = [f"--{name} {typed(v)}" for name, v in (options | folders).items() if self.kd or name != "teacher"]
+        words = [f"--{name} {typed(value)}" for name, value in (options | more).items() if self.kd or name != "teacher"]
         return " ".join(["python", script, *words])
 
 
@@ -217,10 +219,11 @@ def describe_differences(run: RunConfig, other: RunConfig, ignoring: set[str] = 
 
 
 def value_text(run: RunConfig, name: str) -> str:
-    """A field's value in words, of a hash its first half."""
+    """The value of a field in words; of a hash, the first half."""
     value = getattr(run, name)
-    is_hash = re.fullmatch("[0-9a-f]{16}", str(value))
-    return value[:8] if is_hash else typed(value) or "none"
+    if re.fullmatch("[0-9a-f]{16}", str(value)):
+        return value[:8]
+    return typed(value) or "none"  # of an empty tuple
 
 
 def is_baseline_of(run: RunConfig, other: RunConfig) -> bool:
@@ -238,16 +241,17 @@ def why_no_baseline(run: RunConfig, others: list[RunConfig]) -> str:
 
 
 def is_kd_baseline_of(run: RunConfig, other: RunConfig) -> bool:
-    """Whether `run`, plain KD at default or matched weights, is the baseline of `other`, with another loss."""
-    if not (run.kd and other.kd) or LOSS_DEFAULTS[other.loss].function == "kd" or differences(run, other, LOSS_FIELDS):
-        return False
-    return run.is_default_kd or run.loss == f"kd_as_{other.loss}"
+    """Whether `run`, with plain KD at default or matched weights, is the baseline of `other`, with another loss."""
+    is_plain_kd = run.is_default_kd or run.loss == f"kd_as_{other.loss}"
+    has_other_loss = other.kd and LOSS_DEFAULTS[other.loss].function != "kd"
+    return is_plain_kd and has_other_loss and not differences(run, other, LOSS_FIELDS)
 
 
 def saw_held_out(run: RunConfig, name: RunName, train_images: int) -> bool:
     """Whether `run` was trained on images that `name` holds out, the last ones of the training images."""
     seen = min(run.subset or train_images, train_images) - run.holdout
-    return name.holdout > 0 and seen > min(name.subset or train_images, train_images) - name.holdout
+    first_held_out = min(name.subset or train_images, train_images) - name.holdout
+    return name.holdout > 0 and seen > first_held_out
 
 
 def row_order(run: RunName) -> tuple:
