@@ -150,14 +150,12 @@ def epoch_order(rows: torch.Tensor, seed: int, epoch: int) -> torch.Tensor:
 
 
 def epoch_view(count: int, flip: bool, seed: int, epoch: int) -> int:
-    """Which of its `count` views each image shows in an epoch: all once, in random order, before one comes again.
-
-    With `flip`, even views alternate with odd ones: an even `count` mirrors an image in every other epoch.
-    """
+    """Which of its `count` views each image shows in an epoch: all once, in random order, before one comes again."""
     cycle, place = divmod(epoch, count)
     views = torch.randperm(count, generator=seeded_generator("views", seed, cycle))
-    if flip:
-        views[0::2], views[1::2] = views[views % 2 == 0], views[views % 2 == 1]
+    if flip:  # even and odd views by turns: with an even count, an image is mirrored in every other epoch
+        even, odd = views[views % 2 == 0], views[views % 2 == 1]
+        views[0::2], views[1::2] = even, odd
     return int(views[place])
 
 
@@ -224,10 +222,7 @@ class Normaliser:
 
 
 def soft_target_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, temp: float) -> torch.Tensor:
-    """T^2 KL(teacher_T || student_T) of logits (B, C), a scalar in nats.
-
-    T^2 keeps the ratio of both gradients about constant over T (Hinton, Vinyals & Dean, 2014, section 2).
-    """
+    """T^2 KL(teacher_T || student_T) of logits (B, C), a scalar in nats (Hinton, Vinyals & Dean, 2014, section 2)."""
     student = F.log_softmax(student_logits / temp, dim=1)
     teacher = F.log_softmax(teacher_logits / temp, dim=1)
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temp**2
