@@ -60,7 +60,7 @@ def make_layers(rows: tuple[tuple[int, ...], ...], bias: bool) -> nn.Sequential:
     for row in rows:
         for width in row:
             layers += [Conv3x3(channels, width, bias), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
-            if bias:  # it stays zero: batch norm cancels it, and its gradient is rounding noise
+            if bias:  # it stays zero without a gradient, which would be rounding noise: batch norm cancels a bias
                 nn.init.zeros_(layers[-3].bias).requires_grad_(False)
             channels = width
         layers.append(nn.MaxPool2d(2))
@@ -85,8 +85,5 @@ class VGG(nn.Module):
 
 
 def vgg19_bn(num_classes: int = 10) -> nn.Module:
-    """VGG19-BN: 20.0 M parameters, 398 M multiply-accumulates per image of 32 x 32.
-
-    The biases of its convolutions stay zero and get no gradient: batch norm cancels them.
-    """
+    """VGG19-BN: 20.0 M parameters, 398 M multiply-accumulates per image of 32 x 32."""
     return VGG(CONFIGURATION_E, num_classes)
