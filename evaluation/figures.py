@@ -112,20 +112,19 @@ def plot_pictures(pixels: list, names: list[str], answers: dict, classes: tuple[
 
 @figure_style
 def plot_comparison(contents: list[dict], path: Path) -> Path:
-    """Draw top-1 (%) and cross-entropy (nats) over the epochs of a table's runs, seeds as a mean on a band; the path.
-
-    A teacher without a log (a plain state dict), or with one of other images than its students', is left out.
-    """
+    """Draw top-1 (%) and cross-entropy (nats) over the epochs of a table's runs, seeds as a mean in a band."""
     last = run_of(contents[-1])
     images = last.subset, last.holdout
-    contents = [c for c in contents if c["log"] and (c["run"]["subset"], c["run"]["holdout"]) == images]
+    # Left out: a teacher without a log (a plain state dict), or with one of other images than its students'.
+    shown = [c for c in contents if c["log"] and (c["run"]["subset"], c["run"]["holdout"]) == images]
     title = f"Accuracy and loss on the {'held-out' if last.holdout else 'test'} images of {last.dataset}"
     panels = new_panels(title, ["top-1 (%)", "cross-entropy (nats)"])
-    for title, row in rows_of(contents).items():
+    for name, row in rows_of(shown).items():
         logs = [parse_log(content["log"])[1] for content in row]
+        seeds = f" (mean of {len(row)})" if len(row) > 1 else ""
         for axes, key in zip(panels, ("top1", "loss"), strict=True):
-            values = [[line[last.split][key] for line in lines] for lines in zip(*logs, strict=True)]
-            label = f"{title}: {statistics.mean(values[-1]):.2f}" + (f" (mean of {len(row)})" if len(row) > 1 else "")
+            values = [[line[last.split][key] for line in lines] for lines in zip(*logs, strict=True)]  # of each epoch
+            label = f"{name}: {statistics.mean(values[-1]):.2f}{seeds}"
             plot_band(axes, range(1, len(values) + 1), values, marker="." if len(values) == 1 else None, label=label)
     return save_figure(panels[0], path)
 
