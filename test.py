@@ -169,10 +169,7 @@ def compare(options: config.TestOptions, runtime: Runtime) -> None:
 
 
 def find_checkpoints(options: config.TestOptions, name: RunName, runtime: Runtime) -> list[dict]:
-    """The finished checkpoints below the --name folder, and the teacher, of runs on the images of `name`, in order.
-
-    With --teacher, that teacher, its students and those without KD. Files that can't be shown are named.
-    """
+    """The finished checkpoints on the images of `name`, in a table's order; with --teacher, no other teacher's."""
     teacher = checkpoint.load(options.teacher, or_state_dict=True) if options.teacher else None
     contents = [require_finished(teacher)] if teacher and "run" in teacher else []
     teachers = [None, checkpoint.fingerprint(teacher["model"])] if teacher else []  # None: of students without KD
@@ -257,10 +254,9 @@ def run(options: config.TestOptions) -> None:
         task = export
     else:
         task = evaluate
-    folders = [options.export.parent] if options.export else [options.plots_folder]
-    folders += [options.json.parent] if options.json else []
-    for folder in folders:
-        make_folder(folder)  # fail before the evaluation, not after it
+    make_folder(options.export.parent if options.export else options.plots_folder)  # fail now, not after the evaluation
+    if options.json:
+        make_folder(options.json.parent)
     with start(options.device, options.precision) as runtime:
         task(options, runtime)
 
