@@ -49,15 +49,9 @@ def measure_checkpoint(
 
 
 def measure_all(
-    contents: list[dict],
-    name: RunName,
-    data: Data,
-    runtime: Runtime,
-    teacher: TeacherLogits | None = None,
-    cost: bool = False,
-    student: str | None = None,
-    precision: str = "auto",
-) -> list[dict]:
+    contents: list[dict], name: RunName, data: Data, runtime: Runtime, teacher: TeacherLogits | None = None,
+    cost: bool = False, student: str | None = None, precision: str = "auto",
+) -> list[dict]:  # fmt: skip
     """The checkpoints that fit the data, with what is `measured` on the images of the run `name`; others are named.
 
     A student with KD is compared with its teacher if that is given, one without with that of the run whose baseline it
