@@ -260,11 +260,11 @@ def row_order(run: RunName) -> tuple:
     return run.role != "teacher", run.student or "", loss, run.temp or 0.0, run.omit, run.student_images or 0, run.seed
 
 
-def labels(runs: list[RunConfig]) -> list[str]:
-    """A title for each of these rows, with the fields that tell it apart from others of its title."""
-    found = []
+def row_labels(runs: list[RunConfig]) -> list[str]:
+    """A label for each of a table's rows: its run's title, and the fields in which others of that title differ."""
+    labels = []
     for run in runs:
         names = {name for other in runs if other.title == run.title for name in differences(run, other, {"seed"})}
-        apart = [f"{f.name} {value_text(run, f.name)}" for f in fields(RunConfig) if f.name in names]
-        found.append(", ".join([run.title, *apart]))
-    return found
+        values = [f"{f.name} {value_text(run, f.name)}" for f in fields(RunConfig) if f.name in names]
+        labels.append(", ".join([run.title, *values]))
+    return labels
