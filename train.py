@@ -42,7 +42,7 @@ from runtime.processes import start
 from runtime.progress import Progress
 from training.losses import training_loss
 from training.recipes import RECIPE_FIELDS
-from training.run import METRICS, Run, RunFiles, check_same, find_finished
+from training.run import METRICS, Run, RunFiles, find_finished, require_same
 from training.runs import RunConfig, name_of, plan
 from training.teacher_logits import TeacherLogits, load_teacher, teacher_path
 from utils import Data, Images, Views, epoch_order, epoch_view, evaluate, load_images, plot_curves, topk_correct
@@ -202,7 +202,7 @@ def train_all(options: TrainOptions) -> None:
                     contents.append(teacher.content)
                 for student in runs[i:]:
                     if finished[student.stem]:  # check all now, not each when its turn comes
-                        check_same(finished[student.stem], teacher.taught(student))
+                        require_same(finished[student.stem], teacher.taught(student))
             run = teacher.taught(planned) if teacher else planned
             content = finished[run.stem] or find_finished(run, options)  # which may have finished meanwhile
             if content:

@@ -77,8 +77,8 @@ def require_finished(content: dict) -> dict:
     return content
 
 
-def check_same(content: dict, run: RunConfig) -> None:
-    """UserError if a file is of another run than `run`, whose teacher may not be known yet."""
+def require_same(content: dict, run: RunConfig) -> dict:
+    """The same content; UserError if it is of another run than `run`, whose teacher may not be known yet."""
     kind = "a finished run" if "metrics" in content else "an unfinished run"
     ignoring = set() if run.teacher else {"teacher", "teacher_unknown"}
     if "metrics" not in content:  # another number of processes may resume it, and sync_bn needs several
@@ -86,6 +86,7 @@ def check_same(content: dict, run: RunConfig) -> None:
     if why := describe_differences(run_of(content), run, ignoring):
         advice = "give its own options, keep both with --name WORD, or replace it with --resume False (not with --all)"
         raise UserError(f"{content['path']} is {kind} with {why}: {advice}")
+    return content
 
 
 def find_finished(run: RunConfig, options) -> dict | None:
@@ -93,12 +94,10 @@ def find_finished(run: RunConfig, options) -> dict | None:
     files = RunFiles(run, options)
     is_unfinished = files.resume.exists()
     if is_unfinished and options.all:
-        check_same(checkpoint.load(files.resume), run)  # now, not when its turn comes
+        require_same(checkpoint.load(files.resume), run)  # now, not when its turn comes
     if is_unfinished or not (options.resume and files.checkpoint.exists()):
         return None
-    content = checkpoint.load(files.checkpoint)
-    check_same(content, run)
-    return content
+    return require_same(checkpoint.load(files.checkpoint), run)
 
 
 class Run:
@@ -226,9 +225,7 @@ class Run:
     def restore(self) -> None:
         """Continue where the resume state was saved; UserError if its run had other options, or it is damaged."""
         path = self.files.resume
-        state = checkpoint.load(path)
-        check_same(state, self.config)
-        before = run_of(state)
+        state = require_same(checkpoint.load(path), self.config)
         checkpoint.load_weights(self.model, state)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
@@ -236,6 +233,7 @@ class Run:
         # Sums over all processes then: each takes its share, so that they add up to the same.
         self.totals += (state["totals"] / self.runtime.world_size).to(self.totals)
         self.write_log(state["log"])  # whatever became of the file meanwhile
+        before = run_of(state)
         changes = [describe_differences(before, self.config)] if before != self.config else []
         for name, value in machine(self.runtime).items():
             if state["machine"][name] != value:
