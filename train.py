@@ -194,12 +194,13 @@ def train_all(options: TrainOptions) -> None:
         teacher, contents = None, []
         for i, planned in enumerate(runs):
             if teacher is None and planned.role == "student" and (options.kd or options.all):  # one for all students
-                trained = contents[0] if contents else None  # the teacher, where it is a run of the plan
-                teacher = load_teacher(planned, options, data.spec, runtime, trained)
+                if contents:  # the teacher was a run of the plan
+                    teacher = TeacherLogits(contents[0]["path"], data.spec, runtime, options.weights_path, contents[0])
+                else:
+                    teacher = load_teacher(planned, options, data.spec, runtime)
+                    contents = [teacher.content] if teacher.content else []
                 teacher.check_views(planned.views)
                 runtime.print(f"the teacher is {teacher.title}")
-                if teacher.content and not trained:
-                    contents.append(teacher.content)
                 for student in runs[i:]:
                     if finished[student.stem]:  # check all now, not each when its turn comes
                         require_same(finished[student.stem], teacher.taught(student))

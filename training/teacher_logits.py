@@ -133,12 +133,10 @@ def teacher_path(student: RunName, options) -> Path:
     return path
 
 
-def load_teacher(
-    student: RunConfig, options, spec: DataSet, runtime: Runtime, content: dict | None = None
-) -> TeacherLogits:
-    """A student's teacher: `content` if it is known to fit, a checkpoint, state dict or folder; UserError if unfit."""
-    path = content["path"] if content else teacher_path(student, options)
-    if content is None and not path.is_dir():
+def load_teacher(student: RunConfig, options, spec: DataSet, runtime: Runtime) -> TeacherLogits:
+    """A student's teacher, read from a checkpoint, a state dict or a folder of logits; UserError if it does not fit."""
+    path, content = teacher_path(student, options), None
+    if not path.is_dir():
         content = checkpoint.load(path, or_state_dict=True)
         if "run" not in content:
             content = complete_state_dict(content, student, spec)
