@@ -14,7 +14,7 @@ WHAT, DATA, KD = "what to run", "data", "distillation"
 RECIPE, MACHINE, FILES = "recipe (defaults: docs/options.md)", "machine", "files"
 FROM_0, FROM_1 = partial(number, int, 0, LARGEST), partial(number, int, 1, LARGEST)
 ABOVE_0, WEIGHT = partial(number, float, 1e-12, 1e30), partial(number, float, 0, 10**6)
-TEMP, SHARE = partial(number, float, 0.01, 1000), partial(number, float, 0, 1)
+TEMP, TO_1 = partial(number, float, 0.01, 1000), partial(number, float, 0, 1)
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 JSON, PT2 = partial(file_name, suffix=".json"), partial(file_name, suffix=".pt2")  # no checkpoint is overwritten
 FUNCTION = partial(matching, r"\w+(\.\w+)*:\w+", "MODULE:FUNCTION, as in my_models:resnet8")
@@ -71,9 +71,7 @@ class TrainOptions(Options):
     all: bool = option(WHAT, "everything: teacher, students with and without KD, evaluation, table", boolean, False)
     seeds: int = option(WHAT, "with --all: number of seeds of the students", partial(number, int, 1, 1000), 1)
     resume: bool = option(WHAT, "resume an unfinished run, skip a finished one; False: train anew", boolean, True)
-    alpha: float | None = option(
-        KD, f"weight of KL in --loss kd; cross-entropy has 1 - alpha (default: {ALPHA})", SHARE
-    )
+    alpha: float | None = option(KD, f"weight of KL in --loss kd; cross-entropy has 1 - alpha (default: {ALPHA})", TO_1)
     kd_weight: tuple[float, ...] | None = option(KD, "weight of each soft term (default: docs/losses.md)", WEIGHT)
     ce_weight: float | None = option(KD, "weight of the cross-entropy (default: docs/losses.md)", WEIGHT)
     matched: bool = option(KD, "with --all: also plain kd at each loss's temperature and total weight", boolean, False)
