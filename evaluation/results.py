@@ -20,10 +20,7 @@ ACCURACIES |= {"corrected_top1_others": "Corrected, others"}
 
 
 def collect(contents: list[dict]) -> dict:
-    """Rows, gains and notes from measured checkpoints: means over seeds, of accuracies in percent also deviations.
-
-    The gain of KD is over the same-seed baseline, that of another loss over plain KD, judged with Holm's correction.
-    """
+    """Rows, gains and notes from measured checkpoints: means over seeds, of accuracies in percent also deviations."""
     results = {"rows": [], "gains": [], "gains_over_kd": [], "notes": []}
     rows = rows_of(contents)
     for label, row in rows.items():
@@ -32,7 +29,7 @@ def collect(contents: list[dict]) -> dict:
         if runs[0].student_images:
             numbers["student_images"] = runs[0].student_images
         if len({tuple(content["machine"].values()) for content in row}) > 1:
-            numbers["machines"] = sorted({", torch ".join(c["machine"][k] for k in ("device", "torch")) for c in row})
+            numbers["machines"] = sorted({f"{c['machine']['device']}, torch {c['machine']['torch']}" for c in row})
         measured = [content["measured"] for content in row]
         for key in [key for key in ACCURACIES if key in measured[0]]:
             values = [100 * m[key] for m in measured]
@@ -43,11 +40,10 @@ def collect(contents: list[dict]) -> dict:
         numbers |= {key: statistics.mean(m[key] for m in measured) for key in shared}
         if "bias" in measured[0]:
             numbers["bias"] = [statistics.mean(values) for values in zip(*(m["bias"] for m in measured), strict=True)]
-        results["rows"].append(numbers)
         if runs[0].kd:
+            numbers["temp"] = runs[0].temp
             softness = [parse_log(content["log"])[1][0]["teacher"] for content in row]  # in the first epochs
-            means = {f"teacher_{key}": statistics.mean(values[key] for values in softness) for key in softness[0]}
-            numbers |= {"temp": runs[0].temp} | means
+            numbers |= {f"teacher_{key}": statistics.mean(values[key] for values in softness) for key in softness[0]}
             if "agreement" not in numbers and any(content["run"]["role"] == "teacher" for content in contents):
                 results["notes"].append(f"{label}: its teacher is not in this table")
             if gains := paired_differences(row, contents, is_baseline_of):
@@ -58,6 +54,7 @@ def collect(contents: list[dict]) -> dict:
         for other_label, others in rows.items():
             if gains := paired_differences(row, others, is_kd_baseline_of):
                 results["gains_over_kd"].append({"model": label, "over": other_label, **paired_gain(gains)})
+        results["rows"].append(numbers)
     tested = [gain for gain in results["gains_over_kd"] if "p" in gain]
     for gain, significant in zip(tested, holm([gain["p"] for gain in tested]), strict=True):
         gain["significant"] = significant
