@@ -191,8 +191,8 @@ class Run:
     def state(self, **more) -> dict:
         """What a checkpoint holds: the header, the data set in words, and the weights."""
         weights = {name: tensor.cpu().contiguous() for name, tensor in self.model.state_dict().items()}
-        described = {"data": describe_data(self.spec), "epoch": self.epoch, "log": self.log}
-        return {**self.header(), **described, "model": weights, **more}
+        content = {"data": describe_data(self.spec), "epoch": self.epoch, "log": self.log, "model": weights}
+        return self.header() | content | more
 
     def finished_state(self) -> dict:
         """What the checkpoint of the finished run holds: with the metrics of its last epoch, and its seconds."""
