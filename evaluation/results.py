@@ -86,7 +86,7 @@ def pairs_text(gain: dict) -> str:
 
 def gain_text(gain: dict) -> str:
     """A gain of KD in a sentence."""
-    mean = points(gain).partition(" ")[0]
+    mean = points(gain).partition(" ")[0]  # without the interval
     text = f"{gain['model']} gains {mean} points of top-1 over the same-seed baseline without KD"
     if "ci" not in gain:
         return f"{text} ({pairs_text(gain)}, no interval: more --seeds give one)"
@@ -99,26 +99,30 @@ def verdict(gain: dict) -> str:
     """Whether a loss beats plain KD."""
     if "p" not in gain:
         return f"{pairs_text(gain)}: not tested"
-    return ("better" if gain["mean"] > 0 else "worse") if gain["significant"] else "not significant"
+    if not gain["significant"]:
+        return "not significant"
+    return "better" if gain["mean"] > 0 else "worse"
 
 
 def results_text(results: dict) -> str:
     """What `collect` returns as a Markdown table, with sentences on gains and notes."""
-    gains, rows = {gain["model"]: {"gain": points(gain)} for gain in results["gains"]}, []
+    gains = {gain["model"]: points(gain) for gain in results["gains"]}
+    models: list[dict[str, str]] = []  # the cells of each row, by column
     for row in results["rows"]:
-        row = row | gains.get(row["model"], {})
         cells = {"Model": row["model"] + (f" {OTHER_MACHINES}" if "machines" in row else "")}
         for key, title in ACCURACIES.items():
             deviation = f" ± {row[f'{key}_sd']:.2f}" if f"{key}_sd" in row else ""
             cells[title] = f"{row[key]:.2f}%{deviation}" if key in row else ""
-        cells |= {title: form(row[key]) if key in row else "" for key, (title, _, form) in NUMBERS.items()}
-        rows.append(cells)
-    titles = [title for title in rows[0] if any(cells[title] for cells in rows)]  # no empty columns
-    texts = [table(titles, [[cells[title] for title in titles] for cells in rows]), *map(gain_text, results["gains"])]
+        for key, (title, _, form) in NUMBERS.items():
+            cells[title] = form(row[key]) if key in row else ""
+        cells["Gain of KD"] = gains.get(row["model"], "")
+        models.append(cells)
+    titles = [title for title in models[0] if any(cells[title] for cells in models)]  # no empty columns
+    texts = [table(titles, [[cells[title] for title in titles] for cells in models]), *map(gain_text, results["gains"])]
     if results["gains_over_kd"]:
         tested = sum("p" in gain for gain in results["gains_over_kd"])
-        rows = [[gain["model"], gain["over"], points(gain), verdict(gain)] for gain in results["gains_over_kd"]]
-        texts.append(table(["Loss", "Over plain KD, same seeds", "Top 1, points", "Verdict"], rows))
+        losses = [[gain["model"], gain["over"], points(gain), verdict(gain)] for gain in results["gains_over_kd"]]
+        texts.append(table(["Loss", "Over plain KD, same seeds", "Top 1, points", "Verdict"], losses))
         texts.append(f"Verdicts at the 5% level, with Holm's correction for {tested} comparison{'s' * (tested != 1)}.")
     for row in results["rows"]:
         if "machines" in row:
@@ -130,9 +134,10 @@ def publish(contents: list[dict], folder: Path) -> None:
     """Write the table of measured checkpoints, its figures and its runs' logs into a folder, and print it."""
     results = collect(contents)
     text = results_text(results)
-    for name, content in (("results.md", text), ("runs.jsonl", "".join(content["log"] for content in contents))):
+    logs = "".join(content["log"] for content in contents)
+    for name, written in (("results.md", text), ("runs.jsonl", logs)):
         with writing(folder / name) as temporary:
-            temporary.write_text(content, encoding="utf-8", errors="replace")  # a file's name may be no text
+            temporary.write_text(written, encoding="utf-8", errors="replace")  # a file's name may be no text
     write_json(folder / "results.json", results)
     plot_comparison(contents, folder / "comparison.png")
     names = ["results.md", "results.json", "comparison.png"]
