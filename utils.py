@@ -62,19 +62,19 @@ class Data:
         count = min(subset or len(self.train), len(self.train))
         if holdout >= count:
             raise UserError(f"--holdout {holdout} leaves none of the {count} training images: give a smaller number")
-        labels = self.train.labels[: count - holdout]
-        rows = (~torch.isin(labels, self.numbers_of(omit))).nonzero()[:, 0]
-        classes = len(labels[rows].unique())
-        if not classes:
+        all_labels = self.train.labels[: count - holdout]
+        rows = (~torch.isin(all_labels, self.numbers_of(omit))).nonzero()[:, 0]
+        if not len(rows):
             raise UserError(f"--omit {' '.join(omit)} leaves no training image: omit fewer classes")
         if student_images is None:
             return rows
-        if not classes <= student_images <= len(rows):
-            bounds = f"at least {classes}, one per class, and at most the {len(rows)} that are left"
+        labels = all_labels[rows]
+        classes = labels.unique()
+        if not len(classes) <= student_images <= len(rows):
+            bounds = f"at least {len(classes)}, one per class, and at most the {len(rows)} that are left"
             raise UserError(f"--student_images {student_images}: give {bounds}")
-        labels = labels[rows]
         earlier = torch.empty_like(labels)  # for each image the number of earlier ones of its class
-        for label in labels.unique():
+        for label in classes:
             earlier[labels == label] = torch.arange(int((labels == label).sum()))
         return rows[earlier.argsort(stable=True)[:student_images]].sort().values
 
