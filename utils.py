@@ -175,8 +175,8 @@ class Views:
         self.padded = F.pad(images.pixels.to(storage), (0, 0, pad, pad, pad, pad))
         # One overlapping window per padded pixel: index_select copies a crop as `side` contiguous rows.
         self.width = self.padded.shape[2]
-        last_start = len(images) * self.width**2 - (side - 1) * (self.width + 1)
-        self.windows = self.padded.as_strided((last_start, side, side * 3), (3, self.width * 3, 1))
+        windows = len(images) * self.width**2 - (side - 1) * (self.width + 1)  # the last one ends with the last pixel
+        self.windows = self.padded.as_strided((windows, side, side * 3), (3, self.width * 3, 1))
         self.normalise = Normaliser(spec, device)
         generator = seeded_generator("views of images")
         self.crops = torch.randperm(self.offsets**2, generator=generator).to(storage)
@@ -197,7 +197,8 @@ class Views:
         """Image rows (B,) in their k-th view, normalised (B, 3, S, S) channels_last."""
         rows = rows.to(self.padded.device)
         views = self.view_of(rows, k)
-        top, left, mirrored = views // 2 // self.offsets, views // 2 % self.offsets, views % 2 == 1
+        offset, mirrored = views // 2, views % 2 == 1
+        top, left = offset // self.offsets, offset % self.offsets
         crops = self.windows.index_select(0, (rows * self.width + top) * self.width + left)
         flipped = crops.unflatten(2, (-1, 3)).flip(2).flatten(2)
         # Chosen eight bytes at a time: byte by byte takes longer than all the rest.
@@ -253,7 +254,7 @@ def kd_loss(
 def topk_correct(logits: torch.Tensor, targets: torch.Tensor, ks: tuple[int, ...] = (1, 5)) -> torch.Tensor:
     """How many of logits (B, C) have their target (B,) among the k highest, int64 (K,); ties and NaN count as wrong."""
     of_target = logits.gather(1, targets[:, None])
-    ahead = (~(logits < of_target)).sum(1) - 1
+    ahead = (~(logits < of_target)).sum(1) - 1  # ties and NaN are not less; the target is not ahead of itself
     return torch.stack([(ahead < k).sum() for k in ks])
 
 
