@@ -112,12 +112,15 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None) -> None:
         """One step of all groups. The gradients are used up."""
-        moved = [(group, [w for w in group["params"] if w.grad is not None]) for group in self.param_groups]
-        moved = [(group, weights) for group, weights in moved if weights]
-        for group, weights in moved:
+        moved = []  # each group that moves, with its weights that have a gradient
+        for group in self.param_groups:
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            if not weights:
+                continue
+            moved.append((group, weights))
             beta = group["momentum"]
             momenta = [self.state[weight]["momentum"] for weight in weights]
-            steps = [weight.grad for weight in weights]
+            steps = [weight.grad for weight in weights]  # which become the steps, in place
             torch._foreach_mul_(momenta, beta)
             torch._foreach_add_(momenta, steps)
             torch._foreach_add_(steps, momenta, alpha=beta)  # Nesterov's
