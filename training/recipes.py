@@ -19,7 +19,6 @@ class Recipe:
 
 RECIPE_FIELDS = tuple(f.name for f in fields(Recipe))
 OPTIMIZERS = ("muon", "sgd")
-DIGITS_SCALING = {"made_for": 5000, "most": 10}  # images; up to 10 times the epochs: 30, as in CIFAR's recipe
 CIFAR = {
     ("teacher", "muon"): Recipe(num_epochs=16, lr=0.1, head_lr=0.003, norm_lr=0.11),
     ("student", "muon"): Recipe(num_epochs=30, lr=0.1, head_lr=0.2, norm_lr=0.11, views=16),
@@ -35,14 +34,16 @@ DIGITS = {
 
 
 def recipe_of(dataset: str, role: str, optimizer: str, train_images: int, student_images: int | None = None) -> Recipe:
-    """The recipe of a role ("teacher" | "student"), scaled to a folder's images or, if given, the student's."""
-    recipe = (DIGITS if dataset == "digits" else CIFAR)[role, optimizer]
+    """The recipe of a role ("teacher" | "student"), scaled to `student_images` if given, else to a folder's images."""
+    recipe = DIGITS[role, optimizer] if dataset == "digits" else CIFAR[role, optimizer]
     images = student_images or (train_images if dataset == "folder" else None)
-    return scale_recipe(recipe, images, **(DIGITS_SCALING if dataset == "digits" else {})) if images else recipe
+    if images and dataset == "digits":  # up to 10 times the epochs: 30, as in CIFAR's recipe
+        return scale_recipe(recipe, images, made_for=5000, most=10)
+    return scale_recipe(recipe, images) if images else recipe
 
 
 def scale_recipe(recipe: Recipe, images: int, made_for: int = 50_000, most: float = 4) -> Recipe:
-    """A recipe for `images` instead of `made_for`: as many are seen in all, in up to `most` times the epochs."""
+    """A recipe for `images` images, not `made_for`: a model sees as many in all, in at most `most` times the epochs."""
     epochs = round(recipe.num_epochs * min(max(made_for / images, 0.25), most))
     batch_size = min(max(2 ** int(math.log2(max(images / 64, 1))), 32), recipe.batch_size)
     return replace(recipe, num_epochs=epochs, batch_size=batch_size)
