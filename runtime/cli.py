@@ -84,11 +84,14 @@ def build_parser(script: str, options_class: type) -> Parser:
     titles = dict.fromkeys(f.metadata["group"] for f in fields(options_class))
     groups = {title: parser.add_argument_group(title) for title in titles}
     for f in fields(options_class):
-        kind = str(f.type)
-        keywords = {"nargs": "+"} if "tuple" in kind else {"nargs": "?", "const": True} if "bool" in kind else {}
-        keywords["metavar"] = next((METAVARS[name] for name in METAVARS if name in kind), f.name.upper())
-        keywords |= {"type": f.metadata["parse"], "choices": f.metadata["choices"], "help": f.metadata["help"]}
-        groups[f.metadata["group"]].add_argument(f"--{f.name}", **keywords)
+        field_type, metadata = str(f.type), f.metadata
+        keywords = {"type": metadata["parse"], "choices": metadata["choices"], "help": metadata["help"]}
+        keywords["metavar"] = next((METAVARS[name] for name in METAVARS if name in field_type), f.name.upper())
+        if "tuple" in field_type:
+            keywords["nargs"] = "+"
+        elif "bool" in field_type:  # --kd alone is --kd True
+            keywords |= {"nargs": "?", "const": True}
+        groups[metadata["group"]].add_argument(f"--{f.name}", **keywords)
     return parser
 
 
