@@ -68,11 +68,9 @@ LOSS_DEFAULTS = {
     "wttm": LossDefaults("wttm", (5.0,), (4.0,), 1.0),
 }
 # Plain KD at the temperature and total weight of another loss: does the loss help, or its weight?
-LOSS_DEFAULTS |= {
-    f"kd_as_{name}": LossDefaults("kd", row.temps, (sum(row.kd_weights),), row.ce_weight)
-    for name, row in LOSS_DEFAULTS.items()
-    if name != "kd"
-}
+for name, row in [*LOSS_DEFAULTS.items()]:
+    if name != "kd":
+        LOSS_DEFAULTS[f"kd_as_{name}"] = replace(row, function="kd", kd_weights=(sum(row.kd_weights),))
 # Of plain KD: held out, 2 was the best of 1, 2 and 3; 5 is for comparison (docs/results.md).
 TEMPS = {"cifar100": (2.0, 5.0)}
 
