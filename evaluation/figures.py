@@ -68,15 +68,13 @@ def class_ticks(classes: tuple[str, ...]) -> tuple[range, list[str], dict]:
 
 
 def drawable(names: Sequence[str], what: str, first: int = 0) -> list[str]:
-    """Names as a figure shows them, of 24 characters at most; `what` and a number where no font has the letters.
-
-    Call it within a style's context and before the figure is made: it adds installed fonts that have missing letters.
-    """
+    """Names as a figure shows them, of 24 characters at most; `what` and a number where no font has the letters."""
     missing = set("".join(names)) - letters_of(findfont(FontProperties()))
     for face in sorted(fontManager.ttflist, key=lambda face: face.name):
         is_regular = (face.style, face.weight) == ("normal", 400) and "LastResort" not in face.fname  # all boxes
         if missing and is_regular and (found := missing & letters_of(face.fname)):
             missing -= found
+            # Of the caller's style context, for the figure that it makes next.
             matplotlib.rcParams["font.family"] = [*matplotlib.rcParams["font.family"], face.name]
     shown = [f"{what} {i}" if missing & set(name) else name for i, name in enumerate(names, first)]
     return [name if len(name) <= 24 else f"{name[:23]}…" for name in shown]
@@ -142,7 +140,7 @@ def plot_omitted(contents: list[dict], path: Path) -> Path | None:
     rows = [(title, row) for title, row in rows_of(contents).items() if "bias" in row[0]["measured"]][:PANELS]
     if not rows:
         return None
-    classes = rows[0][1][0]["data"]["classes"]
+    classes = contents[0]["data"]["classes"]
     ticks, names, style = class_ticks(classes)
     figure = Figure((7 if len(classes) <= FEW_CLASSES else 14, 1 + 1.5 * len(rows)))
     panels = figure.subplots(len(rows), sharex=True, squeeze=False)[:, 0]
@@ -164,8 +162,8 @@ def plot_rows(
 ) -> Path | None:
     """Draw numbers of a table's rows over their `key`; None if no line has `least` points.
 
-    A line is of rows whose titles differ in `words`, a regular expression, alone. `panels` are the y labels, each with
-    the function that gives a row's values, which are drawn as a mean on a band.
+    A line joins the rows whose titles differ only in `words`, a regular expression. `panels` has, for each y label, a
+    function from a row to its values, which are drawn as a mean in a band.
     """
     lines: dict[str, list[dict]] = {}
     for row in sorted((row for row in rows if key in row), key=lambda row: row[key]):
