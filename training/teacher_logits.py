@@ -30,7 +30,7 @@ class TeacherLogits:
         self.is_unknown = content is None or content["run"]["images"] == UNKNOWN  # on which images it was trained
         if content is None:
             self.folder = path
-            self.fingerprint = self.key = read_description(path, spec)
+            self.fingerprint = self.key = read_key(path, spec)
         else:
             self.model = load_model(content, runtime)
             self.fingerprint = checkpoint.fingerprint(content["model"])
@@ -57,8 +57,9 @@ class TeacherLogits:
 
     def view_logits(self, k: int, views: Views, rows: torch.Tensor) -> torch.Tensor:
         """Logits (N, C) float16 on the device: row i is training image i in its k-th view, for all i in `rows`."""
-        count, classes, title = int(rows.max()) + 1, len(self.spec.classes), f"teacher's logits of view {k}"
-        compute = partial(compute_logits, self.model, partial(views.images, k=k), count, classes, self.runtime, title)
+        count, classes = int(rows.max()) + 1, len(self.spec.classes)
+        images_of, title = partial(views.images, k=k), f"teacher's logits of view {k}"
+        compute = partial(compute_logits, self.model, images_of, count, classes, self.runtime, title)
         return self.cached(f"{k:02}.npz", count, compute).to(self.runtime.device)
 
     def test_logits(self, images: Images, holdout: int = 0) -> torch.Tensor:
@@ -71,12 +72,13 @@ class TeacherLogits:
 
     def cached(self, name: str, count: int, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The first `count` logits, float16, read, or computed and stored; UserError if a folder lacks them."""
-        path, logits = self.folder / name, None
+        path = self.folder / name
         try:
             logits = read_logits(path, self.key, count, len(self.spec.classes))
         except ValueError as error:
             if self.model is None:
                 raise UserError(f"can't use {path}: {error}; write it again, or give another --teacher") from error
+            logits = None
         if self.runtime.agree(logits is None)[0]:  # if one process lacks them, all compute
             logits = compute().half()
             try:
@@ -100,20 +102,21 @@ def read_logits(path: Path, key: str, count: int, classes: int) -> torch.Tensor:
 def write_logits(folder: Path, name: str, logits: torch.Tensor, spec: DataSet, key: str) -> None:
     """Write logits (N, C) as float16, atomically and with checksums, and what they are of; UserError if that fails."""
     save_arrays(folder / name, key, logits=logits.half().numpy())
-    write_json(folder / "teacher.json", {"key": key} | description(spec))
+    write_json(folder / "teacher.json", {"key": key} | describe_images(spec))
 
 
-def description(spec: DataSet) -> dict:
+def describe_images(spec: DataSet) -> dict:
     """What must match between logits and the data they are used for."""
     return {"classes": list(spec.classes), "images": spec.fingerprint, "flip": spec.flip, "version": VERSION}
 
 
-def read_description(folder: Path, spec: DataSet) -> str:
+def read_key(folder: Path, spec: DataSet) -> str:
     """The key of a folder of logits; UserError if it is none, or of other classes or images than `spec`."""
     path = folder / "teacher.json"
     try:
         content = json.loads(path.read_text())
-        key, others = str(content["key"]), [name for name, v in description(spec).items() if content[name] != v]
+        key = str(content["key"])
+        others = [name for name, value in describe_images(spec).items() if content[name] != value]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is missing, or describes no logits for this version: see docs/own.md") from error
     if others:
