@@ -203,8 +203,8 @@ def train_all(options: TrainOptions) -> None:
                 runtime.print(f"the teacher is {teacher.title}")
                 for student in runs[i:]:
                     if finished[student.stem]:  # check all now, not each when its turn comes
-                        require_same(finished[student.stem], teacher.taught(student))
-            run = teacher.taught(planned) if teacher else planned
+                        require_same(finished[student.stem], teacher.record_in(student))
+            run = teacher.record_in(planned) if teacher else planned
             content = finished[run.stem] or find_finished(run, options)  # which may have finished meanwhile
             if content:
                 advice = "" if options.all else "; --resume False trains it again"

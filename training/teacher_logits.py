@@ -27,7 +27,7 @@ class TeacherLogits:
     def __init__(self, path: Path, spec: DataSet, runtime: Runtime, weights_path: Path, content: dict | None) -> None:
         """`content` is the teacher's checkpoint, None if `path` is a folder. UserError if it can't teach on `spec`."""
         self.path, self.spec, self.runtime, self.content, self.model = path, spec, runtime, content, None
-        self.is_unknown = content is None or content["run"]["images"] == UNKNOWN  # on which images it was trained
+        self.images_unknown = content is None or content["run"]["images"] == UNKNOWN  # those that it was trained on
         if content is None:
             self.folder = path
             self.fingerprint = self.key = read_key(path, spec)
@@ -41,12 +41,12 @@ class TeacherLogits:
     @property
     def title(self) -> str:
         """The path, and the seed of a teacher that train.py trained."""
-        origin = "its training images are unknown" if self.is_unknown else f"seed {self.content['run']['seed']}"
+        origin = "its training images are unknown" if self.images_unknown else f"seed {self.content['run']['seed']}"
         return f"{self.path} ({origin})"
 
-    def taught(self, run: RunConfig) -> RunConfig:
-        """A run with what it says of its teacher; one without KD says nothing."""
-        return replace(run, teacher=self.fingerprint, teacher_unknown=self.is_unknown) if run.kd else run
+    def record_in(self, run: RunConfig) -> RunConfig:
+        """A run with KD, with this teacher recorded in it; a run without KD as it is."""
+        return replace(run, teacher=self.fingerprint, teacher_unknown=self.images_unknown) if run.kd else run
 
     def check_views(self, count: int) -> None:
         """UserError if a folder of logits lacks one of the first `count` views, before hours of training."""
