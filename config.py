@@ -57,7 +57,7 @@ class Options:
         """Where logs and figures are."""
         return self.plots_path / (self.name or "")
 
-    def folders(self, *names: str) -> dict:
+    def changed(self, *names: str) -> dict:
         """The options among `names` (default: data and files) that differ from their defaults, by name."""
         names = names or ("data_path", "skip_broken", "teacher", "weights_path", "plots_path", "name")
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name in names}

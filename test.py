@@ -59,11 +59,11 @@ def find_checkpoint(options: config.TestOptions, runtime: Runtime) -> dict:
             path = own
         elif options.tto and shared.exists():
             path = shared
-        elif published.exists() and not options.folders("weights_path", "name"):
+        elif published.exists() and not options.changed("weights_path", "name"):
             path = published
             runtime.print(f"{own} does not exist: evaluating the published {published}")
         else:
-            train = name.command("train.py", **options.folders())
+            train = name.command("train.py", **options.changed())
             raise UserError(f"no checkpoint {own}: train it with `{train}`, or give its folder in --weights_path")
     content = require_finished(checkpoint.load(path))
     run = run_of(content)
@@ -161,7 +161,7 @@ def compare(options: config.TestOptions, runtime: Runtime) -> None:
     contents = find_checkpoints(options, name, runtime)
     shown = measure_all(contents, name, data, runtime, cost=True, student=options.student, precision=options.precision)
     if not shown:
-        command = name.command("train.py --all True", **options.folders("data_path", "weights_path", "name"))
+        command = name.command("train.py --all True", **options.changed("data_path", "weights_path", "name"))
         where = f"{options.dataset} in {options.weights_folder}"
         raise UserError(f"no finished checkpoint of {where}: train some with `{command}`, or give --weights_path")
     if runtime.is_main:

@@ -220,7 +220,7 @@ def train_all(options: TrainOptions) -> None:
             if runtime.is_main:
                 publish(shown, options.table_folder)
         else:
-            runtime.print(f"evaluate it with `{runs[-1].command('test.py', **options.folders())}`")
+            runtime.print(f"evaluate it with `{runs[-1].command('test.py', **options.changed())}`")
 
 
 def prepare(options: TrainOptions, runtime: Runtime) -> tuple[Data, list[RunConfig]]:

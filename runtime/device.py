@@ -16,7 +16,7 @@ from torch import nn
 
 from runtime.errors import StopSignal, UserError
 
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # autocast's type, None: it is off
+AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # autocast's type, None: it is off
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Runtime:
     @property
     def product_dtype(self) -> torch.dtype:
         """The type of Muon's matrix products, which rounding does not harm: in float32 runs bfloat16 where fast."""
-        return PRECISIONS[self.precision] or (torch.bfloat16 if has_fast_bf16(self.device) else torch.float32)
+        return AUTOCAST_DTYPES[self.precision] or (torch.bfloat16 if has_fast_bf16(self.device) else torch.float32)
 
     @property
     def max_product_side(self) -> int:
@@ -55,7 +55,7 @@ class Runtime:
     def autocast(self) -> torch.autocast:
         """The context of every forward pass."""
         # Its cache of cast weights lives as long as the outermost autocast, which may be the host's: never kept here.
-        dtype = PRECISIONS[self.precision]
+        dtype = AUTOCAST_DTYPES[self.precision]
         return torch.autocast(self.device.type, dtype, enabled=dtype is not None, cache_enabled=False)
 
     @contextlib.contextmanager

@@ -130,8 +130,8 @@ def teacher_path(student: RunName, options) -> Path:
     name = student.teacher_name
     path = options.teacher or options.weights_path / f"{name.stem}.pt"
     if not (options.teacher or path.exists()):
-        folders = options.folders("data_path", "skip_broken", "flip", "weights_path", "plots_path")
-        train = name.command("train.py", **folders)
+        changed = options.changed("data_path", "skip_broken", "flip", "weights_path", "plots_path")
+        train = name.command("train.py", **changed)
         raise UserError(f"no teacher {path}: train one with `{train}`, or name another with --teacher")
     return path
 
