@@ -117,12 +117,12 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
     teacher_cost = None  # of a folder of logits, too
     if teacher and teacher.model:
         teacher_cost = inference.measure_cost(teacher.model, teacher.path, runtime, run.size)
-    title, stem = f"{run.title} on {run.dataset}", figures_stem(path, options)
-    classes, labels = data.spec.classes, images.labels
-    saved = [figures.plot_confusion(numbers, classes, f"{title}: confusion", Path(f"{stem}_confusion.png"))]
-    saved.append(figures.plot_reliability(logits, labels, f"{title}: reliability", Path(f"{stem}_reliability.png")))
+    title, classes = f"{run.title} on {run.dataset}", data.spec.classes
+    saved = [figures.plot_confusion(numbers, classes, f"{title}: confusion", figure_path(path, options, "confusion"))]
+    reliability = figure_path(path, options, "reliability")
+    saved.append(figures.plot_reliability(logits, images.labels, f"{title}: reliability", reliability))
     if "bias" in numbers:
-        saved.append(figures.plot_omitted([content | {"measured": numbers}], Path(f"{stem}_omitted.png")))
+        saved.append(figures.plot_omitted([content | {"measured": numbers}], figure_path(path, options, "omitted")))
     if options.json:
         values = {"checkpoint": str(path), "role": run.role, **numbers, **cost, **imitation}
         saved.append(write_json(options.json, values))
@@ -137,11 +137,11 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
     print(f"\nsaved {', '.join(map(str, saved))}")
 
 
-def figures_stem(path: Path, options: config.TestOptions) -> Path:
-    """The beginning of the paths of a checkpoint's figures: its subfolder of --weights_path is one of --plots_path."""
+def figure_path(path: Path, options: config.TestOptions, name: str) -> Path:
+    """The path of a checkpoint's figure: the checkpoint's subfolder of --weights_path is one of --plots_path."""
     folder, weights = path.parent.resolve(), options.weights_path.resolve()
     subfolder = folder.relative_to(weights) if folder.is_relative_to(weights) else Path()
-    return options.plots_path / subfolder / path.stem
+    return options.plots_path / subfolder / f"{path.stem}_{name}.png"
 
 
 def export(options: config.TestOptions, runtime: Runtime) -> None:
@@ -214,8 +214,7 @@ def classify(options: config.TestOptions, runtime: Runtime) -> None:
         else:
             probabilities[its_run.title] = logits[rows].softmax(1)
     if runtime.is_main:
-        what = "softened" if options.soften else "images"
-        path = Path(f"{figures_stem(contents[0]['path'], options)}_{what}.png")
+        path = figure_path(contents[0]["path"], options, "softened" if options.soften else "images")
         shown = names[: figures.PICTURES_SHOWN]
         figures.plot_pictures(images.pixels[rows].numpy(), shown, probabilities, spec.classes, path)
         left_out = f" (the first {len(shown)})" if len(shown) < len(names) else ""
