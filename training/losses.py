@@ -4,8 +4,6 @@ Plain KD is `utils.kd_loss`. The others are functions in a table: each takes log
 targets (B,) int64 and a temperature T > 0, and returns its terms, scalars in nats, which `--kd_weight` weights.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 
@@ -57,7 +55,7 @@ def wttm(student: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor, te
     return ((weight * kl_to_softened_teacher(student, teacher, temp)).mean(),)
 
 
-LOSSES: dict[str, Callable[..., Terms]] = {"ls": ls, "dkd": dkd, "ttm": ttm, "wttm": wttm}
+LOSSES = {"ls": ls, "dkd": dkd, "ttm": ttm, "wttm": wttm}
 
 
 def training_loss(
