@@ -108,10 +108,9 @@ class TestOptions(Options):
     export: Path | None = option(FILES, "only export the model, as a torch.export program, .pt2", PT2)
 
 
-# An option requires one of these.
+# An option requires one of those in NEEDS, and can't be combined with any of those in EXCLUDES.
 NEEDS = {"temp": "kd all", "loss": "kd all", "alpha": "kd all", "kd_weight": "kd all", "ce_weight": "kd all"}
 NEEDS |= {"matched": "all", "seeds": "all"}
-# An option can't be combined with any of these.
 EXCLUDES = {
     "tto": "kd all student omit student_images",
     "kd": "all",
