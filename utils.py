@@ -181,8 +181,8 @@ class Views:
         generator = seeded_generator("views of images")
         self.crops = torch.randperm(self.offsets**2, generator=generator).to(storage)
         self.mirrored_first = torch.randint(2, (len(images),), generator=generator).to(storage)
-        # First crop of each image: plain, mirrored.
-        self.starts = torch.randint(len(self.crops), (len(images), 2), generator=generator).to(storage)
+        first_crops = torch.randint(len(self.crops), (len(images), 2), generator=generator)  # plain, mirrored
+        self.first_crops = first_crops.to(storage)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -190,8 +190,8 @@ class Views:
     def view_of(self, rows: torch.Tensor, k: int) -> torch.Tensor:
         """The k-th view (B,) of image rows (B,): every other k mirrored, all different until all are used."""
         mirrored = (self.mirrored_first[rows] + k) % 2 * self.flip  # 0 or 1; without mirror images 0
-        start = self.starts[rows, mirrored] + (k // 2 if self.flip else k)
-        return 2 * self.crops[start % len(self.crops)] + mirrored
+        place = self.first_crops[rows, mirrored] + (k // 2 if self.flip else k)
+        return 2 * self.crops[place % len(self.crops)] + mirrored
 
     def images(self, rows: torch.Tensor, k: int) -> torch.Tensor:
         """Image rows (B,) in their k-th view, normalised (B, 3, S, S) channels_last."""
