@@ -11,8 +11,7 @@ from runtime.cli import format_number
 
 WORST_SHOWN = 10  # classes, where there are more than twice as many
 
-# What is said of a model beside accuracies: the title of a table's column, that of a row of costs, and the format.
-NUMBERS = {
+NUMBERS = {  # beside accuracies: the title of a table's column, that of a row of costs, and the format
     "parameters": ("Parameters", "parameters", "{:,.0f}".format),
     "epochs": ("Epochs", "", str),
     "gain": ("Gain of KD", "", str),

@@ -53,8 +53,7 @@ class Runtime:
         return 4 if fast.get(self.precision) else 0
 
     def autocast(self) -> torch.autocast:
-        """The context of every forward pass."""
-        # Its cache of cast weights lives as long as the outermost autocast, which may be the host's: never kept here.
+        """The context of every forward pass; a cache of cast weights would live as long as a host's own autocast."""
         dtype = AUTOCAST_DTYPES[self.precision]
         return torch.autocast(self.device.type, dtype, enabled=dtype is not None, cache_enabled=False)
 

@@ -10,8 +10,7 @@ import traceback
 from collections.abc import Callable
 
 MEMORY = "not enough memory: give train.py a smaller --batch_size or --size, or --device cpu if another device is full"
-# Our message for a machine failure, by a part of torch's message.
-FAILURES = {
+FAILURES = {  # our message for a failure of the machine, by a part of torch's message
     "DefaultCPUAllocator": MEMORY,
     "out of memory": MEMORY,  # of CUDA, MPS
     "STATUS_ALLOC_FAILED": MEMORY,  # of cuBLAS, cuDNN

@@ -71,8 +71,7 @@ LOSS_DEFAULTS = {
 for name, row in [*LOSS_DEFAULTS.items()]:
     if name != "kd":
         LOSS_DEFAULTS[f"kd_as_{name}"] = replace(row, function="kd", kd_weights=(sum(row.kd_weights),))
-# Of plain KD: held out, 2 was the best of 1, 2 and 3; 5 is for comparison (docs/results.md).
-TEMPS = {"cifar100": (2.0, 5.0)}
+TEMPS = {"cifar100": (2.0, 5.0)}  # of plain KD: 2 was best on held-out images, 5 is for comparison (docs/results.md)
 
 
 def temps_of(dataset: str, loss: str) -> tuple[float, ...]:
