@@ -140,9 +140,9 @@ def publish(contents: list[dict], folder: Path) -> None:
             temporary.write_text(written, encoding="utf-8", errors="replace")  # a file's name may be no text
     write_json(folder / "results.json", results)
     plot_comparison(contents, folder / "comparison.png")
-    names = ["results.md", "results.json", "comparison.png"]
-    for draw, shown in ((plot_omitted, contents), (plot_images, results), (plot_temperatures, results)):
-        path = folder / f"{draw.__name__.removeprefix('plot_')}.png"
-        path.unlink(missing_ok=True)  # of an earlier table
-        names += [path.name] if draw(shown, path) else []
+    for name in ("omitted.png", "images.png", "temperatures.png"):
+        (folder / name).unlink(missing_ok=True)  # of an earlier table
+    drawn = [plot_omitted(contents, folder / "omitted.png"), plot_images(results, folder / "images.png")]
+    drawn.append(plot_temperatures(results, folder / "temperatures.png"))
+    names = ["results.md", "results.json", "comparison.png", *(path.name for path in drawn if path)]
     print(f"{text}\nsaved {folder}: {', '.join(names)} and runs.jsonl")
