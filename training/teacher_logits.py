@@ -67,8 +67,9 @@ class TeacherLogits:
         if holdout and self.model is None:
             raise UserError(f"{self.folder} has no logits of held-out images: give a checkpoint as --teacher")
         compute = partial(held_out_logits, self.model, images, self.spec, self.runtime)
-        # Those of held-out images are not cached: they depend on --subset, too.
-        return compute().half().double() if holdout else self.cached("test.npz", len(images), compute).double()
+        if holdout:  # these logits are not cached: they depend on --subset, too
+            return compute().half().double()
+        return self.cached("test.npz", len(images), compute).double()
 
     def cached(self, name: str, count: int, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The first `count` logits, float16, read, or computed and stored; UserError if a folder lacks them."""
