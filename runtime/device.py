@@ -141,8 +141,7 @@ def training_error(device: torch.device) -> str:
     except RuntimeError as error:  # also a NotImplementedError
         return str(error).splitlines()[0]
     expected = gradients(torch.device("cpu"))
-    # The first bias's gradient is rounding noise: batch norm cancels the bias.
-    largest = max(gradient.norm() for gradient in expected)
+    largest = max(gradient.norm() for gradient in expected)  # the first bias's, which batch norm cancels, is noise
     errors = [float((got - wanted).norm() / largest) for got, wanted in zip(found, expected, strict=True)]
     if all(error < 0.01 for error in errors):  # which a NaN is not
         return ""

@@ -1,7 +1,6 @@
 """What a run is, and which runs belong together. Standard library and tables only.
 
-Three objects: the options of config.py hold what the user typed; a RunName holds what a run's files are called after;
-a RunConfig holds every value that shapes the run's result. `plan` leads from options to RunConfigs.
+A RunName is what a run's files are called after, a RunConfig all that shapes its result; `plan` makes them of options.
 """
 
 import hashlib
