@@ -10,7 +10,6 @@ from evaluation.measures import BINS, wilson
 from runtime.cli import format_number
 
 WORST_SHOWN = 10  # classes, where there are more than twice as many
-
 NUMBERS = {  # beside accuracies: the title of a table's column, that of a row of costs, and the format
     "parameters": ("Parameters", "parameters", "{:,.0f}".format),
     "epochs": ("Epochs", "", str),
@@ -40,8 +39,9 @@ def accuracy_text(numbers: dict, classes: tuple[str, ...]) -> str:
     count = numbers["images"]
     intervals = {key: wilson(round(numbers[key] * count), count) for key in TOPS if key in numbers}
     tops = [f"{TOPS[key]} {100 * low:.2f}% to {100 * high:.2f}%" for key, (low, high) in intervals.items()]
-    wrong = sorted((-n, i, j) for i, row in enumerate(numbers["confusion"]) for j, n in enumerate(row) if n and i != j)
-    worst = [f"{classes[i]} predicted as {classes[j]} {-n} times" for n, i, j in wrong[:3]]
+    wrong = [(n, i, j) for i, row in enumerate(numbers["confusion"]) for j, n in enumerate(row) if n and i != j]
+    wrong.sort(key=lambda cell: cell[0], reverse=True)  # which leaves equal ones in order
+    worst = [f"{classes[i]} predicted as {classes[j]} {n} times" for n, i, j in wrong[:3]]
     lines = [f"95% intervals over {count:,} images: {', '.join(tops)}", *per_class_lines(numbers["per_class"], classes)]
     lines.append(f"worst confusions: {', '.join(worst) or 'none'}")
     lines.append(f"expected calibration error {100 * numbers['ece']:.2f}% ({BINS} bins)")
