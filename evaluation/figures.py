@@ -34,9 +34,10 @@ def plot_confusion(numbers: dict, classes: tuple[str, ...], title: str, path: Pa
     percent = 100 * counts / counts.sum(axis=1, keepdims=True).clip(min=1)
     (axes,) = new_panels(title, ["class"], "predicted", (7, 6) if few else (14, 13))
     picture = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100, interpolation="none")
-    for (i, j), value in np.ndenumerate(percent) if few else ():
-        colour = "white" if value > 50 else "black"
-        axes.text(j, i, f"{value:.0f}" if value else "", ha="center", va="center", fontsize=8, color=colour)
+    if few:
+        for (i, j), value in np.ndenumerate(percent):
+            colour = "white" if value > 50 else "black"
+            axes.text(j, i, f"{value:.0f}" if value else "", ha="center", va="center", fontsize=8, color=colour)
     axes.set_xticks(ticks, names, **style)
     axes.set_yticks(ticks, names, fontsize=style["fontsize"])
     axes.grid(False)

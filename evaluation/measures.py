@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from utils import accuracies
 
 BINS = 15  # of equal width, as in Guo et al. (2017)
-CORRECTION_STEPS = 10_000  # at most
 Z = statistics.NormalDist().inv_cdf(0.975)
 
 
@@ -90,7 +89,7 @@ def bias_correction(logits: torch.Tensor, labels: torch.Tensor, omitted: list[in
     # The other classes enter as one: their logits do not change.
     together = torch.cat((logits[:, others].logsumexp(1, keepdim=True), logits[:, classes]), dim=1)
     offsets = torch.zeros(logits.shape[1], dtype=torch.float64)
-    for _ in range(CORRECTION_STEPS):  # all offsets move together, until none moves
+    for _ in range(10_000):  # all offsets move together, until none moves
         log_mean = F.log_softmax(together, dim=1)[:, 1:].logsumexp(0) - math.log(len(labels))
         step = shares[classes].log() - log_mean
         together[:, 1:] += step
