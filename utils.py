@@ -26,9 +26,8 @@ from runtime.progress import Progress
 EVALUATION_BATCH = 500  # images of 32 x 32; as many pixels of larger ones
 DIGITS_IMAGES = {"train": 5000, "test": 2000}
 
+
 # ---------------------------------------------------------------------------------------------- data
-
-
 @dataclass(frozen=True)
 class Images:
     """Images in memory: pixels (N, S, S, 3) uint8 and labels (N,) int64, on one device."""
@@ -132,8 +131,6 @@ def pixel_statistics(pixels: torch.Tensor) -> tuple[tuple[float, ...], tuple[flo
 
 
 # ---------------------------------------------------------------------------------------------- views
-
-
 def seed_of(*key) -> int:
     """A seed that depends on `key` alone."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
@@ -220,8 +217,6 @@ class Normaliser:
 
 
 # ---------------------------------------------------------------------------------------------- loss
-
-
 def soft_target_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, temp: float) -> torch.Tensor:
     """T^2 KL(teacher_T || student_T) of logits (B, C), a scalar in nats (Hinton, Vinyals & Dean, 2014, section 2)."""
     student = F.log_softmax(student_logits / temp, dim=1)
@@ -249,8 +244,6 @@ def kd_loss(
 
 
 # ---------------------------------------------------------------------------------------------- metrics
-
-
 def topk_correct(logits: torch.Tensor, targets: torch.Tensor, ks: tuple[int, ...] = (1, 5)) -> torch.Tensor:
     """How many of logits (B, C) have their target (B,) among the k highest, int64 (K,); ties and NaN count as wrong."""
     of_target = logits.gather(1, targets[:, None])
@@ -308,7 +301,6 @@ def evaluate(model: torch.nn.Module, images: Images, spec: DataSet, runtime: Run
 
 
 # ---------------------------------------------------------------------------------------------- curves
-
 # Okabe & Ito's colours, which colour-blind people can tell apart; of more lines the next ones are dashed.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 LOOKS = matplotlib.cycler(linestyle=["-", "--", ":"]) * matplotlib.cycler(color=COLOURS)
