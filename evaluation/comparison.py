@@ -25,8 +25,7 @@ def as_trained(runtime: Runtime, run: RunConfig, precision: str = "auto") -> Run
     """The runtime in which a checkpoint repeats its log, with --precision auto; in 16 bits only where that is fast."""
     if precision != "auto" or run.precision == "bf16":
         return runtime
-    has_fp16 = runtime.device.type == "cuda"
-    return replace(runtime, precision=run.precision if has_fp16 else "fp32")
+    return replace(runtime, precision=run.precision if runtime.device.type == "cuda" else "fp32")
 
 
 def measure_checkpoint(
