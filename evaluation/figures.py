@@ -69,14 +69,14 @@ def class_ticks(classes: tuple[str, ...]) -> tuple[range, list[str], dict]:
 
 
 def drawable(names: Sequence[str], what: str, first: int = 0) -> list[str]:
-    """Names as a figure shows them, of 24 characters at most; `what` and a number where no font has the letters."""
+    """Names as the caller's next figure shows them, cut to 24 letters; `what` and a number for letters of no font."""
     missing = set("".join(names)) - letters_of(findfont(FontProperties()))
     for face in sorted(fontManager.ttflist, key=lambda face: face.name):
         is_regular = (face.style, face.weight) == ("normal", 400) and "LastResort" not in face.fname  # all boxes
-        if missing and is_regular and (found := missing & letters_of(face.fname)):
+        found = missing & letters_of(face.fname) if missing and is_regular else set()
+        if found:
             missing -= found
-            # Of the caller's style context, for the figure that it makes next.
-            matplotlib.rcParams["font.family"] = [*matplotlib.rcParams["font.family"], face.name]
+            matplotlib.rcParams["font.family"] = [*matplotlib.rcParams["font.family"], face.name]  # of the style in use
     shown = [f"{what} {i}" if missing & set(name) else name for i, name in enumerate(names, first)]
     return [name if len(name) <= 24 else f"{name[:23]}…" for name in shown]
 
