@@ -224,8 +224,7 @@ class Run:
 
     def restore(self) -> None:
         """Continue where the resume state was saved; UserError if its run had other options, or it is damaged."""
-        path = self.files.resume
-        state = require_same(checkpoint.load(path), self.config)
+        state = require_same(checkpoint.load(self.files.resume), self.config)
         checkpoint.load_weights(self.model, state)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
@@ -239,4 +238,4 @@ class Run:
             if state["machine"][name] != value:
                 changes.append(f"{name} {state['machine'][name]}, not {value}")
         note = f"; it was saved with {'; '.join(changes)}: the result may differ" if changes else ""
-        self.runtime.print(f"resuming {path} at {self.place}{note}")
+        self.runtime.print(f"resuming {self.files.resume} at {self.place}{note}")
