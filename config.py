@@ -178,8 +178,9 @@ def parse_train(argv: list | None = None) -> TrainOptions:
         parser.error("--matched requires a --loss other than kd: give one, or leave --matched out")
     if options.seed + options.seeds - 1 > LARGEST:
         parser.error(f"--seed {options.seed} is too large for {options.seeds} --seeds: the last is at most {LARGEST}")
-    row = DATA_SETS[options.dataset]
-    most = replace(row, flip=row.flip if options.flip is None else options.flip, size=options.size).views
+    data_set = DATA_SETS[options.dataset]
+    flip = data_set.flip if options.flip is None else options.flip
+    most = replace(data_set, flip=flip, size=options.size).views
     if options.views is not None and options.views > most:
         parser.error(f"--views: an image of {options.dataset} has {most} views: give at most {most}")
     if options.alpha is not None:
