@@ -222,7 +222,7 @@ def classify(options: config.TestOptions, runtime: Runtime) -> None:
 
 
 def read_pictures(options: config.TestOptions, content: dict, runtime: Runtime) -> tuple[Images, list[int], list[str]]:
-    """The pictures of --image, or the test images; which to show, all or the first of four classes; their names."""
+    """The images of --image, or the test images; the rows to show, all or one of each of four classes; their names."""
     run = run_of(content)
     if options.image:
         pixels = torch.stack([torch.tensor(read_picture(path, run.size)) for path in options.image])

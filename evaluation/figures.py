@@ -60,7 +60,7 @@ def plot_reliability(logits: torch.Tensor, labels: torch.Tensor, title: str, pat
 
 
 def class_ticks(classes: tuple[str, ...]) -> tuple[range, list[str], dict]:
-    """Places and names of an x axis's ticks at classes, of many at some, and the names' style; see `drawable`."""
+    """The ticks of an x axis of classes (of many, only some), their names and the names' style; see `drawable`."""
     ticks = range(0, len(classes), math.ceil(len(classes) / NAMES_SHOWN))
     names = drawable(classes, "class")[:: ticks.step]
     if len(classes) > FEW_CLASSES:
@@ -90,7 +90,7 @@ def letters_of(path: str) -> set[str]:
 
 @figure_style
 def plot_pictures(pixels: list, names: list[str], answers: dict, classes: tuple[str, ...], path: Path) -> Path:
-    """Draw pictures (B, S, S, 3) beside each model's probabilities (B, C), of many classes the likeliest; the path."""
+    """Draw pictures (B, S, S, 3), each beside its likeliest classes and their probabilities by each model; the path."""
     titles, labels = drawable([Path(name).name for name in names], "picture", 1), drawable(classes, "class")
     figure = Figure((7, 2.2 * len(names) + 0.4))
     grid = figure.subplots(len(names), 2, squeeze=False, width_ratios=(1, 2.4))
@@ -137,7 +137,7 @@ def plot_band(axes, x: Sequence[float], values: list[list[float]], **style) -> N
 
 @figure_style
 def plot_omitted(contents: list[dict], path: Path) -> Path | None:
-    """Draw the accuracy (%) of each class, uncorrected and corrected, of the rows that never saw some; None if none."""
+    """Draw each class's accuracy (%) before and after the correction, in rows that never saw some; None if no row."""
     rows = [(title, row) for title, row in rows_of(contents).items() if "bias" in row[0]["measured"]][:PANELS]
     if not rows:
         return None

@@ -49,7 +49,7 @@ def accuracy_text(numbers: dict, classes: tuple[str, ...]) -> str:
 
 
 def per_class_lines(shares: list[float | None], classes: tuple[str, ...]) -> list[str]:
-    """The accuracy (0 to 1, None where there was no image) of each class; of many, of the worst."""
+    """The accuracy of each class, or if there are many, of the worst; a share (0 to 1) is None without an image."""
     title, pairs = "accuracy of each class", list(zip(classes, shares, strict=True))
     if len(classes) > 2 * WORST_SHOWN:
         seen = [(name, share) for name, share in pairs if share is not None]

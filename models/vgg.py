@@ -28,7 +28,7 @@ class Conv3x3(nn.Conv2d):
 
 
 def use_products(model: nn.Module, up_to: int) -> nn.Module:
-    """Let a model compute maps up to a side (0: none) as products, in place."""
+    """Let a model compute convolutions of maps up to this side (0: none) as matrix products, in place."""
     for module in model.modules():
         if isinstance(module, Conv3x3):
             module.product_up_to = up_to

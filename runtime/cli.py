@@ -78,7 +78,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser(script: str, options_class: type) -> Parser:
-    """The parser of a script, from its options' docstring and fields; one that is not given is not in its result."""
+    """The parser of a script, from the docstring and fields of its options; what is not given is not in its result."""
     usage, description = f"{script} [options]", options_class.__doc__
     parser = Parser(script, usage, description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     titles = dict.fromkeys(f.metadata["group"] for f in fields(options_class))
@@ -112,7 +112,7 @@ def parse_words(script: str, options: type, argv: list | None, needs: dict, excl
             if other in chosen:
                 parser.error(f"--{name} and --{other} can't be combined: leave one of them out")
     for name in given:
-        needed = [other for other in needs.get(name, "").split() if hasattr(options, other)]
+        needed = [other for other in needs.get(name, "").split() if hasattr(options, other)]  # test.py has no --all
         if needed and not any(other in chosen for other in needed):
             wanted = " or ".join(f"--{other} True" for other in needed)
             parser.error(f"--{name} requires {wanted}: add that, or leave --{name} out")

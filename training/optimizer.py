@@ -154,7 +154,7 @@ def weights_before_batch_norm(model: nn.Module) -> set[nn.Parameter]:
 
 
 def make_optimizer(model: nn.Module, run: RunConfig, dtype: torch.dtype) -> torch.optim.Optimizer:
-    """Muon, its products in `dtype`, or SGD, as the run says, for a model whose last linear layer gives the logits."""
+    """The optimizer that a run names, Muon (its products in `dtype`) or SGD; the last linear layer gives the logits."""
     is_muon = run.optimizer == "muon"
     head, has_free_scale = last_linear(model), weights_before_batch_norm(model)
     trained = [p for p in model.parameters() if p.requires_grad]

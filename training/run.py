@@ -56,7 +56,7 @@ def load_model(content: dict, runtime: Runtime, student: str | None = None) -> t
 
 
 def mismatch(content: dict, name: RunName, spec: DataSet, same_images: bool = True) -> str:
-    """Why a checkpoint doesn't fit a data set, as far as that was read, or saw what `name` holds out; else ""."""
+    """Why a checkpoint does not fit a data set, or has seen images that `name` holds out; "" if there is no reason."""
     run, classes = run_of(content), content["data"]["classes"]
     if tuple(classes) != spec.classes:
         return f"has {len(classes)} classes ({', '.join(classes[:3])}, ...) that are not those of {spec.name}"
@@ -143,7 +143,7 @@ class Run:
         return step if self.epoch < self.config.num_epochs else "the end of the last epoch"
 
     def begin_epoch(self, epoch: int) -> None:
-        """Go before the first step of an epoch, counted from 0."""
+        """Move to the first step of an epoch, counted from 0."""
         self.epoch, self.step, self.seconds = epoch, 0, 0.0
         dtype = torch.float32 if self.runtime.device.type == "mps" else torch.float64
         self.totals = torch.zeros(len(METRICS), dtype=dtype, device=self.runtime.device)

@@ -40,7 +40,7 @@ class RunName:
 
     @property
     def teacher_name(self) -> "RunName":
-        """The teacher to learn from: of a trial, one of the same images; its seed is always the default one."""
+        """The teacher to learn from, with the same --subset and --holdout; its seed is always the default one."""
         return RunName(self.dataset, "teacher", subset=self.subset, holdout=self.holdout, size=self.size)
 
     @property
@@ -50,7 +50,7 @@ class RunName:
 
     @property
     def omitted(self) -> str:
-        """The omitted classes in words; of many, their number and a hash of their names."""
+        """The omitted classes in words, or if there are many, their number and a hash of their names."""
         words = " ".join(self.omit)
         if len(words.encode()) <= LONGEST_WORDS:
             return words
@@ -212,7 +212,7 @@ def differences(run: RunConfig, other: RunConfig, ignoring: set[str] = frozenset
 
 
 def describe_differences(run: RunConfig, other: RunConfig, ignoring: set[str] = frozenset()) -> str:
-    """In what `run` differs from another, in words: `num_epochs 30, not 16`."""
+    """How `run` differs from another, in words: `num_epochs 30, not 16`."""
     names = differences(run, other, ignoring)
     return "; ".join(f"{name} {value_text(run, name)}, not {value_text(other, name)}" for name in names)
 

@@ -152,7 +152,7 @@ def load_teacher(student: RunConfig, options, spec: DataSet, runtime: Runtime) -
 
 
 def complete_state_dict(content: dict, student: RunConfig, spec: DataSet) -> dict:
-    """Make a plain state dict with the teacher's keys a checkpoint of an unknown run."""
+    """A checkpoint of an unknown run, made of a plain state dict with the teacher's keys."""
     unknown = {"images": UNKNOWN, "num_epochs": 0, "kd_weights": (), "ce_weight": 1.0, "student_layers": ""}
     unknown |= {"teacher": None, "teacher_unknown": False}
     run = replace(student, **asdict(student.teacher_name), **unknown)
