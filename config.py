@@ -149,11 +149,11 @@ def classes_of(parser: Parser, words: tuple[str, ...], classes: tuple[str, ...])
     """The classes of --omit, by name or else number, in the data set's order; a wrong word exits with code 2."""
     if not classes:  # of a folder that was not read yet: the words are names
         return tuple(sorted({unicodedata.normalize("NFC", word) for word in words}))
-    numbers = {str(i): name for i, name in enumerate(classes)}
+    by_word = {str(i): name for i, name in enumerate(classes)} | {name: name for name in classes}
     for word in words:
-        if word not in classes and word not in numbers:
+        if word not in by_word:
             parser.error(f"--omit: no class is called {word!r}: give one of {', '.join(classes[:10])}, or its number")
-    chosen = {word if word in classes else numbers[word] for word in words}
+    chosen = {by_word[word] for word in words}
     if len(chosen) == len(classes):
         parser.error("--omit names all classes: name fewer of them")
     return tuple(name for name in classes if name in chosen)
