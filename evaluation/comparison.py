@@ -53,8 +53,7 @@ def measure_all(
 ) -> list[dict]:  # fmt: skip
     """The checkpoints that fit the data, with what is `measured` on the images of the run `name`; others are named.
 
-    `teacher` matters if it is a folder of logits, which is no checkpoint. With `cost` all models are timed. `student`
-    is the --student that was typed. Stopped after a signal.
+    `teacher` matters if it is a folder of logits. With `cost` all models are timed. `student` is what --student says.
     """
     images = data.held_out(name.subset, name.holdout)
     runs = [run_of(content) for content in contents]

@@ -78,9 +78,8 @@ def softness(logits: torch.Tensor, temp: float) -> dict[str, float]:
 def bias_correction(logits: torch.Tensor, labels: torch.Tensor, omitted: list[int]) -> torch.Tensor:
     """What to add to logits (C,) so that classes never seen in training are predicted as often as they occur.
 
-    Computed from a student's logits (N, C) and labels (N,) of the whole training set, not on the test set as by Hinton,
-    Vinyals & Dean (2014, section 3): the mean probability of each of the `omitted` classes becomes its share of the
-    images. Other classes, and those without an image, get 0.
+    From logits (N, C) and labels (N,) of the whole training set (the paper, section 3, used the test set): the mean
+    probability of each of the `omitted` classes becomes its share of the images. Classes without an image get 0.
     """
     logits = logits.double()
     shares = labels.bincount(minlength=logits.shape[1]).double() / len(labels)

@@ -4,8 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# One row per resolution: the widths of its 3 x 3 convolutions, each row followed by a 2 x 2 max pool.
-CONFIGURATION_E = ((64, 64), (128, 128), (256,) * 4, (512,) * 4, (512,) * 4)
+CONFIGURATION_E = ((64, 64), (128, 128), (256,) * 4, (512,) * 4, (512,) * 4)  # widths, one row per resolution
 
 
 class Conv3x3(nn.Conv2d):
@@ -54,7 +53,7 @@ def initialise(model: nn.Module) -> None:
 
 
 def make_layers(rows: tuple[tuple[int, ...], ...], bias: bool) -> nn.Sequential:
-    """The convolutional part; with biases layer for layer torchvision's, so that state dicts are interchangeable."""
+    """3 x 3 convolutions, a max pool after each row; with biases torchvision's, whose state dicts can be exchanged."""
     layers: list[nn.Module] = []
     channels = 3
     for row in rows:
