@@ -109,7 +109,7 @@ def measure_omitted(logits: torch.Tensor, labels: torch.Tensor, omitted: list[in
 def two_sided_p(t: float, freedom: int) -> float:
     """The probability of a t at least as large, up or down, under Student's distribution (A&S, 26.7)."""
     angle, odd = math.atan(abs(t) / math.sqrt(freedom)), freedom % 2
-    term, total = math.cos(angle) if odd else 1.0, 0.0
+    term, total = math.cos(angle) if odd else 1.0, 0.0  # of a series in cos(angle)^2
     for i in range(odd, freedom - 1, 2):
         total += term
         term *= (i + 1) / (i + 2) * math.cos(angle) ** 2

@@ -139,7 +139,7 @@ class RunConfig(Recipe, RunName):
         terms = {"kd": ("KL",), "dkd": ("TCKD", "NCKD")}.get(LOSS_DEFAULTS[self.loss].function, default_terms)
         weighted = zip((*self.kd_weights, self.ce_weight), (*terms, "CE"), strict=True)
         sum_of_terms = " + ".join(f"{format_number(weight)} {term}" for weight, term in weighted)
-        return super().title.replace(")", f", {sum_of_terms})", 1) + unknown
+        return super().title.replace(")", f", {sum_of_terms})", 1) + unknown  # within its first parentheses
 
 
 def name_of(options) -> RunName:
