@@ -14,7 +14,7 @@ WHAT, DATA, KD = "what to run", "data", "distillation"
 RECIPE, MACHINE, FILES = "recipe (defaults: docs/options.md)", "machine", "files"
 FROM_0, FROM_1 = partial(number, int, 0, LARGEST), partial(number, int, 1, LARGEST)
 ABOVE_0, WEIGHT = partial(number, float, 1e-12, 1e30), partial(number, float, 0, 10**6)
-TEMP, SHARE = partial(number, float, 0.01, 1000), partial(number, float, 0, 1)
+TEMP, TO_1 = partial(number, float, 0.01, 1000), partial(number, float, 0, 1)
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 JSON, PT2 = partial(file_name, suffix=".json"), partial(file_name, suffix=".pt2")  # no checkpoint is overwritten
 FUNCTION = partial(matching, r"\w+(\.\w+)*:\w+", "MODULE:FUNCTION, as in my_models:resnet8")
@@ -57,7 +57,7 @@ class Options:
         """Where logs and figures are."""
         return self.plots_path / (self.name or "")
 
-    def folders(self, *names: str) -> dict:
+    def changed(self, *names: str) -> dict:
         """The options among `names` (default: data and files) that differ from their defaults, by name."""
         names = names or ("data_path", "skip_broken", "teacher", "weights_path", "plots_path", "name")
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name in names}
@@ -71,9 +71,7 @@ class TrainOptions(Options):
     all: bool = option(WHAT, "everything: teacher, students with and without KD, evaluation, table", boolean, False)
     seeds: int = option(WHAT, "with --all: number of seeds of the students", partial(number, int, 1, 1000), 1)
     resume: bool = option(WHAT, "resume an unfinished run, skip a finished one; False: train anew", boolean, True)
-    alpha: float | None = option(
-        KD, f"weight of KL in --loss kd; cross-entropy has 1 - alpha (default: {ALPHA})", SHARE
-    )
+    alpha: float | None = option(KD, f"weight of KL in --loss kd; cross-entropy has 1 - alpha (default: {ALPHA})", TO_1)
     kd_weight: tuple[float, ...] | None = option(KD, "weight of each soft term (default: docs/losses.md)", WEIGHT)
     ce_weight: float | None = option(KD, "weight of the cross-entropy (default: docs/losses.md)", WEIGHT)
     matched: bool = option(KD, "with --all: also plain kd at each loss's temperature and total weight", boolean, False)
@@ -110,10 +108,9 @@ class TestOptions(Options):
     export: Path | None = option(FILES, "only export the model, as a torch.export program, .pt2", PT2)
 
 
-# An option requires one of these.
+# An option requires one of those in NEEDS, and can't be combined with any of those in EXCLUDES.
 NEEDS = {"temp": "kd all", "loss": "kd all", "alpha": "kd all", "kd_weight": "kd all", "ce_weight": "kd all"}
 NEEDS |= {"matched": "all", "seeds": "all"}
-# An option can't be combined with any of these.
 EXCLUDES = {
     "tto": "kd all student omit student_images",
     "kd": "all",
@@ -152,11 +149,11 @@ def classes_of(parser: Parser, words: tuple[str, ...], classes: tuple[str, ...])
     """The classes of --omit, by name or else number, in the data set's order; a wrong word exits with code 2."""
     if not classes:  # of a folder that was not read yet: the words are names
         return tuple(sorted({unicodedata.normalize("NFC", word) for word in words}))
-    numbers = {str(i): name for i, name in enumerate(classes)}
+    by_word = {str(i): name for i, name in enumerate(classes)} | {name: name for name in classes}
     for word in words:
-        if word not in classes and word not in numbers:
+        if word not in by_word:
             parser.error(f"--omit: no class is called {word!r}: give one of {', '.join(classes[:10])}, or its number")
-    chosen = {word if word in classes else numbers[word] for word in words}
+    chosen = {by_word[word] for word in words}
     if len(chosen) == len(classes):
         parser.error("--omit names all classes: name fewer of them")
     return tuple(name for name in classes if name in chosen)
@@ -181,8 +178,9 @@ def parse_train(argv: list | None = None) -> TrainOptions:
         parser.error("--matched requires a --loss other than kd: give one, or leave --matched out")
     if options.seed + options.seeds - 1 > LARGEST:
         parser.error(f"--seed {options.seed} is too large for {options.seeds} --seeds: the last is at most {LARGEST}")
-    row = DATA_SETS[options.dataset]
-    most = replace(row, flip=row.flip if options.flip is None else options.flip, size=options.size).views
+    data_set = DATA_SETS[options.dataset]
+    flip = data_set.flip if options.flip is None else options.flip
+    most = replace(data_set, flip=flip, size=options.size).views
     if options.views is not None and options.views > most:
         parser.error(f"--views: an image of {options.dataset} has {most} views: give at most {most}")
     if options.alpha is not None:

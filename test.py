@@ -19,6 +19,7 @@ if sys.version_info < (3, 10):  # noqa: UP036 - older versions fail further down
     sys.exit(2)
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import config
@@ -36,10 +37,10 @@ from evaluation.comparison import TOPS, as_trained, measure_all, measure_checkpo
 from evaluation.measures import fidelity, softness
 from runtime import checkpoint
 from runtime.device import Runtime, device_title
-from runtime.errors import UserError, exit_code
+from runtime.errors import UserError, exit_code, leave
 from runtime.files import make_folder, write_json
 from runtime.processes import start
-from training.run import finished, load_model, mismatch, spec_of
+from training.run import load_model, mismatch, require_finished, spec_of
 from training.runs import RunConfig, RunName, name_of, row_order, run_of
 from training.teacher_logits import TeacherLogits, load_teacher
 from utils import Images, held_out_logits, load_images
@@ -49,19 +50,23 @@ PUBLISHED = Path(__file__).resolve().parent / "results"
 
 def find_checkpoint(options: config.TestOptions, runtime: Runtime) -> dict:
     """The checkpoint that the options name, or the published one of that name; UserError if it can't be evaluated."""
-    name, named = name_of(options), options.checkpoint or (options.teacher if options.tto else None)
-    folders = [options.weights_folder, options.weights_path] if options.tto else [options.weights_folder]
-    paths = [folder / f"{name.stem}.pt" for folder in folders]  # the teacher of --all is in --weights_path itself
-    published = PUBLISHED / options.dataset / f"{name.stem}.pt"
-    if not options.folders("weights_path", "name"):
-        paths.append(published)
-    path = named or next((path for path in paths if path.exists()), None)
+    name = name_of(options)
+    path = options.checkpoint or (options.teacher if options.tto else None)
     if path is None:
-        train = name.command("train.py", **options.folders())
-        raise UserError(f"no checkpoint {paths[0]}: train it with `{train}`, or give its folder in --weights_path")
-    if path is published:
-        runtime.print(f"{paths[0]} does not exist: evaluating the published {published}")
-    content = finished(checkpoint.load(path))
+        own = options.weights_folder / f"{name.stem}.pt"
+        shared = options.weights_path / own.name  # the teacher that all --name folders share
+        published = PUBLISHED / options.dataset / own.name
+        if own.exists():
+            path = own
+        elif options.tto and shared.exists():
+            path = shared
+        elif published.exists() and not options.changed("weights_path", "name"):
+            path = published
+            runtime.print(f"{own} does not exist: evaluating the published {published}")
+        else:
+            train = name.command("train.py", **options.changed())
+            raise UserError(f"no checkpoint {own}: train it with `{train}`, or give its folder in --weights_path")
+    content = require_finished(checkpoint.load(path))
     run = run_of(content)
     if options.checkpoint and options.student and not run.student:
         raise UserError(f"{path} is not a student of your own: leave --student out")
@@ -74,13 +79,14 @@ def find_checkpoint(options: config.TestOptions, runtime: Runtime) -> dict:
 
 
 def find_teacher(run: RunConfig, options, spec: DataSet, runtime: Runtime, tell: Callable) -> TeacherLogits | None:
-    """A student's teacher; without --teacher it may be missing or unfit, which is passed to `tell`, and then None."""
+    """A student's teacher, or None; `tell` is called with why a teacher that --teacher does not name can't be used."""
     try:
         return load_teacher(run, options, spec, runtime) if run.role == "student" else None
     except UserError as error:
         if options.teacher:
             raise
         tell(f"not compared with the teacher: {error}")
+        return None
 
 
 def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
@@ -98,7 +104,8 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
     images = data.held_out(run.subset, run.holdout)
     logits, numbers = measure_checkpoint(model, content, images, data, runtime)
     imitation = {}
-    if teacher := find_teacher(run, options, data.spec, runtime, notes.append):
+    teacher = find_teacher(run, options, data.spec, runtime, notes.append)
+    if teacher:
         try:
             imitation = fidelity(logits, teacher.test_logits(images, run.holdout), images.labels)
         except UserError as error:  # a folder of logits may have none of these images
@@ -108,15 +115,18 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
     if not runtime.is_main:
         return
     cost = inference.measure_cost(model, path, runtime, run.size)
-    teacher_cost = teacher and teacher.model and inference.measure_cost(teacher.model, teacher.path, runtime, run.size)
-    classes, title, stem = data.spec.classes, f"{run.title} on {run.dataset}", figures_stem(path, options)
-    saved = [figures.plot_confusion(numbers, classes, f"{title}: confusion", Path(f"{stem}_confusion.png"))]
-    saved += [figures.plot_reliability(logits, images.labels, f"{title}: reliability", Path(f"{stem}_reliability.png"))]
+    teacher_cost = None  # of a folder of logits, too
+    if teacher and teacher.model:
+        teacher_cost = inference.measure_cost(teacher.model, teacher.path, runtime, run.size)
+    title, classes = f"{run.title} on {run.dataset}", data.spec.classes
+    saved = [figures.plot_confusion(numbers, classes, f"{title}: confusion", figure_path(path, options, "confusion"))]
+    reliability = figure_path(path, options, "reliability")
+    saved.append(figures.plot_reliability(logits, images.labels, f"{title}: reliability", reliability))
     if "bias" in numbers:
-        saved += [figures.plot_omitted([content | {"measured": numbers}], Path(f"{stem}_omitted.png"))]
+        saved.append(figures.plot_omitted([content | {"measured": numbers}], figure_path(path, options, "omitted")))
     if options.json:
-        values = {"checkpoint": str(path), "role": run.role, **numbers, **cost}
-        saved += [write_json(options.json, values | imitation)]
+        values = {"checkpoint": str(path), "role": run.role, "run": asdict(run), **numbers, **cost, **imitation}
+        saved.append(write_json(options.json, values))
     tops = " ".join(f"{name} {100 * numbers[name]:.2f}%" for name in TOPS if name in numbers)
     print(f"{run.split} loss {numbers['loss']:.4f} {tops}")
     print(f"{path} on {run.dataset}, {device_title(runtime)}, {runtime.precision}", *notes, "", sep="\n")
@@ -128,11 +138,11 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
     print(f"\nsaved {', '.join(map(str, saved))}")
 
 
-def figures_stem(path: Path, options: config.TestOptions) -> Path:
-    """The beginning of the paths of a checkpoint's figures: its subfolder of --weights_path is one of --plots_path."""
+def figure_path(path: Path, options: config.TestOptions, name: str) -> Path:
+    """The path of a checkpoint's figure: the checkpoint's subfolder of --weights_path is one of --plots_path."""
     folder, weights = path.parent.resolve(), options.weights_path.resolve()
     subfolder = folder.relative_to(weights) if folder.is_relative_to(weights) else Path()
-    return options.plots_path / subfolder / path.stem
+    return options.plots_path / subfolder / f"{path.stem}_{name}.png"
 
 
 def export(options: config.TestOptions, runtime: Runtime) -> None:
@@ -152,7 +162,7 @@ def compare(options: config.TestOptions, runtime: Runtime) -> None:
     contents = find_checkpoints(options, name, runtime)
     shown = measure_all(contents, name, data, runtime, cost=True, student=options.student, precision=options.precision)
     if not shown:
-        command = name.command("train.py --all True", **options.folders("data_path", "weights_path", "name"))
+        command = name.command("train.py --all True", **options.changed("data_path", "weights_path", "name"))
         where = f"{options.dataset} in {options.weights_folder}"
         raise UserError(f"no finished checkpoint of {where}: train some with `{command}`, or give --weights_path")
     if runtime.is_main:
@@ -160,13 +170,10 @@ def compare(options: config.TestOptions, runtime: Runtime) -> None:
 
 
 def find_checkpoints(options: config.TestOptions, name: RunName, runtime: Runtime) -> list[dict]:
-    """The finished checkpoints below the --name folder, and the teacher, of runs on the images of `name`, in order.
-
-    With --teacher, that teacher, its students and those without KD. Files that can't be shown are named.
-    """
+    """The finished checkpoints on the images of `name`, in a table's order; with --teacher, no other teacher's."""
     teacher = checkpoint.load(options.teacher, or_state_dict=True) if options.teacher else None
-    contents = [finished(teacher)] if teacher and "run" in teacher else []
-    taught_by = [None, checkpoint.fingerprint(teacher["model"])] if teacher else []
+    contents = [require_finished(teacher)] if teacher and "run" in teacher else []
+    teachers = [None, checkpoint.fingerprint(teacher["model"])] if teacher else []  # None: of students without KD
     paths = {*options.weights_folder.rglob("*.pt")}
     shared = options.weights_path / f"{name.teacher_name.stem}.pt"  # by all --name folders
     if paths and shared.exists():  # alone it would make a table for a --name that was mistyped
@@ -175,9 +182,9 @@ def find_checkpoints(options: config.TestOptions, name: RunName, runtime: Runtim
         if path.name.endswith(".last.pt") or path == options.teacher:
             continue
         try:
-            content = finished(checkpoint.load(path))
+            content = require_finished(checkpoint.load(path))
             run = run_of(content)
-            is_shown = not teacher or (run.role == "student" and run.teacher in taught_by)
+            is_shown = not teacher or (run.role == "student" and run.teacher in teachers)
             if is_shown and run.teacher_name == name.teacher_name:  # then the images are the same
                 contents.append(content)
         except UserError as error:
@@ -194,28 +201,29 @@ def classify(options: config.TestOptions, runtime: Runtime) -> None:
         raise UserError(f"{options.teacher} holds logits, not a model: give a checkpoint")
     if not options.soften and (teacher := find_teacher(run, options, spec, runtime, runtime.print)):
         contents.append(teacher.content)
-    answers = {}
+    probabilities = {}  # (B, C) of the pictures, by the title of each model, or of the model at each temperature
     for content in contents:
         its_run = run_of(content)
         in_training = as_trained(runtime, its_run, options.precision)
         model = load_model(content, in_training, options.student)
         logits = held_out_logits(model, images, spec_of(content), in_training)
-        for temp in options.soften or (1.0,):
-            label = f"{its_run.title}, T = {format_number(temp)}" if options.soften else its_run.title
-            answers[label] = (logits[rows] / temp).softmax(1)
-    if options.soften:
-        told = [report.softness_text(softness(logits, temp), temp, len(spec.classes)) for temp in options.soften]
-        runtime.print(f"over {len(images):,} images, at", *told)
+        if options.soften:
+            runtime.print(f"over {len(images):,} images, at")
+            for temp in options.soften:
+                runtime.print(report.softness_text(softness(logits, temp), temp, len(spec.classes)))
+                probabilities[f"{its_run.title}, T = {format_number(temp)}"] = (logits[rows] / temp).softmax(1)
+        else:
+            probabilities[its_run.title] = logits[rows].softmax(1)
     if runtime.is_main:
-        stem, what = figures_stem(contents[0]["path"], options), "softened" if options.soften else "images"
-        path = Path(f"{stem}_{what}.png")
-        figures.plot_pictures(images.pixels[rows].numpy(), names[: figures.PICTURES_SHOWN], answers, spec.classes, path)
-        left_out = f" (the first {figures.PICTURES_SHOWN})" if len(names) > figures.PICTURES_SHOWN else ""
-        print(f"{report.pictures_text(names, answers, spec.classes)}\nsaved {path}{left_out}")
+        path = figure_path(contents[0]["path"], options, "softened" if options.soften else "images")
+        shown = names[: figures.PICTURES_SHOWN]
+        figures.plot_pictures(images.pixels[rows].numpy(), shown, probabilities, spec.classes, path)
+        left_out = f" (the first {len(shown)})" if len(shown) < len(names) else ""
+        print(f"{report.pictures_text(names, probabilities, spec.classes)}\nsaved {path}{left_out}")
 
 
 def read_pictures(options: config.TestOptions, content: dict, runtime: Runtime) -> tuple[Images, list[int], list[str]]:
-    """The pictures of --image, or the test images; which to show, all or the first of four classes; their names."""
+    """The images of --image, or the test images; the rows to show, all or one of each of four classes; their names."""
     run = run_of(content)
     if options.image:
         pixels = torch.stack([torch.tensor(read_picture(path, run.size)) for path in options.image])
@@ -246,13 +254,12 @@ def run(options: config.TestOptions) -> None:
         task = export
     else:
         task = evaluate
-    folders = [options.export.parent] if options.export else [options.plots_folder]
-    folders += [options.json.parent] if options.json else []
-    for folder in folders:
-        make_folder(folder)  # fail before the evaluation, not after it
+    make_folder(options.export.parent if options.export else options.plots_folder)  # fail now, not after the evaluation
+    if options.json:
+        make_folder(options.json.parent)
     with start(options.device, options.precision) as runtime:
         task(options, runtime)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

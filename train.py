@@ -21,11 +21,11 @@ import time
 from dataclasses import replace
 from datetime import timedelta
 
-import config
+from config import TrainOptions, parse_train
 from runtime.cli import answer_early
 
 if __name__ == "__main__":
-    answer_early(config.parse_train)  # --help and a wrong option answer here, before torch is imported
+    answer_early(parse_train)  # --help and a wrong option answer here, before torch is imported
 
 import torch
 
@@ -36,13 +36,13 @@ from evaluation.results import publish
 from models.own import fingerprint_layers
 from runtime import checkpoint
 from runtime.device import Runtime, device_title
-from runtime.errors import Stopped, StopSignal, UserError, exit_code
+from runtime.errors import Stopped, StopSignal, UserError, exit_code, leave
 from runtime.files import locked, remove
 from runtime.processes import start
 from runtime.progress import Progress
 from training.losses import training_loss
 from training.recipes import RECIPE_FIELDS
-from training.run import METRICS, Run, RunFiles, check_same, find_finished
+from training.run import METRICS, Run, RunFiles, find_finished, require_same
 from training.runs import RunConfig, name_of, plan
 from training.teacher_logits import TeacherLogits, load_teacher, teacher_path
 from utils import Data, Images, Views, epoch_order, epoch_view, evaluate, load_images, plot_curves, topk_correct
@@ -89,34 +89,39 @@ def save_or_stop(run: Run) -> None:
 def progress_text(run: Run) -> str:
     """Loss, top-1, speed, learning rate and time left for the whole run, as shown while it runs; UserError if NaN."""
     run.check_finite()
-    seen = run.step * run.batch_size / run.runtime.world_size
-    loss, top1 = (run.totals[[0, 3]] / seen).tolist()
+    seen = run.step * run.batch_size / run.runtime.world_size  # by this process
+    means = dict(zip(METRICS, (run.totals / seen).tolist(), strict=True))
     run.count_time()
     speed = run.step * run.batch_size / run.seconds
-    left = timedelta(seconds=int((run.total_steps - run.epoch * run.steps - run.step) * run.batch_size / speed))
-    return f"loss {loss:.3f} top1 {100 * top1:.2f}% {speed:,.0f} img/s lr {run.lr:.4f} left {left}"
+    steps_left = run.total_steps - run.epoch * run.steps - run.step
+    left = timedelta(seconds=int(steps_left * run.batch_size / speed))
+    return f"loss {means['loss']:.3f} top1 {100 * means['top1']:.2f}% {speed:,.0f} img/s lr {run.lr:.4f} left {left}"
 
 
 def end_epoch(run: Run, held_out: Images, softened: dict, epochs_after: int) -> None:
-    """Evaluate, log the epoch with `softened`, and go to the next one; `epochs_after` are those of later runs."""
+    """Evaluate, log (with `softened`) and print the epoch, begin the next; `epochs_after` are those of later runs."""
     config, runtime = run.config, run.runtime
     images = run.steps * run.batch_size
     means = dict(zip(METRICS, (runtime.total(run.totals) / images).tolist(), strict=True))
     run.count_time()  # total() has synchronised
     seconds = run.seconds
     test = percent(evaluate(run.model, held_out, run.spec, runtime))
-    evaluation = time.monotonic() - run.clock
-    left_out = {"kl": not config.kd, "top5": "top5" not in test}
-    train = percent({name: value for name, value in means.items() if not left_out.get(name)})
-    line = {"epoch": run.epoch + 1, "train": train, config.split: test, "lr": run.lr} | softened
+    evaluation_seconds = time.monotonic() - run.clock
+    if not config.kd:
+        del means["kl"]
+    if "top5" not in test:
+        del means["top5"]
+    train = percent(means)
+    line = {"epoch": run.epoch + 1, "train": train, config.split: test, "lr": run.lr, **softened}
     line |= {"seconds": round(seconds, 3), "images_per_second": round(images / max(seconds, 1e-9), 1)}
     run.write_log(f"{run.log}{json.dumps(line)}\n")
     run.begin_epoch(run.epoch + 1)
     top5 = f" top5 {test['top5']:.2f}%" if "top5" in test else ""
-    left = timedelta(seconds=int((config.num_epochs - run.epoch + epochs_after) * (seconds + evaluation)))
+    left = timedelta(seconds=int((config.num_epochs - run.epoch + epochs_after) * (seconds + evaluation_seconds)))
+    ce = f" ce {train['ce']:.4f}" if config.kd else ""  # which is the loss without KD, and that of the test images
     all_left = f", about {left} left for all runs" if epochs_after else ""
     runtime.print(
-        f"epoch {line['epoch']}/{config.num_epochs}: train loss {train['loss']:.4f} top1 {train['top1']:.2f}%, "
+        f"epoch {line['epoch']}/{config.num_epochs}: train loss {train['loss']:.4f}{ce} top1 {train['top1']:.2f}%, "
         f"{config.split} loss {test['loss']:.4f} top1 {test['top1']:.2f}%{top5}, "
         f"{seconds:.1f} s, {line['images_per_second']:,.0f} img/s{all_left}"
     )
@@ -140,11 +145,13 @@ def train(
         while run.epoch < config.num_epochs:
             k = epoch_view(config.views, config.flip, config.seed, run.epoch)
             try:
-                teacher_logits = teacher.view_logits(k, views, rows) if config.kd else None
-                softened = {"teacher": softness(teacher_logits[rows], config.temp)} if config.kd else {}
-                if config.kd and not run.epoch:
-                    told = softness_text(softened["teacher"], config.temp, config.num_classes)
-                    runtime.print(f"the teacher at {told}")
+                teacher_logits, softened = None, {}
+                if config.kd:
+                    teacher_logits = teacher.view_logits(k, views, rows)
+                    softened["teacher"] = softness(teacher_logits[rows], config.temp)
+                    if run.epoch == 0:
+                        text = softness_text(softened["teacher"], config.temp, config.num_classes)
+                        runtime.print(f"the teacher at {text}")
                 train_epoch(run, views, rows, k, teacher_logits)
                 end_epoch(run, held_out, softened, epochs_after)
                 save_or_stop(run)
@@ -178,7 +185,7 @@ def begin(run: Run, images: int, resume: bool) -> None:
         remove(run.files.resume)  # an early failure must not rule out other options
 
 
-def train_all(options: config.TrainOptions) -> None:
+def train_all(options: TrainOptions) -> None:
     """The run that the options name, or with --all every run that is not finished yet, and then the table."""
     with StopSignal() as stop, start(options.device, options.precision, options.deterministic, stop) as runtime:
         data, runs = prepare(options, runtime)
@@ -187,18 +194,23 @@ def train_all(options: config.TrainOptions) -> None:
             runtime.print(f"{len(runs)} runs, {sum(map(bool, finished.values()))} of them finished")
         teacher, contents = None, []
         for i, planned in enumerate(runs):
-            if planned.role == "student" and (options.kd or options.all) and teacher is None:  # one for all students
-                teacher = load_teacher(planned, options, data.spec, runtime, contents[0] if contents else None)
+            if teacher is None and planned.role == "student" and (options.kd or options.all):  # one for all students
+                if contents:  # the teacher was a run of the plan
+                    teacher = TeacherLogits(contents[0]["path"], data.spec, runtime, options.weights_path, contents[0])
+                else:
+                    teacher = load_teacher(planned, options, data.spec, runtime)
+                    contents = [teacher.content] if teacher.content else []
                 teacher.check_views(planned.views)
                 runtime.print(f"the teacher is {teacher.title}")
-                contents = contents or list(filter(None, [teacher.content]))
                 for student in runs[i:]:
-                    if content := finished[student.stem]:
-                        check_same(content, teacher.taught(student))  # now, not when its turn comes
-            run = teacher.taught(planned) if teacher else planned
-            if content := finished[run.stem] or find_finished(run, options):  # perhaps meanwhile
+                    if finished[student.stem]:  # check all now, not each when its turn comes
+                        require_same(finished[student.stem], teacher.record_in(student))
+            run = teacher.record_in(planned) if teacher else planned
+            content = finished[run.stem] or find_finished(run, options)  # which may have finished meanwhile
+            if content:
+                advice = "" if options.all else "; --resume False trains it again"
                 ended = f"already finished ({content['metrics']['top1']:.2f}% top-1), skipping"
-                runtime.print(f"{run.stem}: {ended}" + ("" if options.all else "; --resume False trains it again"))
+                runtime.print(f"{run.stem}: {ended}{advice}")
             else:
                 later = runs[i + 1 :] if teacher else []  # a teacher's epochs take longer than the students'
                 epochs_after = sum(other.num_epochs for other in later if not finished[other.stem])
@@ -209,10 +221,10 @@ def train_all(options: config.TrainOptions) -> None:
             if runtime.is_main:
                 publish(shown, options.table_folder)
         else:
-            runtime.print(f"evaluate it with `{runs[-1].command('test.py', **options.folders())}`")
+            runtime.print(f"evaluate it with `{runs[-1].command('test.py', **options.changed())}`")
 
 
-def prepare(options: config.TrainOptions, runtime: Runtime) -> tuple[Data, list[RunConfig]]:
+def prepare(options: TrainOptions, runtime: Runtime) -> tuple[Data, list[RunConfig]]:
     """The images and the plan of runs; UserError for options that can't work, before any training."""
     if options.sync_bn and runtime.device.type != "cuda":
         raise UserError("--sync_bn True needs CUDA devices: leave it out")
@@ -226,17 +238,17 @@ def prepare(options: config.TrainOptions, runtime: Runtime) -> tuple[Data, list[
     if len(data.spec.classes) == 2 and any(run.loss == "ls" for run in runs):
         raise UserError("--loss ls standardises two logits to 1 and -1, which teaches nothing: leave it out")
     counts = [len(data.rows(run.subset, run.holdout, run.omit, run.student_images)) for run in runs]
-    if options.all or options.student:  # fail before the teacher is trained, not after
-        layers = fingerprint_layers(Run(runs[-1], runtime, data.spec, counts[-1], RunFiles(runs[-1], options)).model)
-        runs = [replace(run, student_layers=layers) if run.student else run for run in runs]
+    if options.all or options.student:  # make a student, to fail before the teacher is trained and not after it
+        model = Run(runs[-1], runtime, data.spec, counts[-1], RunFiles(runs[-1], options)).model
+        runs = [replace(run, student_layers=fingerprint_layers(model)) if run.student else run for run in runs]
     return data, runs
 
 
 def main(argv: list | None = None) -> int:
     """Run train.py with `argv` (None: the command line); the exit code."""
-    options = config.parse_train(argv)
+    options = parse_train(argv)
     return exit_code(lambda: train_all(options))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

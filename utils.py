@@ -27,9 +27,8 @@ from runtime.progress import Progress
 EVALUATION_BATCH = 500  # images of 32 x 32; as many pixels of larger ones
 DIGITS_IMAGES = {"train": 5000, "test": 2000}
 
+
 # ---------------------------------------------------------------------------------------------- data
-
-
 @dataclass(frozen=True)
 class Images:
     """Images in memory: pixels (N, S, S, 3) uint8 and labels (N,) int64, on one device."""
@@ -63,19 +62,19 @@ class Data:
         count = min(subset or len(self.train), len(self.train))
         if holdout >= count:
             raise UserError(f"--holdout {holdout} leaves none of the {count} training images: give a smaller number")
-        labels = self.train.labels[: count - holdout]
-        rows = (~torch.isin(labels, self.numbers_of(omit))).nonzero()[:, 0]
-        classes = len(labels[rows].unique())
-        if not classes:
+        all_labels = self.train.labels[: count - holdout]
+        rows = (~torch.isin(all_labels, self.numbers_of(omit))).nonzero()[:, 0]
+        if not len(rows):
             raise UserError(f"--omit {' '.join(omit)} leaves no training image: omit fewer classes")
         if student_images is None:
             return rows
-        if not classes <= student_images <= len(rows):
-            bounds = f"at least {classes}, one per class, and at most the {len(rows)} that are left"
+        labels = all_labels[rows]
+        classes = labels.unique()
+        if not len(classes) <= student_images <= len(rows):
+            bounds = f"at least {len(classes)}, one per class, and at most the {len(rows)} that are left"
             raise UserError(f"--student_images {student_images}: give {bounds}")
-        labels = labels[rows]
         earlier = torch.empty_like(labels)  # for each image the number of earlier ones of its class
-        for label in labels.unique():
+        for label in classes:
             earlier[labels == label] = torch.arange(int((labels == label).sum()))
         return rows[earlier.argsort(stable=True)[:student_images]].sort().values
 
@@ -133,8 +132,6 @@ def pixel_statistics(pixels: torch.Tensor) -> tuple[tuple[float, ...], tuple[flo
 
 
 # ---------------------------------------------------------------------------------------------- views
-
-
 def seed_of(*key) -> int:
     """A seed that depends on `key` alone."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
@@ -151,14 +148,12 @@ def epoch_order(rows: torch.Tensor, seed: int, epoch: int) -> torch.Tensor:
 
 
 def epoch_view(count: int, flip: bool, seed: int, epoch: int) -> int:
-    """Which of its `count` views each image shows in an epoch: all once, in random order, before one comes again.
-
-    With `flip`, even views alternate with odd ones: an even `count` mirrors an image in every other epoch.
-    """
+    """Which of its `count` views each image shows in an epoch: all once, in random order, before one comes again."""
     cycle, place = divmod(epoch, count)
     views = torch.randperm(count, generator=seeded_generator("views", seed, cycle))
-    if flip:
-        views[0::2], views[1::2] = views[views % 2 == 0], views[views % 2 == 1]
+    if flip:  # even and odd views by turns: with an even count, an image is mirrored in every other epoch
+        even, odd = views[views % 2 == 0], views[views % 2 == 1]
+        views[0::2], views[1::2] = even, odd
     return int(views[place])
 
 
@@ -178,14 +173,14 @@ class Views:
         self.padded = F.pad(images.pixels.to(storage), (0, 0, pad, pad, pad, pad))
         # One overlapping window per padded pixel: index_select copies a crop as `side` contiguous rows.
         self.width = self.padded.shape[2]
-        last_start = len(images) * self.width**2 - (side - 1) * (self.width + 1)
-        self.windows = self.padded.as_strided((last_start, side, side * 3), (3, self.width * 3, 1))
+        windows = len(images) * self.width**2 - (side - 1) * (self.width + 1)  # the last one ends with the last pixel
+        self.windows = self.padded.as_strided((windows, side, side * 3), (3, self.width * 3, 1))
         self.normalise = Normaliser(spec, device)
         generator = seeded_generator("views of images")
         self.crops = torch.randperm(self.offsets**2, generator=generator).to(storage)
         self.mirrored_first = torch.randint(2, (len(images),), generator=generator).to(storage)
-        # First crop of each image: plain, mirrored.
-        self.starts = torch.randint(len(self.crops), (len(images), 2), generator=generator).to(storage)
+        first_crops = torch.randint(len(self.crops), (len(images), 2), generator=generator)  # plain, mirrored
+        self.first_crops = first_crops.to(storage)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -193,14 +188,15 @@ class Views:
     def view_of(self, rows: torch.Tensor, k: int) -> torch.Tensor:
         """The k-th view (B,) of image rows (B,): every other k mirrored, all different until all are used."""
         mirrored = (self.mirrored_first[rows] + k) % 2 * self.flip  # 0 or 1; without mirror images 0
-        start = self.starts[rows, mirrored] + (k // 2 if self.flip else k)
-        return 2 * self.crops[start % len(self.crops)] + mirrored
+        place = self.first_crops[rows, mirrored] + (k // 2 if self.flip else k)
+        return 2 * self.crops[place % len(self.crops)] + mirrored
 
     def images(self, rows: torch.Tensor, k: int) -> torch.Tensor:
         """Image rows (B,) in their k-th view, normalised (B, 3, S, S) channels_last."""
         rows = rows.to(self.padded.device)
         views = self.view_of(rows, k)
-        top, left, mirrored = views // 2 // self.offsets, views // 2 % self.offsets, views % 2 == 1
+        offset, mirrored = views // 2, views % 2 == 1
+        top, left = offset // self.offsets, offset % self.offsets
         crops = self.windows.index_select(0, (rows * self.width + top) * self.width + left)
         flipped = crops.unflatten(2, (-1, 3)).flip(2).flatten(2)
         # Chosen eight bytes at a time: byte by byte takes longer than all the rest.
@@ -223,16 +219,14 @@ class Normaliser:
 
 def fingerprint_views() -> str:
     """A hash of views of made-up images, which changes with the augmentation and with torch's random numbers."""
-    pixels = torch.arange(8 * SIDE * SIDE * 3).remainder(251).to(torch.uint8).view(8, SIDE, SIDE, 3)
+    pixels = torch.arange(4 * SIDE * SIDE * 3).remainder(251).to(torch.uint8).view(4, SIDE, SIDE, 3)
     spec = DataSet("made up", "", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-    views = Views(Images(pixels, torch.zeros(8, dtype=torch.int64)), spec, torch.device("cpu"))
-    shown = torch.stack([views.images(torch.arange(8), k) for k in range(4)])
+    views = Views(Images(pixels, torch.zeros(4, dtype=torch.int64)), spec, torch.device("cpu"))
+    shown = torch.stack([views.images(torch.arange(4), k) for k in range(8)])
     return fingerprint({"views": (255 * shown).round().to(torch.uint8)})
 
 
 # ---------------------------------------------------------------------------------------------- loss
-
-
 def soft_target_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, temp: float) -> torch.Tensor:
     """T^2 KL(teacher_T || student_T) of logits (B, C), a scalar in nats.
 
@@ -263,12 +257,10 @@ def kd_loss(
 
 
 # ---------------------------------------------------------------------------------------------- metrics
-
-
 def topk_correct(logits: torch.Tensor, targets: torch.Tensor, ks: tuple[int, ...] = (1, 5)) -> torch.Tensor:
     """How many of logits (B, C) have their target (B,) among the k highest, int64 (K,); ties and NaN count as wrong."""
     of_target = logits.gather(1, targets[:, None])
-    ahead = (~(logits < of_target)).sum(1) - 1
+    ahead = (~(logits < of_target)).sum(1) - 1  # ties and NaN are not less; the target is not ahead of itself
     return torch.stack([(ahead < k).sum() for k in ks])
 
 
@@ -322,7 +314,6 @@ def evaluate(model: torch.nn.Module, images: Images, spec: DataSet, runtime: Run
 
 
 # ---------------------------------------------------------------------------------------------- curves
-
 # Okabe & Ito's colours, which colour-blind people can tell apart; of more lines the next ones are dashed.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 LOOKS = matplotlib.cycler(linestyle=["-", "--", ":"]) * matplotlib.cycler(color=COLOURS)

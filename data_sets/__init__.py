@@ -33,7 +33,8 @@ def padding(size: int) -> int:
     return size // 8
 
 
-CIFAR100_CLASSES = """
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+CIFAR100 = """
 apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
 caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish
 forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle
@@ -42,22 +43,10 @@ possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper
 sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle wardrobe whale
 willow_tree wolf woman worm
 """
-ROWS = (
-    DataSet(
-        name="cifar10",
-        source="CIFAR10",
-        classes=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
-        mean=(0.4914, 0.4822, 0.4465),
-        std=(0.2470, 0.2435, 0.2616),
-    ),
-    DataSet(
-        name="cifar100",
-        source="CIFAR100",
-        classes=tuple(CIFAR100_CLASSES.split()),
-        mean=(0.5071, 0.4865, 0.4409),
-        std=(0.2673, 0.2564, 0.2762),
-    ),
-    DataSet(name="digits", source="digits", classes=tuple("0123456789"), flip=False),
-    DataSet(name="folder", source="folder"),
+ROWS = (  # name, source, classes, mean, standard deviation
+    DataSet("cifar10", "CIFAR10", CIFAR10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    DataSet("cifar100", "CIFAR100", tuple(CIFAR100.split()), (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    DataSet("digits", "digits", tuple("0123456789"), flip=False),
+    DataSet("folder", "folder"),
 )
 DATA_SETS = {row.name: row for row in ROWS}

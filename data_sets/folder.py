@@ -24,12 +24,12 @@ TEST_FOLDERS = ("test", "val", "valid", "validation")  # the first that exists i
 SYSTEM_FILES = ("thumbs.db", "desktop.ini", "__macosx", "icon\r", "@eadir")  # left out, as are hidden files
 
 File = tuple[str, int, Path]  # split, class number, path
-Images = tuple[np.ndarray, np.ndarray]  # pixels (N, size, size, 3) uint8, labels (N,) int64
+Arrays = tuple[np.ndarray, np.ndarray]  # pixels (N, size, size, 3) uint8, labels (N,) int64
 
 
 def read_folder(
     root: Path, skip_broken: bool = False, size: int = SIDE, show_progress: bool = True, stop: StopSignal | None = None
-) -> tuple[tuple[str, ...], dict[str, Images], list[str]]:
+) -> tuple[tuple[str, ...], dict[str, Arrays], list[str]]:
     """Class names, images of "train" and "test", and notes to print; UserError, OSError, or Stopped after a signal."""
     classes, files, notes = find_files(root)
     key = files_key(root, files, size)
@@ -43,8 +43,8 @@ def read_folder(
             save_arrays(root / "packed.npz", key, **packed)
         except UserError as error:
             notes.append(f"{error}; the pictures will be decoded again next time")
-
-    errors, labels, is_test = packed["errors"], packed["labels"], packed["is_test"]
+    pixels, labels = packed["pixels"], packed["labels"]
+    is_test, errors = packed["is_test"], packed["errors"]
     if len(errors) and not skip_broken:
         count = f"{len(errors):,} of {len(files):,} files"
         raise UserError(f"can't read {count}; --skip_broken True leaves them out: {'; '.join(errors[:3])}")
@@ -53,8 +53,8 @@ def read_folder(
     if not any(split == "test" for split, *_ in files):
         is_test = hold_out(labels)
         notes.append(f"no folder {root / 'test'}: a tenth of each class is held out for testing")
-    images = {name: (packed["pixels"][rows], labels[rows]) for name, rows in (("train", ~is_test), ("test", is_test))}
-    counts = np.bincount(images["train"][1], minlength=len(classes))
+    images = {"train": (pixels[~is_test], labels[~is_test]), "test": (pixels[is_test], labels[is_test])}
+    counts = np.bincount(labels[~is_test], minlength=len(classes))
     if not counts.all():
         raise UserError(f"{root / 'train' / classes[counts.argmin()]} has no picture that can be read: add some")
     if not is_test.any():
@@ -130,10 +130,11 @@ def files_key(root: Path, files: list[File], size: int) -> str:
 def pack(files: list[File], size: int, show_progress: bool, stop: StopSignal | None) -> dict[str, np.ndarray]:
     """Pixels (N, size, size, 3) uint8, labels (N,) and is_test (N,), and an error per broken file."""
     pixels, errors = np.empty((len(files), size, size, 3), np.uint8), []
+    splits, labels, paths = zip(*files, strict=True)
 
     def read(i: int) -> str:
         try:
-            pixels[i] = read_picture(files[i][2], size)
+            pixels[i] = read_picture(paths[i], size)
         except UserError as error:
             return str(error)
         return ""
@@ -147,11 +148,11 @@ def pack(files: list[File], size: int, show_progress: bool, stop: StopSignal | N
             progress.step()
     order = [i for i in range(len(files)) if not errors[i]]
     # By a hash of the pixels, so that any prefix mixes the classes and renaming changes nothing.
-    order.sort(key=lambda i: (hashlib.sha256(pixels[i]).digest(), files[i][1]))
+    order.sort(key=lambda i: (hashlib.sha256(pixels[i]).digest(), labels[i]))
     return {
         "pixels": pixels[order],
-        "labels": np.array([files[i][1] for i in order], dtype=np.int64),
-        "is_test": np.array([files[i][0] == "test" for i in order], dtype=bool),
+        "labels": np.array([labels[i] for i in order], dtype=np.int64),
+        "is_test": np.array([splits[i] == "test" for i in order], dtype=bool),
         "errors": np.array([error for error in errors if error], dtype=str),
     }
 

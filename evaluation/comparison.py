@@ -13,7 +13,7 @@ from runtime import checkpoint
 from runtime.device import Runtime
 from runtime.errors import UserError
 from training.run import load_model, mismatch, spec_of
-from training.runs import RunConfig, RunName, is_baseline_of, labels, run_of
+from training.runs import RunConfig, RunName, is_baseline_of, row_labels, run_of
 from training.teacher_logits import TeacherLogits
 from utils import Data, Images, held_out_logits
 
@@ -25,8 +25,7 @@ def as_trained(runtime: Runtime, run: RunConfig, precision: str = "auto") -> Run
     """The runtime in which a checkpoint repeats its log, with --precision auto; in 16 bits only where that is fast."""
     if precision != "auto" or run.precision == "bf16":
         return runtime
-    has_fp16 = runtime.device.type == "cuda"
-    return replace(runtime, precision=run.precision if has_fp16 else "fp32")
+    return replace(runtime, precision=run.precision if runtime.device.type == "cuda" else "fp32")
 
 
 def measure_checkpoint(
@@ -49,19 +48,12 @@ def measure_checkpoint(
 
 
 def measure_all(
-    contents: list[dict],
-    name: RunName,
-    data: Data,
-    runtime: Runtime,
-    teacher: TeacherLogits | None = None,
-    cost: bool = False,
-    student: str | None = None,
-    precision: str = "auto",
-) -> list[dict]:
+    contents: list[dict], name: RunName, data: Data, runtime: Runtime, teacher: TeacherLogits | None = None,
+    cost: bool = False, student: str | None = None, precision: str = "auto",
+) -> list[dict]:  # fmt: skip
     """The checkpoints that fit the data, with what is `measured` on the images of the run `name`; others are named.
 
-    A student with KD is compared with its teacher if that is given, one without with that of the run whose baseline it
-    is, else the first; with `cost` all are timed. `student` is the --student that was typed. Stopped after a signal.
+    `teacher` matters if it is a folder of logits. With `cost` all models are timed. `student` is what --student says.
     """
     images = data.held_out(name.subset, name.holdout)
     runs = [run_of(content) for content in contents]
@@ -77,15 +69,17 @@ def measure_all(
             model = load_model(content, in_training, student)
             logits, numbers = measure_checkpoint(model, content, images, data, in_training)
         except UserError as error:
-            named = str(content["path"]) in str(error)
-            runtime.print(f"left out: {error}" if named else f"left out: {content['path']}: {error}")
+            names_it = str(content["path"]) in str(error)
+            runtime.print(f"left out: {error}" if names_it else f"left out: {content['path']}: {error}")
             continue
         numbers |= {"parameters": count_parameters(model), "seconds": content["seconds"]}
         if run.role == "teacher":
             teachers[checkpoint.fingerprint(content["model"])] = logits
-        taught = [run, *(other for other in runs if is_baseline_of(run, other))]
-        its_teacher = next((other.teacher for other in taught if other.teacher in teachers), next(iter(teachers), None))
-        if run.role == "student" and its_teacher and (not run.kd or its_teacher == run.teacher):
+        candidates = [run.teacher]
+        if not run.kd:  # the teachers of runs whose baseline it is, else the first one
+            candidates = [other.teacher for other in runs if is_baseline_of(run, other)] + list(teachers)
+        its_teacher = next((candidate for candidate in candidates if candidate in teachers), None)
+        if run.role == "student" and its_teacher:
             numbers |= fidelity(logits, teachers[its_teacher], images.labels)
         if cost and runtime.is_main:
             numbers |= measure_cost(model, content["path"], in_training, run.size)
@@ -96,12 +90,12 @@ def measure_all(
 def rows_of(contents: list[dict]) -> dict[str, list[dict]]:
     """Checkpoints by their row's label: those of a folder that differ in the seed alone share a row, copies do not."""
     rows: dict[tuple, list[dict]] = {}
-    copies: Counter[tuple] = Counter()
+    copies: Counter[tuple] = Counter()  # how often a run was found in a folder
     for content in contents:
         run, folder = run_of(content), Path(content["path"]).parent  # a new --name may stand for new code
         rows.setdefault((replace(run, seed=0), folder, copies[run, folder]), []).append(content)
         copies[run, folder] += 1
-    found: dict[str, list[dict]] = {}
-    for name, row in zip(labels([run for run, *_ in rows]), rows.values(), strict=True):
-        found[f"{name}, {row[0]['path']}" if name in found else name] = row
-    return found
+    by_label: dict[str, list[dict]] = {}
+    for label, row in zip(row_labels([run for run, *_ in rows]), rows.values(), strict=True):
+        by_label[f"{label}, {row[0]['path']}" if label in by_label else label] = row
+    return by_label

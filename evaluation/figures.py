@@ -34,9 +34,10 @@ def plot_confusion(numbers: dict, classes: tuple[str, ...], title: str, path: Pa
     percent = 100 * counts / counts.sum(axis=1, keepdims=True).clip(min=1)
     (axes,) = new_panels(title, ["class"], "predicted", (7, 6) if few else (14, 13))
     picture = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100, interpolation="none")
-    for (i, j), value in np.ndenumerate(percent) if few else ():
-        colour = "white" if value > 50 else "black"
-        axes.text(j, i, f"{value:.0f}" if value else "", ha="center", va="center", fontsize=8, color=colour)
+    if few:
+        for (i, j), value in np.ndenumerate(percent):
+            colour = "white" if value > 50 else "black"
+            axes.text(j, i, f"{value:.0f}" if value else "", ha="center", va="center", fontsize=8, color=colour)
     axes.set_xticks(ticks, names, **style)
     axes.set_yticks(ticks, names, fontsize=style["fontsize"])
     axes.grid(False)
@@ -59,7 +60,7 @@ def plot_reliability(logits: torch.Tensor, labels: torch.Tensor, title: str, pat
 
 
 def class_ticks(classes: tuple[str, ...]) -> tuple[range, list[str], dict]:
-    """Places and names of an x axis's ticks at classes, of many at some, and the names' style; see `drawable`."""
+    """The ticks of an x axis of classes (of many, only some), their names and the names' style; see `drawable`."""
     ticks = range(0, len(classes), math.ceil(len(classes) / NAMES_SHOWN))
     names = drawable(classes, "class")[:: ticks.step]
     if len(classes) > FEW_CLASSES:
@@ -68,16 +69,14 @@ def class_ticks(classes: tuple[str, ...]) -> tuple[range, list[str], dict]:
 
 
 def drawable(names: Sequence[str], what: str, first: int = 0) -> list[str]:
-    """Names as a figure shows them, of 24 characters at most; `what` and a number where no font has the letters.
-
-    Call it within a style's context and before the figure is made: it adds installed fonts that have missing letters.
-    """
+    """Names as the caller's next figure shows them, cut to 24 letters; `what` and a number for letters of no font."""
     missing = set("".join(names)) - letters_of(findfont(FontProperties()))
     for face in sorted(fontManager.ttflist, key=lambda face: face.name):
         is_regular = (face.style, face.weight) == ("normal", 400) and "LastResort" not in face.fname  # all boxes
-        if missing and is_regular and (found := missing & letters_of(face.fname)):
+        found = missing & letters_of(face.fname) if missing and is_regular else set()
+        if found:
             missing -= found
-            matplotlib.rcParams["font.family"] = [*matplotlib.rcParams["font.family"], face.name]
+            matplotlib.rcParams["font.family"] = [*matplotlib.rcParams["font.family"], face.name]  # of the style in use
     shown = [f"{what} {i}" if missing & set(name) else name for i, name in enumerate(names, first)]
     return [name if len(name) <= 24 else f"{name[:23]}…" for name in shown]
 
@@ -91,7 +90,7 @@ def letters_of(path: str) -> set[str]:
 
 @figure_style
 def plot_pictures(pixels: list, names: list[str], answers: dict, classes: tuple[str, ...], path: Path) -> Path:
-    """Draw pictures (B, S, S, 3) beside each model's probabilities (B, C), of many classes the likeliest; the path."""
+    """Draw pictures (B, S, S, 3), each beside its likeliest classes and their probabilities by each model; the path."""
     titles, labels = drawable([Path(name).name for name in names], "picture", 1), drawable(classes, "class")
     figure = Figure((7, 2.2 * len(names) + 0.4))
     grid = figure.subplots(len(names), 2, squeeze=False, width_ratios=(1, 2.4))
@@ -112,20 +111,19 @@ def plot_pictures(pixels: list, names: list[str], answers: dict, classes: tuple[
 
 @figure_style
 def plot_comparison(contents: list[dict], path: Path) -> Path:
-    """Draw top-1 (%) and cross-entropy (nats) over the epochs of a table's runs, seeds as a mean on a band; the path.
-
-    A teacher without a log (a plain state dict), or with one of other images than its students', is left out.
-    """
+    """Draw top-1 (%) and cross-entropy (nats) over the epochs of a table's runs, seeds as a mean in a band."""
     last = run_of(contents[-1])
     images = last.subset, last.holdout
-    contents = [c for c in contents if c["log"] and (c["run"]["subset"], c["run"]["holdout"]) == images]
+    # Left out: a teacher without a log (a plain state dict), or with one of other images than its students'.
+    shown = [c for c in contents if c["log"] and (c["run"]["subset"], c["run"]["holdout"]) == images]
     title = f"Accuracy and loss on the {'held-out' if last.holdout else 'test'} images of {last.dataset}"
     panels = new_panels(title, ["top-1 (%)", "cross-entropy (nats)"])
-    for title, row in rows_of(contents).items():
+    for name, row in rows_of(shown).items():
         logs = [parse_log(content["log"])[1] for content in row]
+        seeds = f" (mean of {len(row)})" if len(row) > 1 else ""
         for axes, key in zip(panels, ("top1", "loss"), strict=True):
-            values = [[line[last.split][key] for line in lines] for lines in zip(*logs, strict=True)]
-            label = f"{title}: {statistics.mean(values[-1]):.2f}" + (f" (mean of {len(row)})" if len(row) > 1 else "")
+            values = [[line[last.split][key] for line in lines] for lines in zip(*logs, strict=True)]  # of each epoch
+            label = f"{name}: {statistics.mean(values[-1]):.2f}{seeds}"
             plot_band(axes, range(1, len(values) + 1), values, marker="." if len(values) == 1 else None, label=label)
     return save_figure(panels[0], path)
 
@@ -139,11 +137,11 @@ def plot_band(axes, x: Sequence[float], values: list[list[float]], **style) -> N
 
 @figure_style
 def plot_omitted(contents: list[dict], path: Path) -> Path | None:
-    """Draw the accuracy (%) of each class, uncorrected and corrected, of the rows that never saw some; None if none."""
+    """Draw each class's accuracy (%) before and after the correction, in rows that never saw some; None if no row."""
     rows = [(title, row) for title, row in rows_of(contents).items() if "bias" in row[0]["measured"]][:PANELS]
     if not rows:
         return None
-    classes = rows[0][1][0]["data"]["classes"]
+    classes = contents[0]["data"]["classes"]
     ticks, names, style = class_ticks(classes)
     figure = Figure((7 if len(classes) <= FEW_CLASSES else 14, 1 + 1.5 * len(rows)))
     panels = figure.subplots(len(rows), sharex=True, squeeze=False)[:, 0]
@@ -165,8 +163,8 @@ def plot_rows(
 ) -> Path | None:
     """Draw numbers of a table's rows over their `key`; None if no line has `least` points.
 
-    A line is of rows whose titles differ in `words`, a regular expression, alone. `panels` are the y labels, each with
-    the function that gives a row's values, which are drawn as a mean on a band.
+    A line joins the rows whose titles differ only in `words`, a regular expression. `panels` has, for each y label, a
+    function from a row to its values, which are drawn as a mean in a band.
     """
     lines: dict[str, list[dict]] = {}
     for row in sorted((row for row in rows if key in row), key=lambda row: row[key]):

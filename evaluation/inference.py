@@ -60,8 +60,7 @@ def measure_cost(model: torch.nn.Module, path: Path, runtime: Runtime, size: int
 def export_model(model: torch.nn.Module, path: Path, data: dict) -> float:
     """Write `model` by torch.export with a dynamic batch; the largest difference of the reloaded program's logits.
 
-    `data` describes the data set; the file's `preprocessing.json` also says what the input (B, 3, S, S) is.
-    UserError if torch can't export the model, RuntimeError if the outputs disagree.
+    `data` describes the data set, for the file's `preprocessing.json`. UserError if torch can't export the model.
     """
     model = copy.deepcopy(model).to("cpu", memory_format=torch.contiguous_format)
     for module in use_products(model, 0).modules():

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from utils import accuracies
 
 BINS = 15  # of equal width, as in Guo et al. (2017)
-CORRECTION_STEPS = 10_000  # at most
 Z = statistics.NormalDist().inv_cdf(0.975)
 
 
@@ -56,10 +55,9 @@ def measure(logits: torch.Tensor, labels: torch.Tensor) -> dict:
 
 
 def fidelity(logits: torch.Tensor, teacher_logits: torch.Tensor, labels: torch.Tensor) -> dict:
-    """How a student (N, C) imitates its teacher (N, C) (Stanton et al., 2021, section 3).
+    """How often logits (N, C) agree in top-1 with the teacher's, and KL(teacher || student) at T = 1 in nats.
 
-    `agreement` of their top-1, mean KL(teacher || student) at T = 1 in nats, and counts of images
-    `contingency`: rows the teacher right, wrong; columns the student right, wrong.
+    `contingency` counts images (Stanton et al., 2021): rows the teacher right, wrong; columns the student right, wrong.
     """
     student, teacher = predictions(logits, labels), predictions(teacher_logits, labels)
     log_p, log_q = (F.log_softmax(values.double(), 1) for values in (teacher_logits, logits))
@@ -80,20 +78,19 @@ def softness(logits: torch.Tensor, temp: float) -> dict[str, float]:
 def bias_correction(logits: torch.Tensor, labels: torch.Tensor, omitted: list[int]) -> torch.Tensor:
     """What to add to logits (C,) so that classes never seen in training are predicted as often as they occur.
 
-    From a student's logits (N, C) and labels (N,) of the whole training set: with the offsets of the `omitted` classes
-    the mean predicted probability of each equals its share of the images; those of other classes are 0. No test image
-    and no label of one is used; Hinton, Vinyals & Dean (2014, section 3) chose theirs on the test set. All offsets are
-    found together, each moved by log(share / mean) until none moves. A class without an image keeps its logit.
+    From logits (N, C) and labels (N,) of the whole training set (the paper, section 3, used the test set): the mean
+    probability of each of the `omitted` classes becomes its share of the images. Classes without an image get 0.
     """
-    logits, shares = logits.double(), labels.bincount(minlength=logits.shape[1]).double() / len(labels)
+    logits = logits.double()
+    shares = labels.bincount(minlength=logits.shape[1]).double() / len(labels)
     classes = [i for i in omitted if shares[i] > 0]
     others = [i for i in range(logits.shape[1]) if i not in classes]
     # The other classes enter as one: their logits do not change.
     together = torch.cat((logits[:, others].logsumexp(1, keepdim=True), logits[:, classes]), dim=1)
     offsets = torch.zeros(logits.shape[1], dtype=torch.float64)
-    for _ in range(CORRECTION_STEPS):
-        mean = F.log_softmax(together, dim=1)[:, 1:].logsumexp(0) - math.log(len(labels))
-        step = shares[classes].log() - mean
+    for _ in range(10_000):  # all offsets move together, until none moves
+        log_mean = F.log_softmax(together, dim=1)[:, 1:].logsumexp(0) - math.log(len(labels))
+        step = shares[classes].log() - log_mean
         together[:, 1:] += step
         offsets[classes] += step
         if (step.abs() < 1e-6).all():
@@ -112,7 +109,7 @@ def measure_omitted(logits: torch.Tensor, labels: torch.Tensor, omitted: list[in
 def two_sided_p(t: float, freedom: int) -> float:
     """The probability of a t at least as large, up or down, under Student's distribution (A&S, 26.7)."""
     angle, odd = math.atan(abs(t) / math.sqrt(freedom)), freedom % 2
-    term, total = math.cos(angle) if odd else 1.0, 0.0
+    term, total = math.cos(angle) if odd else 1.0, 0.0  # of a series in cos(angle)^2
     for i in range(odd, freedom - 1, 2):
         total += term
         term *= (i + 1) / (i + 2) * math.cos(angle) ** 2

@@ -10,9 +10,7 @@ from evaluation.measures import BINS, wilson
 from runtime.cli import format_number
 
 WORST_SHOWN = 10  # classes, where there are more than twice as many
-
-# What is said of a model beside accuracies: the title of a table's column, that of a row of costs, and the format.
-NUMBERS = {
+NUMBERS = {  # beside accuracies: the title of a table's column, that of a row of costs, and the format
     "parameters": ("Parameters", "parameters", "{:,.0f}".format),
     "epochs": ("Epochs", "", str),
     "gain": ("Gain of KD", "", str),
@@ -31,7 +29,7 @@ NUMBERS = {
 def table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table whose source is aligned, so that it is the text too; numbers to the right."""
     first, *others = (max(map(len, column)) for column in zip(header, *rows, strict=True))
-    row_format = f"| {{:<{first}}} |" + "".join(f" {{:>{width}}} |" for width in others)
+    row_format = f"| {{:<{first}}} |" + "".join(f" {{:>{width}}} |" for width in others)  # | {:<12} | {:>6} |
     rule = f"|:{'-' * (first + 1)}|" + "".join(f"{'-' * (width + 1)}:|" for width in others)
     return "\n".join([row_format.format(*header), rule, *(row_format.format(*row) for row in rows)])
 
@@ -41,8 +39,9 @@ def accuracy_text(numbers: dict, classes: tuple[str, ...]) -> str:
     count = numbers["images"]
     intervals = {key: wilson(round(numbers[key] * count), count) for key in TOPS if key in numbers}
     tops = [f"{TOPS[key]} {100 * low:.2f}% to {100 * high:.2f}%" for key, (low, high) in intervals.items()]
-    wrong = sorted((-n, i, j) for i, row in enumerate(numbers["confusion"]) for j, n in enumerate(row) if n and i != j)
-    worst = [f"{classes[i]} predicted as {classes[j]} {-n} times" for n, i, j in wrong[:3]]
+    wrong = [(n, i, j) for i, row in enumerate(numbers["confusion"]) for j, n in enumerate(row) if n and i != j]
+    wrong.sort(key=lambda cell: cell[0], reverse=True)  # which leaves equal ones in order
+    worst = [f"{classes[i]} predicted as {classes[j]} {n} times" for n, i, j in wrong[:3]]
     lines = [f"95% intervals over {count:,} images: {', '.join(tops)}", *per_class_lines(numbers["per_class"], classes)]
     lines.append(f"worst confusions: {', '.join(worst) or 'none'}")
     lines.append(f"expected calibration error {100 * numbers['ece']:.2f}% ({BINS} bins)")
@@ -50,7 +49,7 @@ def accuracy_text(numbers: dict, classes: tuple[str, ...]) -> str:
 
 
 def per_class_lines(shares: list[float | None], classes: tuple[str, ...]) -> list[str]:
-    """The accuracy (0 to 1, None where there was no image) of each class; of many, of the worst."""
+    """The accuracy of each class, or if there are many, of the worst; a share (0 to 1) is None without an image."""
     title, pairs = "accuracy of each class", list(zip(classes, shares, strict=True))
     if len(classes) > 2 * WORST_SHOWN:
         seen = [(name, share) for name, share in pairs if share is not None]

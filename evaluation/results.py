@@ -20,10 +20,7 @@ ACCURACIES |= {"corrected_top1_others": "Corrected, others"}
 
 
 def collect(contents: list[dict]) -> dict:
-    """Rows, gains and notes from measured checkpoints: means over seeds, of accuracies in percent also deviations.
-
-    The gain of KD is over the same-seed baseline, that of another loss over plain KD, judged with Holm's correction.
-    """
+    """Rows, gains and notes from measured checkpoints: means over seeds, of accuracies in percent also deviations."""
     results = {"rows": [], "gains": [], "gains_over_kd": [], "notes": []}
     rows = rows_of(contents)
     for label, row in rows.items():
@@ -32,7 +29,7 @@ def collect(contents: list[dict]) -> dict:
         if runs[0].student_images:
             numbers["student_images"] = runs[0].student_images
         if len({tuple(content["machine"].values()) for content in row}) > 1:
-            numbers["machines"] = sorted({", torch ".join(c["machine"][k] for k in ("device", "torch")) for c in row})
+            numbers["machines"] = sorted({f"{c['machine']['device']}, torch {c['machine']['torch']}" for c in row})
         measured = [content["measured"] for content in row]
         for key in [key for key in ACCURACIES if key in measured[0]]:
             values = [100 * m[key] for m in measured]
@@ -43,11 +40,10 @@ def collect(contents: list[dict]) -> dict:
         numbers |= {key: statistics.mean(m[key] for m in measured) for key in shared}
         if "bias" in measured[0]:
             numbers["bias"] = [statistics.mean(values) for values in zip(*(m["bias"] for m in measured), strict=True)]
-        results["rows"].append(numbers)
         if runs[0].kd:
+            numbers["temp"] = runs[0].temp
             softness = [parse_log(content["log"])[1][0]["teacher"] for content in row]  # in the first epochs
-            means = {f"teacher_{key}": statistics.mean(values[key] for values in softness) for key in softness[0]}
-            numbers |= {"temp": runs[0].temp} | means
+            numbers |= {f"teacher_{key}": statistics.mean(values[key] for values in softness) for key in softness[0]}
             if "agreement" not in numbers and any(content["run"]["role"] == "teacher" for content in contents):
                 results["notes"].append(f"{label}: its teacher is not in this table")
             if gains := paired_differences(row, contents, is_baseline_of):
@@ -58,6 +54,7 @@ def collect(contents: list[dict]) -> dict:
         for other_label, others in rows.items():
             if gains := paired_differences(row, others, is_kd_baseline_of):
                 results["gains_over_kd"].append({"model": label, "over": other_label, **paired_gain(gains)})
+        results["rows"].append(numbers)
     tested = [gain for gain in results["gains_over_kd"] if "p" in gain]
     for gain, significant in zip(tested, holm([gain["p"] for gain in tested]), strict=True):
         gain["significant"] = significant
@@ -89,7 +86,7 @@ def pairs_text(gain: dict) -> str:
 
 def gain_text(gain: dict) -> str:
     """A gain of KD in a sentence."""
-    mean = points(gain).partition(" ")[0]
+    mean = points(gain).partition(" ")[0]  # without the interval
     text = f"{gain['model']} gains {mean} points of top-1 over the same-seed baseline without KD"
     if "ci" not in gain:
         return f"{text} ({pairs_text(gain)}, no interval: more --seeds give one)"
@@ -102,26 +99,30 @@ def verdict(gain: dict) -> str:
     """Whether a loss beats plain KD."""
     if "p" not in gain:
         return f"{pairs_text(gain)}: not tested"
-    return ("better" if gain["mean"] > 0 else "worse") if gain["significant"] else "not significant"
+    if not gain["significant"]:
+        return "not significant"
+    return "better" if gain["mean"] > 0 else "worse"
 
 
 def results_text(results: dict) -> str:
     """What `collect` returns as a Markdown table, with sentences on gains and notes."""
-    gains, rows = {gain["model"]: {"gain": points(gain)} for gain in results["gains"]}, []
+    gains = {gain["model"]: points(gain) for gain in results["gains"]}
+    models: list[dict[str, str]] = []  # the cells of each row, by column
     for row in results["rows"]:
-        row = row | gains.get(row["model"], {})
         cells = {"Model": row["model"] + (f" {OTHER_MACHINES}" if "machines" in row else "")}
         for key, title in ACCURACIES.items():
             deviation = f" ± {row[f'{key}_sd']:.2f}" if f"{key}_sd" in row else ""
             cells[title] = f"{row[key]:.2f}%{deviation}" if key in row else ""
-        cells |= {title: form(row[key]) if key in row else "" for key, (title, _, form) in NUMBERS.items()}
-        rows.append(cells)
-    titles = [title for title in rows[0] if any(cells[title] for cells in rows)]  # no empty columns
-    texts = [table(titles, [[cells[title] for title in titles] for cells in rows]), *map(gain_text, results["gains"])]
+        for key, (title, _, form) in NUMBERS.items():
+            cells[title] = form(row[key]) if key in row else ""
+        cells["Gain of KD"] = gains.get(row["model"], "")
+        models.append(cells)
+    titles = [title for title in models[0] if any(cells[title] for cells in models)]  # no empty columns
+    texts = [table(titles, [[cells[title] for title in titles] for cells in models]), *map(gain_text, results["gains"])]
     if results["gains_over_kd"]:
         tested = sum("p" in gain for gain in results["gains_over_kd"])
-        rows = [[gain["model"], gain["over"], points(gain), verdict(gain)] for gain in results["gains_over_kd"]]
-        texts.append(table(["Loss", "Over plain KD, same seeds", "Top 1, points", "Verdict"], rows))
+        losses = [[gain["model"], gain["over"], points(gain), verdict(gain)] for gain in results["gains_over_kd"]]
+        texts.append(table(["Loss", "Over plain KD, same seeds", "Top 1, points", "Verdict"], losses))
         texts.append(f"Verdicts at the 5% level, with Holm's correction for {tested} comparison{'s' * (tested != 1)}.")
     for row in results["rows"]:
         if "machines" in row:
@@ -133,14 +134,15 @@ def publish(contents: list[dict], folder: Path) -> None:
     """Write the table of measured checkpoints, its figures and its runs' logs into a folder, and print it."""
     results = collect(contents)
     text = results_text(results)
-    for name, content in (("results.md", text), ("runs.jsonl", "".join(content["log"] for content in contents))):
+    logs = "".join(content["log"] for content in contents)
+    for name, written in (("results.md", text), ("runs.jsonl", logs)):
         with writing(folder / name) as temporary:
-            temporary.write_text(content, encoding="utf-8", errors="replace")  # a file's name may be no text
+            temporary.write_text(written, encoding="utf-8", errors="replace")  # a file's name may be no text
     write_json(folder / "results.json", results)
     plot_comparison(contents, folder / "comparison.png")
-    names = ["results.md", "results.json", "comparison.png"]
-    for draw, shown in ((plot_omitted, contents), (plot_images, results), (plot_temperatures, results)):
-        path = folder / f"{draw.__name__.removeprefix('plot_')}.png"
-        path.unlink(missing_ok=True)  # of an earlier table
-        names += [path.name] if draw(shown, path) else []
+    for name in ("omitted.png", "images.png", "temperatures.png"):
+        (folder / name).unlink(missing_ok=True)  # of an earlier table
+    drawn = [plot_omitted(contents, folder / "omitted.png"), plot_images(results, folder / "images.png")]
+    drawn.append(plot_temperatures(results, folder / "temperatures.png"))
+    names = ["results.md", "results.json", "comparison.png", *(path.name for path in drawn if path)]
     print(f"{text}\nsaved {folder}: {', '.join(names)} and runs.jsonl")

@@ -27,12 +27,13 @@ def build_own(name: str, num_classes: int, size: int) -> nn.Module:
         if not isinstance(model, nn.Module):
             raise UserError(f"--student {name} returns a {type(model).__name__}, not a torch.nn.Module")
         with torch.no_grad():  # another model is tried in training, which changes batch norm
-            outputs = [tried(images) for tried in (model.eval(), builder(num_classes=num_classes).train())]
+            outputs = [model.eval()(images), builder(num_classes=num_classes).train()(images)]
             outputs.append(model.to(memory_format=torch.channels_last)(images))
     except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError, LookupError) as error:
         called = f"num_classes={num_classes} and images {tuple(images.shape)}"
         raise UserError(f"--student {name} fails with {called}: {error}") from error
-    for shape in (tuple(getattr(output, "shape", ())) for output in outputs):
+    for output in outputs:
+        shape = tuple(getattr(output, "shape", ()))
         if shape != (2, num_classes):
             raise UserError(f"--student {name} returns shape {shape} for 2 images, not {(2, num_classes)}")
     layer = last_linear(model)

@@ -4,8 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# One row per resolution: the widths of its 3 x 3 convolutions, each row followed by a 2 x 2 max pool.
-CONFIGURATION_E = ((64, 64), (128, 128), (256,) * 4, (512,) * 4, (512,) * 4)
+CONFIGURATION_E = ((64, 64), (128, 128), (256,) * 4, (512,) * 4, (512,) * 4)  # widths, one row per resolution
 
 
 class Conv3x3(nn.Conv2d):
@@ -28,7 +27,7 @@ class Conv3x3(nn.Conv2d):
 
 
 def use_products(model: nn.Module, up_to: int) -> nn.Module:
-    """Let a model compute maps up to a side (0: none) as products, in place."""
+    """Let a model compute convolutions of maps up to this side (0: none) as matrix products, in place."""
     for module in model.modules():
         if isinstance(module, Conv3x3):
             module.product_up_to = up_to
@@ -54,13 +53,13 @@ def initialise(model: nn.Module) -> None:
 
 
 def make_layers(rows: tuple[tuple[int, ...], ...], bias: bool) -> nn.Sequential:
-    """The convolutional part; with biases layer for layer torchvision's, so that state dicts are interchangeable."""
+    """3 x 3 convolutions, a max pool after each row; with biases torchvision's, whose state dicts can be exchanged."""
     layers: list[nn.Module] = []
     channels = 3
     for row in rows:
         for width in row:
             layers += [Conv3x3(channels, width, bias), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
-            if bias:  # it stays zero: batch norm cancels it, and its gradient is rounding noise
+            if bias:  # it stays zero without a gradient, which would be rounding noise: batch norm cancels a bias
                 nn.init.zeros_(layers[-3].bias).requires_grad_(False)
             channels = width
         layers.append(nn.MaxPool2d(2))
@@ -85,8 +84,5 @@ class VGG(nn.Module):
 
 
 def vgg19_bn(num_classes: int = 10) -> nn.Module:
-    """VGG19-BN: 20.0 M parameters, 398 M multiply-accumulates per image of 32 x 32.
-
-    The biases of its convolutions stay zero and get no gradient: batch norm cancels them.
-    """
+    """VGG19-BN: 20.0 M parameters, 398 M multiply-accumulates per image of 32 x 32."""
     return VGG(CONFIGURATION_E, num_classes)

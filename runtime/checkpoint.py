@@ -26,10 +26,9 @@ def save(path: Path, content: dict) -> None:
 
 
 def load(path: Path, or_state_dict: bool = False) -> dict:
-    """What `save` wrote, tensors on the CPU, with its `path`; code in the file is never run.
+    """What `save` wrote, on the CPU, with its `path`; no code in it is run. UserError if missing, damaged or foreign.
 
-    With `or_state_dict` also a plain state dict with the teacher's keys, as `model` and `path` alone. UserError if the
-    file is missing, damaged (by its checksums), or something else.
+    With `or_state_dict` also a plain state dict with the teacher's keys, as `model` and `path` alone.
     """
     if path.is_dir():
         raise UserError(f"{path} is a folder, not a checkpoint: give a file")

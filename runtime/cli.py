@@ -78,17 +78,20 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser(script: str, options_class: type) -> Parser:
-    """The parser of a script, from its options' docstring and fields; one that is not given is not in its result."""
+    """The parser of a script, from the docstring and fields of its options; what is not given is not in its result."""
     usage, description = f"{script} [options]", options_class.__doc__
     parser = Parser(script, usage, description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     titles = dict.fromkeys(f.metadata["group"] for f in fields(options_class))
     groups = {title: parser.add_argument_group(title) for title in titles}
     for f in fields(options_class):
-        kind = str(f.type)
-        keywords = {"nargs": "+"} if "tuple" in kind else {"nargs": "?", "const": True} if "bool" in kind else {}
-        keywords["metavar"] = next((METAVARS[name] for name in METAVARS if name in kind), f.name.upper())
-        keywords |= {"type": f.metadata["parse"], "choices": f.metadata["choices"], "help": f.metadata["help"]}
-        groups[f.metadata["group"]].add_argument(f"--{f.name}", **keywords)
+        field_type, metadata = str(f.type), f.metadata
+        keywords = {"type": metadata["parse"], "choices": metadata["choices"], "help": metadata["help"]}
+        keywords["metavar"] = next((METAVARS[name] for name in METAVARS if name in field_type), f.name.upper())
+        if "tuple" in field_type:
+            keywords["nargs"] = "+"
+        elif "bool" in field_type:  # --kd alone is --kd True
+            keywords |= {"nargs": "?", "const": True}
+        groups[metadata["group"]].add_argument(f"--{f.name}", **keywords)
     return parser
 
 
@@ -109,7 +112,7 @@ def parse_words(script: str, options: type, argv: list | None, needs: dict, excl
             if other in chosen:
                 parser.error(f"--{name} and --{other} can't be combined: leave one of them out")
     for name in given:
-        needed = [other for other in needs.get(name, "").split() if hasattr(options, other)]
+        needed = [other for other in needs.get(name, "").split() if hasattr(options, other)]  # test.py has no --all
         if needed and not any(other in chosen for other in needed):
             wanted = " or ".join(f"--{other} True" for other in needed)
             parser.error(f"--{name} requires {wanted}: add that, or leave --{name} out")

@@ -16,7 +16,7 @@ from torch import nn
 
 from runtime.errors import StopSignal, UserError
 
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # autocast's type, None: it is off
+AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # autocast's type, None: it is off
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Runtime:
     @property
     def product_dtype(self) -> torch.dtype:
         """The type of Muon's matrix products, which rounding does not harm: in float32 runs bfloat16 where fast."""
-        return PRECISIONS[self.precision] or (torch.bfloat16 if has_fast_bf16(self.device) else torch.float32)
+        return AUTOCAST_DTYPES[self.precision] or (torch.bfloat16 if has_fast_bf16(self.device) else torch.float32)
 
     @property
     def max_product_side(self) -> int:
@@ -53,9 +53,8 @@ class Runtime:
         return 4 if fast.get(self.precision) else 0
 
     def autocast(self) -> torch.autocast:
-        """The context of every forward pass."""
-        # Its cache of cast weights lives as long as the outermost autocast, which may be the host's: never kept here.
-        dtype = PRECISIONS[self.precision]
+        """The context of every forward pass; a cache of cast weights would live as long as a host's own autocast."""
+        dtype = AUTOCAST_DTYPES[self.precision]
         return torch.autocast(self.device.type, dtype, enabled=dtype is not None, cache_enabled=False)
 
     @contextlib.contextmanager
@@ -142,8 +141,7 @@ def training_error(device: torch.device) -> str:
     except RuntimeError as error:  # also a NotImplementedError
         return str(error).splitlines()[0]
     expected = gradients(torch.device("cpu"))
-    # The first bias's gradient is rounding noise: batch norm cancels the bias.
-    largest = max(gradient.norm() for gradient in expected)
+    largest = max(gradient.norm() for gradient in expected)  # the first bias's, which batch norm cancels, is noise
     errors = [float((got - wanted).norm() / largest) for got, wanted in zip(found, expected, strict=True)]
     if all(error < 0.01 for error in errors):  # which a NaN is not
         return ""

@@ -10,8 +10,7 @@ import traceback
 from collections.abc import Callable
 
 MEMORY = "not enough memory: give train.py a smaller --batch_size or --size, or --device cpu if another device is full"
-# Our message for a machine failure, by a part of torch's message.
-FAILURES = {
+FAILURES = {  # our message for a failure of the machine, by a part of torch's message
     "DefaultCPUAllocator": MEMORY,
     "out of memory": MEMORY,  # of CUDA, MPS
     "STATUS_ALLOC_FAILED": MEMORY,  # of cuBLAS, cuDNN
@@ -88,6 +87,15 @@ def exit_code(main: Callable[[], None]) -> int:
             return report(known)
         raise
     return 0
+
+
+def leave(code: int) -> None:
+    """End the process with an exit code; after Ctrl-C by the signal itself, which ends a loop in a shell, too."""
+    if code == 128 + signal.SIGINT and os.name == "posix" and "IPython" not in sys.modules:
+        sys.stdout.flush()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    sys.exit(code)
 
 
 def known_failure(error: Exception) -> str | None:

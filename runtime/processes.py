@@ -88,8 +88,9 @@ def process_group(runtime: Runtime, world_size: int):
         yield replace(runtime, rank=rank, world_size=world_size)
     except (UserError, Stopped, RuntimeError) as error:
         # All processes end with one error, or with the loss of a peer that has one: the first one reports it.
-        is_own = not isinstance(error, RuntimeError)
-        if store.add("failed", int(is_own)) > is_own:
+        own = 0 if isinstance(error, RuntimeError) else 1
+        reported_by_others = store.add("failed", own) - own
+        if reported_by_others:
             raise SystemExit(128 + error.args[0] if isinstance(error, Stopped) else 2) from error
         raise
     finally:

@@ -20,7 +20,7 @@ class Progress(AbstractContextManager):
         self.bar = tqdm(total=total, initial=initial, desc=title, disable=not self.terminal, leave=False, unit=unit)
 
     def step(self, text_of: Callable[[], str] = str) -> None:
-        """Count a step and, where it is time, show the text that a function returns."""
+        """Count a step and, if it is time, show the text that a function returns, by default none."""
         self.count += 1
         self.bar.update()
         if time.monotonic() - self.shown_at >= self.every:

@@ -25,7 +25,7 @@ from training.teacher_logits import write_logits
 from utils import Data, held_out_logits, load_images, parse_log
 
 KEYS = {
-    "checkpoint", "role", "images", "loss", "top1", "top5", "top1_ci", "per_class", "confusion", "ece",
+    "checkpoint", "role", "run", "images", "loss", "top1", "top5", "top1_ci", "per_class", "confusion", "ece",
     "parameters", "macs", "bytes", "latency_ms", "images_per_second",
 }  # fmt: skip
 FIDELITY = {"agreement", "kl_to_teacher", "contingency"}

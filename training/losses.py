@@ -4,8 +4,6 @@ Plain KD is `utils.kd_loss`. The others are functions in a table: each takes log
 targets (B,) int64 and a temperature T > 0, and returns its terms, scalars in nats, which `--kd_weight` weights.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 
@@ -57,7 +55,7 @@ def wttm(student: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor, te
     return ((weight * kl_to_softened_teacher(student, teacher, temp)).mean(),)
 
 
-LOSSES: dict[str, Callable[..., Terms]] = {"ls": ls, "dkd": dkd, "ttm": ttm, "wttm": wttm}
+LOSSES = {"ls": ls, "dkd": dkd, "ttm": ttm, "wttm": wttm}
 
 
 def training_loss(
@@ -68,12 +66,15 @@ def training_loss(
     ce = F.cross_entropy(student_logits, targets)
     if not run.kd:
         return ce, ce.detach(), torch.zeros_like(ce)
-    teacher_logits, function = teacher_logits.float(), LOSS_DEFAULTS[run.loss].function
+    teacher_logits = teacher_logits.float()
+    function = LOSS_DEFAULTS[run.loss].function
     if function == "kd":
         total = run.kd_weights[0] + run.ce_weight  # 1 with the weights alpha and 1 - alpha
         loss = total * utils.kd_loss(student_logits, teacher_logits, targets, run.temp, run.kd_weights[0] / total)
         soft = utils.soft_target_loss(student_logits.detach(), teacher_logits, run.temp)
         return loss, ce.detach(), soft
     terms = LOSSES[function](student_logits, teacher_logits, targets, run.temp)
-    weighted = (weight * term for weight, term in zip(run.kd_weights, terms, strict=True))
-    return sum(weighted, run.ce_weight * ce), ce.detach(), sum(terms).detach()
+    loss = run.ce_weight * ce
+    for weight, term in zip(run.kd_weights, terms, strict=True):
+        loss = loss + weight * term
+    return loss, ce.detach(), sum(terms).detach()

@@ -53,8 +53,7 @@ def newton_schulz(gram: torch.Tensor) -> torch.Tensor:
 def orthogonalise(matrices: list[torch.Tensor], dtype: torch.dtype) -> None:
     """Replace each matrix U S V^T (M, N) of norm 1 by nearly U V^T, in place; computed in `dtype`.
 
-    Matrices of one shape are one batch, and all Gram matrices that have one size when padded with zeros are another:
-    a GPU waits for the number of these products, not for their size.
+    Matrices of one shape are one batch, and so are Gram matrices of one padded size: a GPU waits for each product.
     """
     alike: dict[torch.Size, list[torch.Tensor]] = {}
     for matrix in matrices:
@@ -112,12 +111,15 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None) -> None:
         """One step of all groups. The gradients are used up."""
-        moved = [(group, [w for w in group["params"] if w.grad is not None]) for group in self.param_groups]
-        moved = [(group, weights) for group, weights in moved if weights]
-        for group, weights in moved:
+        moved = []  # each group that moves, with its weights that have a gradient
+        for group in self.param_groups:
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            if not weights:
+                continue
+            moved.append((group, weights))
             beta = group["momentum"]
             momenta = [self.state[weight]["momentum"] for weight in weights]
-            steps = [weight.grad for weight in weights]
+            steps = [weight.grad for weight in weights]  # which become the steps, in place
             torch._foreach_mul_(momenta, beta)
             torch._foreach_add_(momenta, steps)
             torch._foreach_add_(steps, momenta, alpha=beta)  # Nesterov's
@@ -151,7 +153,7 @@ def weights_before_batch_norm(model: nn.Module) -> set[nn.Parameter]:
 
 
 def make_optimizer(model: nn.Module, run: RunConfig, dtype: torch.dtype) -> torch.optim.Optimizer:
-    """Muon, its products in `dtype`, or SGD, as the run says, for a model whose last linear layer gives the logits."""
+    """The optimizer that a run names, Muon (its products in `dtype`) or SGD; the last linear layer gives the logits."""
     is_muon = run.optimizer == "muon"
     head, has_free_scale = last_linear(model), weights_before_batch_norm(model)
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -19,7 +19,6 @@ class Recipe:
 
 RECIPE_FIELDS = tuple(f.name for f in fields(Recipe))
 OPTIMIZERS = ("muon", "sgd")
-DIGITS_SCALING = {"made_for": 5000, "most": 10}  # images; up to 10 times the epochs: 30, as in CIFAR's recipe
 CIFAR = {
     ("teacher", "muon"): Recipe(num_epochs=16, lr=0.1, head_lr=0.003, norm_lr=0.11),
     ("student", "muon"): Recipe(num_epochs=30, lr=0.1, head_lr=0.2, norm_lr=0.11, views=16),
@@ -35,17 +34,20 @@ DIGITS = {
 
 
 def recipe_of(dataset: str, role: str, optimizer: str, train_images: int, student_images: int | None = None) -> Recipe:
-    """The recipe of a role ("teacher" | "student"), scaled to the images of a data set that has no own recipe.
+    """The recipe of a role ("teacher" | "student"), scaled to `student_images`, if given, or to the training images.
 
-    `student_images`, if given, are what it is scaled to.
+    It is not scaled to the training images of CIFAR and of the digits, for which it was made.
     """
-    recipe = (DIGITS if dataset == "digits" else CIFAR)[role, optimizer]
-    images = student_images or (train_images if dataset not in ("cifar10", "cifar100", "digits") else None)
-    return scale_recipe(recipe, images, **(DIGITS_SCALING if dataset == "digits" else {})) if images else recipe
+    if dataset == "digits":  # scaled to up to 10 times the epochs: 30, as in the recipe for CIFAR
+        recipe = DIGITS[role, optimizer]
+        return scale_recipe(recipe, student_images, made_for=5000, most=10) if student_images else recipe
+    recipe = CIFAR[role, optimizer]
+    images = student_images or (None if dataset.startswith("cifar") else train_images)
+    return scale_recipe(recipe, images) if images else recipe
 
 
 def scale_recipe(recipe: Recipe, images: int, made_for: int = 50_000, most: float = 4) -> Recipe:
-    """A recipe for `images` instead of `made_for`: as many are seen in all, in up to `most` times the epochs."""
+    """A recipe for `images` images, not `made_for`: a model sees as many in all, in at most `most` times the epochs."""
     epochs = round(recipe.num_epochs * min(max(made_for / images, 0.25), most))
     batch_size = min(max(2 ** int(math.log2(max(images / 64, 1))), 32), recipe.batch_size)
     return replace(recipe, num_epochs=epochs, batch_size=batch_size)
@@ -70,13 +72,10 @@ LOSS_DEFAULTS = {
     "wttm": LossDefaults("wttm", (5.0,), (4.0,), 1.0),
 }
 # Plain KD at the temperature and total weight of another loss: does the loss help, or its weight?
-LOSS_DEFAULTS |= {
-    f"kd_as_{name}": LossDefaults("kd", row.temps, (sum(row.kd_weights),), row.ce_weight)
-    for name, row in LOSS_DEFAULTS.items()
-    if name != "kd"
-}
-# Of plain KD: held out, 2 was the best of 1, 2 and 3; 5 is for comparison (docs/results.md).
-TEMPS = {"cifar100": (2.0, 5.0)}
+for name, row in [*LOSS_DEFAULTS.items()]:
+    if name != "kd":
+        LOSS_DEFAULTS[f"kd_as_{name}"] = replace(row, function="kd", kd_weights=(sum(row.kd_weights),))
+TEMPS = {"cifar100": (2.0, 5.0)}  # of plain KD: 2 was best on held-out images, 5 is for comparison (docs/results.md)
 
 
 def temps_of(dataset: str, loss: str) -> tuple[float, ...]:

@@ -56,7 +56,7 @@ def load_model(content: dict, runtime: Runtime, student: str | None = None) -> t
 
 
 def mismatch(content: dict, name: RunName, spec: DataSet, same_images: bool = True) -> str:
-    """Why a checkpoint doesn't fit a data set, as far as that was read, or saw what `name` holds out; else ""."""
+    """Why a checkpoint does not fit a data set, or has seen images that `name` holds out; "" if there is no reason."""
     run, classes = run_of(content), content["data"]["classes"]
     if tuple(classes) != spec.classes:
         return f"has {len(classes)} classes ({', '.join(classes[:3])}, ...) that are not those of {spec.name}"
@@ -69,22 +69,24 @@ def mismatch(content: dict, name: RunName, spec: DataSet, same_images: bool = Tr
     return ""
 
 
-def finished(content: dict) -> dict:
-    """A finished run's checkpoint; UserError if the run is unfinished, or of code that is not this one."""
+def require_finished(content: dict) -> dict:
+    """The same checkpoint; UserError if its run is unfinished, or of another version of this code."""
     if "metrics" not in content:
         raise UserError(f"{content['path']} is an unfinished run: rerun its command to finish it")
     run_of(content)
     return content
 
 
-def check_same(content: dict, run: RunConfig) -> None:
-    """UserError if a file is of another run than `run`, whose teacher may not be known yet."""
-    kind, ignoring = "a finished run", set() if run.teacher else {"teacher", "teacher_unknown"}
-    if "metrics" not in content:
-        kind, ignoring = "an unfinished run", ignoring | {"processes", "sync_bn"}  # sync_bn needs several
+def require_same(content: dict, run: RunConfig) -> dict:
+    """The same content; UserError if it is of another run than `run`, whose teacher may not be known yet."""
+    kind = "a finished run" if "metrics" in content else "an unfinished run"
+    ignoring = set() if run.teacher else {"teacher", "teacher_unknown"}
+    if "metrics" not in content:  # another number of processes may resume it, and sync_bn needs several
+        ignoring |= {"processes", "sync_bn"}
     if why := describe_differences(run_of(content), run, ignoring):
         advice = "give its own options, keep both with --name WORD, or replace it with --resume False (not with --all)"
         raise UserError(f"{content['path']} is {kind} with {why}: {advice}")
+    return content
 
 
 def find_finished(run: RunConfig, options) -> dict | None:
@@ -92,12 +94,10 @@ def find_finished(run: RunConfig, options) -> dict | None:
     files = RunFiles(run, options)
     is_unfinished = files.resume.exists()
     if is_unfinished and options.all:
-        check_same(checkpoint.load(files.resume), run)  # now, not when its turn comes
+        require_same(checkpoint.load(files.resume), run)  # now, not when its turn comes
     if is_unfinished or not (options.resume and files.checkpoint.exists()):
         return None
-    content = checkpoint.load(files.checkpoint)
-    check_same(content, run)
-    return content
+    return require_same(checkpoint.load(files.checkpoint), run)
 
 
 class Run:
@@ -143,7 +143,7 @@ class Run:
         return step if self.epoch < self.config.num_epochs else "the end of the last epoch"
 
     def begin_epoch(self, epoch: int) -> None:
-        """Go before the first step of an epoch, counted from 0."""
+        """Move to the first step of an epoch, counted from 0."""
         self.epoch, self.step, self.seconds = epoch, 0, 0.0
         dtype = torch.float32 if self.runtime.device.type == "mps" else torch.float64
         self.totals = torch.zeros(len(METRICS), dtype=dtype, device=self.runtime.device)
@@ -172,12 +172,12 @@ class Run:
     def count_time(self) -> None:
         """Add the time since the last call to that of the epoch."""
         now = time.monotonic()
-        self.seconds += now - self.clock
+        self.seconds += min(now - self.clock, 600.0)  # on Windows the clock goes on while a laptop sleeps
         self.clock = now
 
     def check_finite(self) -> None:
         """UserError if a loss of this epoch is NaN or infinite, and so their sum; what was saved before it stays."""
-        loss = self.totals[0].item()
+        loss = self.totals[METRICS.index("loss")].item()
         if not math.isfinite(loss):
             how = "--tto True " if self.config.role == "teacher" else ""
             what = f"the loss of {self.config.stem} is {loss:g} in epoch {self.epoch + 1}"
@@ -191,8 +191,8 @@ class Run:
     def state(self, **more) -> dict:
         """What a checkpoint holds: the header, the data set in words, and the weights."""
         weights = {name: tensor.cpu().contiguous() for name, tensor in self.model.state_dict().items()}
-        described = {"data": describe_data(self.spec), "epoch": self.epoch, "log": self.log}
-        return {**self.header(), **described, "model": weights, **more}
+        content = {"data": describe_data(self.spec), "epoch": self.epoch, "log": self.log, "model": weights}
+        return self.header() | content | more
 
     def finished_state(self) -> dict:
         """What the checkpoint of the finished run holds: with the metrics of its last epoch, and its seconds."""
@@ -224,10 +224,7 @@ class Run:
 
     def restore(self) -> None:
         """Continue where the resume state was saved; UserError if its run had other options, or it is damaged."""
-        path = self.files.resume
-        state = checkpoint.load(path)
-        check_same(state, self.config)
-        before = run_of(state)
+        state = require_same(checkpoint.load(self.files.resume), self.config)
         checkpoint.load_weights(self.model, state)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
@@ -235,8 +232,10 @@ class Run:
         # Sums over all processes then: each takes its share, so that they add up to the same.
         self.totals += (state["totals"] / self.runtime.world_size).to(self.totals)
         self.write_log(state["log"])  # whatever became of the file meanwhile
-        notes = [describe_differences(before, self.config)] if before != self.config else []
-        notes += [f"{name} {state['machine'][name]}, not {value}" for name, value in machine(self.runtime).items()
-                  if state["machine"][name] != value]  # fmt: skip
-        changed = f"; it was saved with {'; '.join(notes)}: the result may differ" if notes else ""
-        self.runtime.print(f"resuming {path} at {self.place}{changed}")
+        before = run_of(state)
+        changes = [describe_differences(before, self.config)] if before != self.config else []
+        for name, value in machine(self.runtime).items():
+            if state["machine"][name] != value:
+                changes.append(f"{name} {state['machine'][name]}, not {value}")
+        note = f"; it was saved with {'; '.join(changes)}: the result may differ" if changes else ""
+        self.runtime.print(f"resuming {self.files.resume} at {self.place}{note}")

@@ -1,7 +1,6 @@
 """What a run is, and which runs belong together. Standard library and tables only.
 
-Three objects: the options of config.py hold what the user typed; a RunName holds what a run's files are called after;
-a RunConfig holds every value that shapes the run's result. `plan` leads from options to RunConfigs.
+A RunName is what a run's files are called after, a RunConfig all that shapes its result; `plan` makes them of options.
 """
 
 import hashlib
@@ -41,7 +40,7 @@ class RunName:
 
     @property
     def teacher_name(self) -> "RunName":
-        """The teacher to learn from: of a trial, one of the same images; its seed is always the default one."""
+        """The teacher to learn from, with the same --subset and --holdout; its seed is always the default one."""
         return RunName(self.dataset, "teacher", subset=self.subset, holdout=self.holdout, size=self.size)
 
     @property
@@ -51,18 +50,21 @@ class RunName:
 
     @property
     def omitted(self) -> str:
-        """The omitted classes in words; of many, their number and a hash of their names."""
+        """The omitted classes in words, or if there are many, their number and a hash of their names."""
         words = " ".join(self.omit)
-        many = f"{len(self.omit)} classes {hashlib.sha256(words.encode()).hexdigest()[:8]}"
-        return words if len(words.encode()) <= LONGEST_WORDS else many
+        if len(words.encode()) <= LONGEST_WORDS:
+            return words
+        return f"{len(self.omit)} classes {hashlib.sha256(words.encode()).hexdigest()[:8]}"
 
     @property
     def images_suffix(self) -> str:
-        """What the choice of images adds to file names; all at the default size, nothing."""
-        omitted = self.omitted.replace(" ", "_")
-        parts = {"size": self.size if self.size != SIDE else None, "subset": self.subset, "holdout": self.holdout}
-        parts |= {"omit_": omitted, "images": self.student_images}
-        return "".join(f"_{name}{value}" for name, value in parts.items() if value)
+        """What the choice of images adds to file names: nothing for all images at the default size."""
+        size = f"_size{self.size}" if self.size != SIDE else ""
+        subset = f"_subset{self.subset}" if self.subset else ""
+        holdout = f"_holdout{self.holdout}" if self.holdout else ""
+        omit = f"_omit_{self.omitted.replace(' ', '_')}" if self.omitted else ""
+        images = f"_images{self.student_images}" if self.student_images else ""
+        return size + subset + holdout + omit + images
 
     @property
     def student_suffix(self) -> str:
@@ -88,14 +90,16 @@ class RunName:
         names = [name for name in ("size", "subset", "holdout") if getattr(self, name) != getattr(RunName, name)]
         return title + "".join(f", {name} {getattr(self, name)}" for name in names)
 
-    def command(self, script: str, **folders) -> str:
+    def command(self, script: str, **more) -> str:
         """What to type to train ("train.py") or to evaluate ("test.py") this run; only one with KD has a --teacher."""
         options = {"tto": True} if self.role == "teacher" else {}
         if self.kd:
-            options |= {"kd": True} | ({"loss": self.loss} if self.loss != "kd" else {}) | {"temp": self.temp}
+            options |= {"kd": True, "loss": self.loss, "temp": self.temp}
+        if self.loss == "kd":
+            del options["loss"]  # it is the default
         names = ("dataset", "seed", "subset", "holdout", "omit", "student_images", "student", "size")
         options |= {name: getattr(self, name) for name in names if getattr(self, name) != getattr(RunName, name)}
-        words = [f"--{name} {typed(v)}" for name, v in (options | folders).items() if self.kd or name != "teacher"]
+        words = [f"--{name} {typed(value)}" for name, value in (options | more).items() if self.kd or name != "teacher"]
         return " ".join(["python", script, *words])
 
 
@@ -135,31 +139,38 @@ class RunConfig(Recipe, RunName):
         terms = {"kd": ("KL",), "dkd": ("TCKD", "NCKD")}.get(LOSS_DEFAULTS[self.loss].function, default_terms)
         weighted = zip((*self.kd_weights, self.ce_weight), (*terms, "CE"), strict=True)
         sum_of_terms = " + ".join(f"{format_number(weight)} {term}" for weight, term in weighted)
-        return super().title.replace(")", f", {sum_of_terms})", 1) + unknown
+        return super().title.replace(")", f", {sum_of_terms})", 1) + unknown  # within its first parentheses
 
 
 def name_of(options) -> RunName:
-    """The run that the options of either script name; with several temperatures or losses, the first."""
-    loss = (options.loss or ("kd",))[0]
-    kd = {"loss": loss, "temp": (options.temp or temps_of(options.dataset, loss))[0]} if options.kd else {}
-    role = "teacher" if options.tto else "student"
-    images = (options.student_images or (None,))[0]
-    as_typed = {f: getattr(options, f) for f in ("dataset", "seed", "subset", "holdout", "student", "size")}
-    return RunName(role=role, **kd, **as_typed, omit=options.omit or (), student_images=images)
+    """The run that the options of either script name; of several losses, temperatures or image counts, the first."""
+    loss, temp = None, None
+    if options.kd:
+        loss = options.loss[0] if options.loss else "kd"
+        temp = (options.temp or temps_of(options.dataset, loss))[0]
+    return RunName(
+        dataset=options.dataset, role="teacher" if options.tto else "student", loss=loss, temp=temp, seed=options.seed,
+        subset=options.subset, holdout=options.holdout, omit=options.omit or (), student=options.student,
+        student_images=options.student_images[0] if options.student_images else None, size=options.size,
+    )  # fmt: skip
 
 
 def plan(options, data: DataSet, precision: str, processes: int) -> list[RunConfig]:
     """The runs that the options of train.py ask for: one, or with --all the teacher, then the students of each seed."""
     first = name_of(options)
-    names, losses = [first], options.loss or ("kd",)
+    names = [first]
     if options.all:
         names = [] if options.teacher else [first.teacher_name]
-        matched = [f"kd_as_{loss}" for loss in losses if options.matched and LOSS_DEFAULTS[loss].function != "kd"]
-        temps = {loss: options.temp or temps_of(options.dataset, loss) for loss in (*losses, *matched)}
+        losses = options.loss or ("kd",)
+        if options.matched:
+            losses += tuple(f"kd_as_{loss}" for loss in losses if LOSS_DEFAULTS[loss].function != "kd")
         for seed in range(first.seed, first.seed + options.seeds):
             for images in options.student_images or (None,):
                 student = replace(first, seed=seed, student_images=images)
-                names += [student, *(replace(student, loss=loss, temp=temp) for loss in temps for temp in temps[loss])]
+                names.append(student)  # without KD
+                for loss in dict.fromkeys(losses):  # each once, also one that was typed and is matched
+                    for temp in options.temp or temps_of(options.dataset, loss):
+                        names.append(replace(student, loss=loss, temp=temp))
     return [resolve(name, options, data, precision, processes) for name in names]
 
 
@@ -173,10 +184,12 @@ def resolve(name: RunName, options, data: DataSet, precision: str, processes: in
     if name.kd:
         kd_weights = options.kd_weight or LOSS_DEFAULTS[name.loss].kd_weights
         ce_weight = LOSS_DEFAULTS[name.loss].ce_weight if options.ce_weight is None else options.ce_weight
-    values = {f: getattr(options, f) for f in ("optimizer", "compile", "deterministic")}
-    values |= {"num_classes": len(data.classes), "images": data.fingerprint, "flip": data.flip, "precision": precision}
-    values |= {"kd_weights": kd_weights, "ce_weight": ce_weight, "processes": processes}
-    return RunConfig(**asdict(name), **recipe, **values, sync_bn=options.sync_bn and processes > 1)
+    return RunConfig(
+        **asdict(name), **recipe, kd_weights=kd_weights, ce_weight=ce_weight,
+        num_classes=len(data.classes), images=data.fingerprint, flip=data.flip, precision=precision,
+        processes=processes, sync_bn=options.sync_bn and processes > 1,
+        optimizer=options.optimizer, compile=options.compile, deterministic=options.deterministic,
+    )  # fmt: skip
 
 
 def run_of(content: dict) -> RunConfig:
@@ -203,16 +216,17 @@ def differences(run: RunConfig, other: RunConfig, ignoring: set[str] = frozenset
 
 
 def describe_differences(run: RunConfig, other: RunConfig, ignoring: set[str] = frozenset()) -> str:
-    """In what `run` differs from another, in words: `num_epochs 30, not 16`."""
+    """How `run` differs from another, in words: `num_epochs 30, not 16`."""
     names = differences(run, other, ignoring)
     return "; ".join(f"{name} {value_text(run, name)}, not {value_text(other, name)}" for name in names)
 
 
 def value_text(run: RunConfig, name: str) -> str:
-    """A field's value in words, of a hash its first half."""
+    """The value of a field in words; of a hash, the first half."""
     value = getattr(run, name)
-    is_hash = re.fullmatch("[0-9a-f]{16}", str(value))
-    return value[:8] if is_hash else typed(value) or "none"
+    if re.fullmatch("[0-9a-f]{16}", str(value)):
+        return value[:8]
+    return typed(value) or "none"  # of an empty tuple
 
 
 def is_baseline_of(run: RunConfig, other: RunConfig) -> bool:
@@ -230,16 +244,17 @@ def why_no_baseline(run: RunConfig, others: list[RunConfig]) -> str:
 
 
 def is_kd_baseline_of(run: RunConfig, other: RunConfig) -> bool:
-    """Whether `run`, plain KD at default or matched weights, is the baseline of `other`, with another loss."""
-    if not (run.kd and other.kd) or LOSS_DEFAULTS[other.loss].function == "kd" or differences(run, other, LOSS_FIELDS):
-        return False
-    return run.is_default_kd or run.loss == f"kd_as_{other.loss}"
+    """Whether `run`, with plain KD at default or matched weights, is the baseline of `other`, with another loss."""
+    is_plain_kd = run.is_default_kd or run.loss == f"kd_as_{other.loss}"
+    has_other_loss = other.kd and LOSS_DEFAULTS[other.loss].function != "kd"
+    return is_plain_kd and has_other_loss and not differences(run, other, LOSS_FIELDS)
 
 
 def saw_held_out(run: RunConfig, name: RunName, train_images: int) -> bool:
     """Whether `run` was trained on images that `name` holds out, the last ones of the training images."""
     seen = min(run.subset or train_images, train_images) - run.holdout
-    return name.holdout > 0 and seen > min(name.subset or train_images, train_images) - name.holdout
+    first_held_out = min(name.subset or train_images, train_images) - name.holdout
+    return name.holdout > 0 and seen > first_held_out
 
 
 def row_order(run: RunName) -> tuple:
@@ -248,11 +263,11 @@ def row_order(run: RunName) -> tuple:
     return run.role != "teacher", run.student or "", loss, run.temp or 0.0, run.omit, run.student_images or 0, run.seed
 
 
-def labels(runs: list[RunConfig]) -> list[str]:
-    """A title for each of these rows, with the fields that tell it apart from others of its title."""
-    found = []
+def row_labels(runs: list[RunConfig]) -> list[str]:
+    """A label for each of a table's rows: its run's title, and the fields in which others of that title differ."""
+    labels = []
     for run in runs:
         names = {name for other in runs if other.title == run.title for name in differences(run, other, {"seed"})}
-        apart = [f"{f.name} {value_text(run, f.name)}" for f in fields(RunConfig) if f.name in names]
-        found.append(", ".join([run.title, *apart]))
-    return found
+        values = [f"{f.name} {value_text(run, f.name)}" for f in fields(RunConfig) if f.name in names]
+        labels.append(", ".join([run.title, *values]))
+    return labels

@@ -14,7 +14,7 @@ from runtime import checkpoint
 from runtime.device import Runtime
 from runtime.errors import UserError
 from runtime.files import load_arrays, save_arrays, write_json
-from training.run import describe_data, finished, load_model, mismatch
+from training.run import describe_data, load_model, mismatch, require_finished
 from training.runs import UNKNOWN, RunConfig, RunName
 from utils import Images, Views, compute_logits, fingerprint_views, held_out_logits
 
@@ -25,10 +25,10 @@ class TeacherLogits:
     def __init__(self, path: Path, spec: DataSet, runtime: Runtime, weights_path: Path, content: dict | None) -> None:
         """`content` is the teacher's checkpoint, None if `path` is a folder. UserError if it can't teach on `spec`."""
         self.path, self.spec, self.runtime, self.content, self.model = path, spec, runtime, content, None
-        self.is_unknown = content is None or content["run"]["images"] == UNKNOWN  # on which images it was trained
+        self.images_unknown = content is None or content["run"]["images"] == UNKNOWN  # those that it was trained on
         if content is None:
             self.folder = path
-            self.fingerprint = self.key = read_description(path, spec)
+            self.fingerprint = self.key = read_key(path, spec)
         else:
             self.model = load_model(content, runtime)
             self.fingerprint = checkpoint.fingerprint(content["model"])
@@ -39,12 +39,12 @@ class TeacherLogits:
     @property
     def title(self) -> str:
         """The path, and the seed of a teacher that train.py trained."""
-        origin = "its training images are unknown" if self.is_unknown else f"seed {self.content['run']['seed']}"
+        origin = "its training images are unknown" if self.images_unknown else f"seed {self.content['run']['seed']}"
         return f"{self.path} ({origin})"
 
-    def taught(self, run: RunConfig) -> RunConfig:
-        """A run with what it says of its teacher; one without KD says nothing."""
-        return replace(run, teacher=self.fingerprint, teacher_unknown=self.is_unknown) if run.kd else run
+    def record_in(self, run: RunConfig) -> RunConfig:
+        """A run with KD, with this teacher recorded in it; a run without KD as it is."""
+        return replace(run, teacher=self.fingerprint, teacher_unknown=self.images_unknown) if run.kd else run
 
     def check_views(self, count: int) -> None:
         """UserError if a folder of logits lacks one of the first `count` views, before hours of training."""
@@ -55,8 +55,9 @@ class TeacherLogits:
 
     def view_logits(self, k: int, views: Views, rows: torch.Tensor) -> torch.Tensor:
         """Logits (N, C) float16 on the device: row i is training image i in its k-th view, for all i in `rows`."""
-        count, classes, title = int(rows.max()) + 1, len(self.spec.classes), f"teacher's logits of view {k}"
-        compute = partial(compute_logits, self.model, partial(views.images, k=k), count, classes, self.runtime, title)
+        count, classes = int(rows.max()) + 1, len(self.spec.classes)
+        images_of, title = partial(views.images, k=k), f"teacher's logits of view {k}"
+        compute = partial(compute_logits, self.model, images_of, count, classes, self.runtime, title)
         return self.cached(f"{k:02}.npz", count, compute).to(self.runtime.device)
 
     def test_logits(self, images: Images, holdout: int = 0) -> torch.Tensor:
@@ -64,17 +65,19 @@ class TeacherLogits:
         if holdout and self.model is None:
             raise UserError(f"{self.folder} has no logits of held-out images: give a checkpoint as --teacher")
         compute = partial(held_out_logits, self.model, images, self.spec, self.runtime)
-        # Those of held-out images are not cached: they depend on --subset, too.
-        return compute().half().double() if holdout else self.cached("test.npz", len(images), compute).double()
+        if holdout:  # these logits are not cached: they depend on --subset, too
+            return compute().half().double()
+        return self.cached("test.npz", len(images), compute).double()
 
     def cached(self, name: str, count: int, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The first `count` logits, float16, read, or computed and stored; UserError if a folder lacks them."""
-        path, logits = self.folder / name, None
+        path = self.folder / name
         try:
             logits = read_logits(path, self.key, count, len(self.spec.classes))
         except ValueError as error:
             if self.model is None:
                 raise UserError(f"can't use {path}: {error}; write it again, or give another --teacher") from error
+            logits = None
         if self.runtime.agree(logits is None)[0]:  # if one process lacks them, all compute
             logits = compute().half()
             try:
@@ -98,21 +101,22 @@ def read_logits(path: Path, key: str, count: int, classes: int) -> torch.Tensor:
 def write_logits(folder: Path, name: str, logits: torch.Tensor, spec: DataSet, key: str) -> None:
     """Write logits (N, C) as float16, atomically and with checksums, and what they are of; UserError if that fails."""
     save_arrays(folder / name, key, logits=logits.half().numpy())
-    write_json(folder / "teacher.json", {"key": key} | description(spec))
+    write_json(folder / "teacher.json", {"key": key} | describe_images(spec))
 
 
-def description(spec: DataSet) -> dict:
+def describe_images(spec: DataSet) -> dict:
     """What must match between logits and the data they are used for."""
     facts = {"images": spec.fingerprint, "flip": spec.flip, "views": fingerprint_views()}
     return {"classes": list(spec.classes)} | facts
 
 
-def read_description(folder: Path, spec: DataSet) -> str:
+def read_key(folder: Path, spec: DataSet) -> str:
     """The key of a folder of logits; UserError if it is none, or of other classes or images than `spec`."""
     path = folder / "teacher.json"
     try:
         content = json.loads(path.read_text())
-        key, others = str(content["key"]), [name for name, v in description(spec).items() if content[name] != v]
+        key = str(content["key"])
+        others = [name for name, value in describe_images(spec).items() if content[name] != value]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is missing, or describes no logits for this version: see docs/own.md") from error
     if others:
@@ -126,28 +130,28 @@ def teacher_path(student: RunName, options) -> Path:
     name = student.teacher_name
     path = options.teacher or options.weights_path / f"{name.stem}.pt"
     if not (options.teacher or path.exists()):
-        folders = options.folders("data_path", "skip_broken", "flip", "weights_path", "plots_path")
-        train = name.command("train.py", **folders)
+        changed = options.changed("data_path", "skip_broken", "flip", "weights_path", "plots_path")
+        train = name.command("train.py", **changed)
         raise UserError(f"no teacher {path}: train one with `{train}`, or name another with --teacher")
     return path
 
 
-def load_teacher(
-    student: RunConfig, options, spec: DataSet, runtime: Runtime, content: dict | None = None
-) -> TeacherLogits:
-    """A student's teacher: `content` if it is known to fit, a checkpoint, state dict or folder; UserError if unfit."""
-    path = content["path"] if content else teacher_path(student, options)
-    if content is None and not path.is_dir():
+def load_teacher(student: RunConfig, options, spec: DataSet, runtime: Runtime) -> TeacherLogits:
+    """A student's teacher, read from a checkpoint, a state dict or a folder of logits; UserError if it does not fit."""
+    path, content = teacher_path(student, options), None
+    if not path.is_dir():
         content = checkpoint.load(path, or_state_dict=True)
-        content = content if "run" in content else complete_state_dict(content, student, spec)
-        why = mismatch(content, student, spec) if finished(content)["run"]["role"] == "teacher" else "is a student"
+        if "run" not in content:
+            content = complete_state_dict(content, student, spec)
+        is_teacher = require_finished(content)["run"]["role"] == "teacher"
+        why = mismatch(content, student, spec) if is_teacher else "is a student"
         if why:
             raise UserError(f"the teacher {path} {why}: choose another one with --teacher or --weights_path")
     return TeacherLogits(path, spec, runtime, options.weights_path, content)
 
 
 def complete_state_dict(content: dict, student: RunConfig, spec: DataSet) -> dict:
-    """Make a plain state dict with the teacher's keys a checkpoint of an unknown run."""
+    """A checkpoint of an unknown run, made of a plain state dict with the teacher's keys."""
     unknown = {"images": UNKNOWN, "num_epochs": 0, "kd_weights": (), "ce_weight": 1.0, "student_layers": ""}
     unknown |= {"teacher": None, "teacher_unknown": False}
     run = replace(student, **asdict(student.teacher_name), **unknown)

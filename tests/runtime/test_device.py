@@ -11,7 +11,7 @@ from conftest import FORKS
 
 import runtime.device
 from runtime import processes
-from runtime.device import PRECISIONS, Runtime, device_title, machine, pick_device, training_error
+from runtime.device import AUTOCAST_DTYPES, Runtime, device_title, machine, pick_device, training_error
 from runtime.errors import UserError
 from runtime.processes import FLOAT32_OPERATORS, pick_precision, start
 
@@ -107,9 +107,9 @@ def settings() -> dict:
 
 def test_channels_last_is_for_cpus_and_half_precision_on_cuda():
     """On MPS, batch norm's gradients are wrong in it."""
-    found = {(kind, word) for kind in ("cpu", "cuda", "mps") for word in PRECISIONS
+    found = {(kind, word) for kind in ("cpu", "cuda", "mps") for word in AUTOCAST_DTYPES
              if Runtime(torch.device(kind), word).memory_format is torch.channels_last}  # fmt: skip
-    assert found == {("cpu", word) for word in PRECISIONS} | {("cuda", "bf16"), ("cuda", "fp16")}
+    assert found == {("cpu", word) for word in AUTOCAST_DTYPES} | {("cuda", "bf16"), ("cuda", "fp16")}
 
 
 @pytest.fixture(params=[True, False])

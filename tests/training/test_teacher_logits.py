@@ -169,7 +169,7 @@ def mine(learn, digits, tmp_path, monkeypatch):
     assert code.count("\n") <= 15
     for of_the_page, here in {
         '"cifar10", Path("data")': f'"digits", Path({str(digits)!r})',
-        '"auto", "auto"': '"cpu", "fp32"',
+        '"auto", "fp32"': '"cpu", "fp32"',
         "torch.nn.Upsample(size=64)": "torch.nn.Identity()",
         "range(16)": "range(2)",
     }.items():
