@@ -44,6 +44,8 @@ CURVES = {
     "digits_temperature": section("paper.md", "## The temperature"),
 }
 SECTIONS = TABLES | CURVES
+SECTIONS["cifar100_holdout"] = section("results.md", "### How to choose T")
+SECTIONS["cifar100_e60"] = section("results.md", "### 60 epochs")
 
 
 def one_line(text: str) -> str:
@@ -67,7 +69,7 @@ def logs_of(dataset: str) -> dict[RunConfig, list[dict]]:
     for line in map(json.loads, (RESULTS / dataset / "runs.jsonl").read_text().splitlines()):
         if "run" in line:
             run = run_of(line)
-            assert (line["title"], line["split"], [*line["machine"]]) == (run.title, "test", ["torch", "device"])
+            assert (line["title"], line["split"], [*line["machine"]]) == (run.title, run.split, ["torch", "device"])
             runs[run] = []
         else:
             runs[run].append(line)
@@ -110,7 +112,7 @@ def test_the_published_numbers_are_those_of_the_logs(dataset):
     results, top1 = published(f"{dataset}/results"), {}
     for run, lines in logs_of(dataset).items():
         assert [line["epoch"] for line in lines] == list(range(1, run.num_epochs + 1))
-        top1[run] = lines[-1]["test"]["top1"]
+        top1[run] = lines[-1][run.split]["top1"]
     found = sorted((run.title, run.seed) for run in top1)
     assert sorted((row["model"], seed) for row in results["rows"] for seed in row["seeds"]) == found
     for row in results["rows"]:
@@ -145,8 +147,19 @@ def test_the_times_and_accuracies_in_the_text_are_those_of_the_logs():
     biases = ["{:+.2f}".format(*row["bias"]) for row in published("digits_omit/results")["rows"][1:]]
     assert "Corrected by {1} (T = 5) and {2} (T = 20)".format(*biases) in (page := one_line(PAGES["paper.md"]))
     assert f"the correction, {biases[0]}, costs the other classes more" in page
-    page = one_line(section("results.md", "## CIFAR-100"))
+    page = one_line(SECTIONS["cifar100_holdout"])
     assert all(points(gain) in page for gain in published("cifar100/results")["gains"])
+    held_out = published("cifar100_holdout/results")
+    teacher, without_kd, *with_kd = held_out["rows"]
+    assert f"a teacher of {teacher['top1']:.2f} %, {without_kd['top1']:.2f} % without KD" in page
+    lines = {"T": [f"{row['temp']:g}" for row in with_kd]}
+    lines["the teacher's mean largest probability"] = [f"{row['teacher_confidence']:.2f}" for row in with_kd]
+    lines["its entropy, of log C = 4.61 nats"] = [f"{row['teacher_entropy']:.2f}" for row in with_kd]
+    lines["gain of KD in held-out top-1"] = [f"{gain['mean']:+.2f}" for gain in held_out["gains"]]
+    assert all(f"| {title} | {' | '.join(texts)} |" in page.replace("*", "") for title, texts in lines.items())
+    _, without_kd, with_kd = published("cifar100_e60/results")["rows"]
+    said = f"{with_kd['top1']:.2f} % with KD and {without_kd['top1']:.2f} % without"
+    assert said in one_line(SECTIONS["cifar100_e60"])
     assert f"this one has {tops['Teacher (VGG19 with BN)']:.2f} % after 16" in one_line(PAGES["results.md"])
 
 
