@@ -20,18 +20,33 @@ within() { # SECONDS COMMAND...: SIGTERM, which train.py can resume from, after 
 
 train() { within "$1" $PYTHON train.py --data_path "$DATA" "${@:2}" $EXTRA; }
 
+kill_when_saved() { # FOLDER COMMAND...: SIGKILL a second after FOLDER has a student's resume state, or in a minute
+  "${@:2}" &
+  local pid=$! i
+  for i in {1..120}; do
+    sleep 0.5
+    kill -0 $pid 2> /dev/null || break
+    # A run first tries whether it can save, and removes the file at once.
+    compgen -G "$1/*student*.last.pt" && sleep 1 && compgen -G "$1/*student*.last.pt" && break
+  done > /dev/null
+  kill -KILL $pid 2> /dev/null
+  wait $pid
+}
+
 resume() { # a student with KD, killed by SIGKILL under way and resumed, is bit-equal to one that was not
   local name options
   for name in whole killed; do
     (
       options="--dataset digits --deterministic True --weights_path $RUNS/$name --plots_path $RUNS/$name/plots"
       train 90 --tto True $options
-      [ $name = killed ] && timeout -s KILL "${KILL_AFTER:-15}" $PYTHON train.py --data_path "$DATA" --kd True $options --num_epochs 40 $EXTRA
-      train 90 --kd True $options --num_epochs 40
+      options="--kd True $options --num_epochs 40"
+      [ $name = killed ] && kill_when_saved "$RUNS/killed" $PYTHON train.py --data_path "$DATA" $options $EXTRA
+      train 90 $options
     ) > "$OUT/resume_$name.log" 2>&1 &
   done
   wait
   grep -h "resuming\|rror\|arning" "$OUT"/resume_*.log
+  grep -q resuming "$OUT/resume_killed.log" || echo "no run was resumed: equal weights mean nothing"
   $PYTHON - "$RUNS" << 'END'
 import pathlib, sys, torch
 for stem in ("digits_teacher", "digits_student_kd_t5"):
