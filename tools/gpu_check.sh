@@ -5,7 +5,7 @@
 #     DATA=/tmp/data bash tools/gpu_check.sh resume    one part: resume, cifar10, speed or cifar100
 #     EXTRA="--subset 500 --num_epochs 1" ...          a trial of the script itself, on a CPU
 #
-# Logs and tables are written to $OUT. CIFAR must be unpacked in $DATA where there is no network.
+# Logs and tables are written to $OUT, eight files in all. CIFAR must be unpacked in $DATA where there is no network.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3} DATA=${DATA:-data} OUT=${OUT:-out} RUNS=${RUNS:-/tmp/gpu_check} EXTRA=${EXTRA:-}
@@ -42,11 +42,12 @@ resume() { # a student with KD, killed by SIGKILL under way and resumed, is bit-
       options="--kd True $options --num_epochs 40"
       [ $name = killed ] && kill_when_saved "$RUNS/killed" $PYTHON train.py --data_path "$DATA" $options $EXTRA
       train 90 $options
-    ) > "$OUT/resume_$name.log" 2>&1 &
+    ) > "$RUNS/resume_$name.log" 2>&1 &
   done
   wait
-  grep -h "resuming\|rror\|arning" "$OUT"/resume_*.log
-  grep -q resuming "$OUT/resume_killed.log" || echo "no run was resumed: equal weights mean nothing"
+  tail -n +1 "$RUNS"/resume_*.log > "$OUT/resume.log"
+  grep "resuming\|rror\|arning" "$OUT/resume.log"
+  grep -q resuming "$RUNS/resume_killed.log" || echo "no run was resumed: equal weights mean nothing"
   $PYTHON - "$RUNS" << 'END'
 import pathlib, sys, torch
 for stem in ("digits_teacher", "digits_student_kd_t5"):
@@ -59,9 +60,10 @@ END
 
 table() { # DATASET SECONDS: the teacher, then the students of three seeds at the same time, then the table
   local options="--dataset $1 --weights_path $RUNS/$1 --plots_path $RUNS/$1/plots" end=$((SECONDS + $2)) seed
+  mkdir -p "$RUNS/$1"
   train "$2" --tto True $options 2>&1 | tee "$OUT/$1.log"
   for seed in 42 43 44; do
-    train $((end - SECONDS)) --all True --seed $seed $options > "$OUT/$1_$seed.log" 2>&1 &
+    train $((end - SECONDS)) --all True --seed $seed $options > "$RUNS/$1/seed$seed.log" 2>&1 &
   done
   wait
   train 90 --all True --seeds 3 $options 2>&1 | tee -a "$OUT/$1.log"
