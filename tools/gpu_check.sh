@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Checks for a CUDA machine, in this order, within ten minutes. Rerun it to resume where it ended.
 #
-#     bash tools/gpu_check.sh                          all parts
-#     DATA=/tmp/data bash tools/gpu_check.sh resume    one part: resume, cifar10, speed or cifar100
+#     bash tools/gpu_check.sh                          resume, cifar10, speed, cifar100
+#     DATA=/tmp/data bash tools/gpu_check.sh resume    some parts: resume, digits, cifar10, speed, cifar100
 #     EXTRA="--subset 500 --num_epochs 1" ...          a trial of the script itself, on a CPU
 #
-# Logs and tables are written to $OUT, eight files in all. CIFAR must be unpacked in $DATA where there is no network.
+# Logs and tables are written to $OUT: eight files, and two of digits, which needs no download and runs if named.
+# CIFAR must be unpacked in $DATA where there is no network.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3} DATA=${DATA:-data} OUT=${OUT:-out} RUNS=${RUNS:-/tmp/gpu_check} EXTRA=${EXTRA:-}
@@ -68,6 +69,24 @@ table() { # DATASET SECONDS: the teacher, then the students of three seeds at th
   wait
   train 90 --all True --seeds 3 $options 2>&1 | tee -a "$OUT/$1.log"
   tar czf "$OUT/$1.tgz" -C "$RUNS/$1" --exclude='*teacher*' .
+}
+
+digits() { # what needs no download: the table, then other ways to train, and test.py, each with its exit code
+  local options="--data_path $DATA --dataset digits --weights_path $RUNS/digits --plots_path $RUNS/digits/plots" words
+  table digits 120
+  while read -r words; do
+    echo "+ $words"
+    within 90 $PYTHON $words $options < /dev/null
+    echo "exit code $?"
+  done << END 2>&1 | tee -a "$OUT/digits.log"
+train.py --kd True --precision fp16 --name fp16 $EXTRA
+train.py --kd True --precision fp32 --optimizer sgd --name fp32_sgd $EXTRA
+train.py --kd True --compile True --name compiled $EXTRA
+test.py --kd True ${EXTRA/--num_epochs */}
+test.py --tto True --soften 1 5 ${EXTRA/--num_epochs */}
+test.py --kd True --export $RUNS/digits/student.pt2 ${EXTRA/--num_epochs */}
+test.py --compare True ${EXTRA/--num_epochs */}
+END
 }
 
 speed() { # kernels.py prints each row at once, throughput.py its table at its end
