@@ -59,6 +59,7 @@ def baseline_steps(
     model, optimizer, batches: Iterator, device: torch.device, steps: int, teacher=None, schedule=None
 ) -> None:
     """Train for `steps` steps, with KD at T = 5 if there is a teacher; `schedule` is a learning rate scheduler."""
+    torch.backends.cudnn.allow_tf32 = True  # torch's default, which our side does without
     model.train()
     running_loss, correct = 0.0, 0  # the tutorials print them: each step waits for the device
     for _ in range(steps):
@@ -78,3 +79,4 @@ def baseline_steps(
             schedule.step()
         running_loss += loss.item()
         correct += (outputs.argmax(1) == labels).sum().item()
+    torch.backends.cudnn.allow_tf32 = False

@@ -101,7 +101,6 @@ class Bench:
         torch.manual_seed(settings["seed"])
         device, spec, images = self.runtime.device, self.data.spec, self.data.train[self.rows]
         steps, warm_up = settings["num_epochs"] * (len(images) // baseline.BATCH_SIZE), settings["warm_up"]
-        torch.backends.cudnn.allow_tf32 = True  # torch's default; our side in float32 does without
         model, optimizer = baseline.baseline_model(settings["role"], len(spec.classes), device, settings["lr"])
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, steps, warm_up))
         with contextlib.closing(baseline.baseline_batches(images, spec, baseline.BATCH_SIZE, device)) as endless:
@@ -110,7 +109,6 @@ class Bench:
             baseline.baseline_steps(model, optimizer, batches, device, steps, schedule=schedule)
             self.runtime.synchronize()
             seconds = time.perf_counter() - begun
-        torch.backends.cudnn.allow_tf32 = False
         return model, seconds, replace(self.runtime, precision="fp32")
 
 
