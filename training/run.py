@@ -172,7 +172,7 @@ class Run:
     def count_time(self) -> None:
         """Add the time since the last call to that of the epoch."""
         now = time.monotonic()
-        self.seconds += min(now - self.clock, 600.0)  # on Windows the clock goes on while a laptop sleeps
+        self.seconds += min(now - self.clock, 3600.0)  # on Windows the clock goes on while a laptop sleeps
         self.clock = now
 
     def check_finite(self) -> None:
