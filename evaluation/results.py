@@ -106,16 +106,16 @@ def verdict(gain: dict) -> str:
 
 def results_text(results: dict) -> str:
     """What `collect` returns as a Markdown table, with sentences on gains and notes."""
-    gains = {gain["model"]: points(gain) for gain in results["gains"]}
+    gains = {gain["model"]: {"gain": points(gain)} for gain in results["gains"]}
     models: list[dict[str, str]] = []  # the cells of each row, by column
     for row in results["rows"]:
         cells = {"Model": row["model"] + (f" {OTHER_MACHINES}" if "machines" in row else "")}
         for key, title in ACCURACIES.items():
             deviation = f" ± {row[f'{key}_sd']:.2f}" if f"{key}_sd" in row else ""
             cells[title] = f"{row[key]:.2f}%{deviation}" if key in row else ""
+        numbers = row | gains.get(row["model"], {})
         for key, (title, _, form) in NUMBERS.items():
-            cells[title] = form(row[key]) if key in row else ""
-        cells["Gain of KD"] = gains.get(row["model"], "")
+            cells[title] = form(numbers[key]) if key in numbers else ""
         models.append(cells)
     titles = [title for title in models[0] if any(cells[title] for cells in models)]  # no empty columns
     texts = [table(titles, [[cells[title] for title in titles] for cells in models]), *map(gain_text, results["gains"])]

@@ -42,7 +42,7 @@ def recipe_of(dataset: str, role: str, optimizer: str, train_images: int, studen
         recipe = DIGITS[role, optimizer]
         return scale_recipe(recipe, student_images, made_for=5000, most=10) if student_images else recipe
     recipe = CIFAR[role, optimizer]
-    images = student_images or (None if dataset.startswith("cifar") else train_images)
+    images = student_images or (None if dataset in ("cifar10", "cifar100") else train_images)
     return scale_recipe(recipe, images) if images else recipe
 
 

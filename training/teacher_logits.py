@@ -106,8 +106,7 @@ def write_logits(folder: Path, name: str, logits: torch.Tensor, spec: DataSet, k
 
 def describe_images(spec: DataSet) -> dict:
     """What must match between logits and the data they are used for."""
-    facts = {"images": spec.fingerprint, "flip": spec.flip, "views": fingerprint_views()}
-    return {"classes": list(spec.classes)} | facts
+    return {"classes": list(spec.classes), "images": spec.fingerprint, "flip": spec.flip, "views": fingerprint_views()}
 
 
 def read_key(folder: Path, spec: DataSet) -> str:
