@@ -26,26 +26,26 @@ PLAIN_WORD = partial(matching, r"(?!\.+$)[A-Za-z0-9._-]+", "letters, digits, '.'
 class Options:
     """The options that both scripts share."""
 
-    tto: bool = option(WHAT, "train or evaluate the teacher", boolean, False)
-    kd: bool = option(WHAT, "the student with knowledge distillation, not the one without", boolean, False)
-    seed: int = option(WHAT, "seed of initial weights, order and views", FROM_0, DEFAULT_SEED)
+    tto: bool = option(WHAT, "train or evaluate only the teacher", boolean, False)
+    kd: bool = option(WHAT, "the student with knowledge distillation (default: without)", boolean, False)
+    seed: int = option(WHAT, "seed of initial weights, image order and views", FROM_0, DEFAULT_SEED)
     student: str | None = option(WHAT, "your own student, MODULE:FUNCTION called with num_classes", FUNCTION)
     dataset: str = option(DATA, "cifar10, cifar100, digits (drawn, no download) or folder", str, "cifar10", DATA_SETS)
-    data_path: Path = option(DATA, "folder of the data; your own has train/<class>/*", folder_name, Path("data"))
+    data_path: Path = option(DATA, "data folder; of your own pictures: train/<class>/*", folder_name, Path("data"))
     skip_broken: bool = option(DATA, "leave out pictures that can't be read (--dataset folder)", boolean, False)
     size: int = option(DATA, "pixels along a side of an image (folder, digits): a multiple of 32", int, SIDE, SIZES)
     subset: int | None = option(DATA, "a quick trial: the first N training images and N/5 test images", FROM_1)
     holdout: int = option(DATA, "hold out the last N training images and evaluate on these", FROM_0, 0)
-    omit: tuple[str, ...] | None = option(DATA, "the student gets no image of these classes (names or numbers)")
-    student_images: tuple[int, ...] | None = option(DATA, "the student gets N images; --all takes several", FROM_1)
+    omit: tuple[str, ...] | None = option(DATA, "train the student without these classes (names or numbers)")
+    student_images: tuple[int, ...] | None = option(DATA, "train the student on N images; --all: several", FROM_1)
     temp: tuple[float, ...] | None = option(KD, "temperature (default of kd: 5, CIFAR-100: 2); --all: several", TEMP)
     loss: tuple[str, ...] | None = option(KD, "kd (default), ls, dkd, ttm, wttm; --all: several", choices=LOSS_DEFAULTS)
     teacher: Path | None = option(KD, "the teacher: a checkpoint, state dict or folder of logits", folder_name)
     device: str = option(MACHINE, "auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:N or mps", DEVICE, "auto")
-    precision: str = option(MACHINE, "auto (bf16 where faster), bf16, fp16 (CUDA) or fp32", str, "auto", PRECISIONS)
+    precision: str = option(MACHINE, "auto (bf16 if fast, or as trained), bf16, fp16 or fp32", str, "auto", PRECISIONS)
     weights_path: Path = option(FILES, "folder of the checkpoints", folder_name, Path("weights"))
     plots_path: Path = option(FILES, "folder of the logs and figures", folder_name, Path("plots"))
-    name: str | None = option(FILES, "write to subfolders of this name in --weights_path and --plots_path", PLAIN_WORD)
+    name: str | None = option(FILES, "use subfolders of this name in --weights_path and --plots_path", PLAIN_WORD)
 
     @property
     def weights_folder(self) -> Path:
@@ -68,7 +68,7 @@ class Options:
 class TrainOptions(Options):
     """Train the teacher, or the student with or without knowledge distillation."""
 
-    all: bool = option(WHAT, "everything: teacher, students with and without KD, evaluation, table", boolean, False)
+    all: bool = option(WHAT, "train the teacher and all students, evaluate them, write a table", boolean, False)
     seeds: int = option(WHAT, "with --all: number of seeds of the students", partial(number, int, 1, 1000), 1)
     resume: bool = option(WHAT, "resume an unfinished run, skip a finished one; False: train anew", boolean, True)
     alpha: float | None = option(KD, f"weight of KL in --loss kd; cross-entropy has 1 - alpha (default: {ALPHA})", TO_1)
@@ -101,9 +101,9 @@ class TestOptions(Options):
     """Evaluate what train.py trained."""
 
     checkpoint: Path | None = option(WHAT, "any checkpoint; its settings are read from the file", file_name)
-    compare: bool = option(WHAT, "evaluate all checkpoints in --weights_path, in one table", boolean, False)
+    compare: bool = option(WHAT, "one table of all checkpoints of the data set in --weights_path", boolean, False)
     image: tuple[Path, ...] | None = option(WHAT, "classify these pictures instead of the test images", file_name)
-    soften: tuple[float, ...] | None = option(WHAT, "draw the probabilities of pictures at these temperatures", TEMP)
+    soften: tuple[float, ...] | None = option(WHAT, "plot pictures' class probabilities at these temperatures", TEMP)
     json: Path | None = option(FILES, "also write the numbers of the report to this .json file", JSON)
     export: Path | None = option(FILES, "only export the model, as a torch.export program, .pt2", PT2)
 
@@ -117,7 +117,7 @@ EXCLUDES = {
     "alpha": "kd_weight ce_weight",
     "matched": "kd_weight ce_weight",
     "checkpoint": "tto kd temp loss seed dataset size subset holdout compare name omit student_images",
-    "compare": "tto kd temp loss seed image soften json export omit student_images",
+    "compare": "tto kd temp loss seed teacher image soften json export omit student_images",
     "soften": "json export",
     "export": "json",
     "image": "subset holdout json export data_path skip_broken",
@@ -176,8 +176,6 @@ def parse_train(argv: list | None = None) -> TrainOptions:
         parser.error("--all True trains unfinished runs only: give another --name, not --resume False")
     if options.matched and all(LOSS_DEFAULTS[loss].function == "kd" for loss in losses):
         parser.error("--matched requires a --loss other than kd: give one, or leave --matched out")
-    if options.seed + options.seeds - 1 > LARGEST:
-        parser.error(f"--seed {options.seed} is too large for {options.seeds} --seeds: the last is at most {LARGEST}")
     data_set = DATA_SETS[options.dataset]
     flip = data_set.flip if options.flip is None else options.flip
     most = replace(data_set, flip=flip, size=options.size).views

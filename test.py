@@ -65,7 +65,7 @@ def find_checkpoint(options: config.TestOptions, runtime: Runtime) -> dict:
             runtime.print(f"{own} does not exist: evaluating the published {published}")
         else:
             train = name.command("train.py", **options.changed())
-            raise UserError(f"no checkpoint {own}: train it with `{train}`, or give its folder in --weights_path")
+            raise UserError(f"no checkpoint {own}: train it with `{train}`, or name its folder with --weights_path")
     content = require_finished(checkpoint.load(path))
     run = run_of(content)
     if options.checkpoint and options.student and not run.student:
@@ -79,14 +79,17 @@ def find_checkpoint(options: config.TestOptions, runtime: Runtime) -> dict:
 
 
 def find_teacher(run: RunConfig, options, spec: DataSet, runtime: Runtime, tell: Callable) -> TeacherLogits | None:
-    """A student's teacher, or None; `tell` is called with why a teacher that --teacher does not name can't be used."""
+    """A student's teacher, or None; `tell` is called with what is wrong with it; UserError if --teacher names it."""
     try:
-        return load_teacher(run, options, spec, runtime) if run.role == "student" else None
+        teacher = load_teacher(run, options, spec, runtime) if run.role == "student" else None
     except UserError as error:
         if options.teacher:
             raise
         tell(f"not compared with the teacher: {error}")
         return None
+    if teacher and run.kd and teacher.model and run.teacher != teacher.fingerprint:  # a folder has one of its own
+        tell(f"{teacher.path} is not the teacher that this student learned from")
+    return teacher
 
 
 def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
@@ -110,8 +113,6 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
             imitation = fidelity(logits, teacher.test_logits(images, run.holdout), images.labels)
         except UserError as error:  # a folder of logits may have none of these images
             notes.append(f"not compared with the teacher: {error}")
-        if run.kd and teacher.model and run.teacher != teacher.fingerprint:  # a folder has one of its own
-            notes.append(f"{teacher.path} is not the teacher that this student learned from")
     if not runtime.is_main:
         return
     cost = inference.measure_cost(model, path, runtime, run.size)
@@ -151,7 +152,7 @@ def export(options: config.TestOptions, runtime: Runtime) -> None:
     model = load_model(content, runtime, options.student)
     if runtime.is_main:
         difference = inference.export_model(model, options.export, content["data"])
-        print(f"saved {options.export} (reloaded, its logits differ by at most {difference:.1g})")
+        print(f"saved {options.export} of {content['path']} (reloaded, its logits differ by at most {difference:.1g})")
 
 
 def compare(options: config.TestOptions, runtime: Runtime) -> None:
@@ -162,7 +163,7 @@ def compare(options: config.TestOptions, runtime: Runtime) -> None:
     contents = find_checkpoints(options, name, runtime)
     shown = measure_all(contents, name, data, runtime, cost=True, student=options.student, precision=options.precision)
     if not shown:
-        command = name.command("train.py --all True", **options.changed("data_path", "weights_path", "name"))
+        command = name.command("train.py --all True", **options.changed())
         where = f"{options.dataset} in {options.weights_folder}"
         raise UserError(f"no finished checkpoint of {where}: train some with `{command}`, or give --weights_path")
     if runtime.is_main:
@@ -170,22 +171,17 @@ def compare(options: config.TestOptions, runtime: Runtime) -> None:
 
 
 def find_checkpoints(options: config.TestOptions, name: RunName, runtime: Runtime) -> list[dict]:
-    """The finished checkpoints on the images of `name`, in a table's order; with --teacher, no other teacher's."""
-    teacher = checkpoint.load(options.teacher, or_state_dict=True) if options.teacher else None
-    contents = [require_finished(teacher)] if teacher and "run" in teacher else []
-    teachers = [None, checkpoint.fingerprint(teacher["model"])] if teacher else []  # None: of students without KD
-    paths = {*options.weights_folder.rglob("*.pt")}
+    """The finished checkpoints on the images of `name`, in a table's order."""
+    contents, paths = [], {*options.weights_folder.rglob("*.pt")}
     shared = options.weights_path / f"{name.teacher_name.stem}.pt"  # by all --name folders
     if paths and shared.exists():  # alone it would make a table for a --name that was mistyped
         paths.add(shared)
     for path in sorted(paths):
-        if path.name.endswith(".last.pt") or path == options.teacher:
+        if path.name.endswith(".last.pt"):
             continue
         try:
             content = require_finished(checkpoint.load(path))
-            run = run_of(content)
-            is_shown = not teacher or (run.role == "student" and run.teacher in teachers)
-            if is_shown and run.teacher_name == name.teacher_name:  # then the images are the same
+            if run_of(content).teacher_name == name.teacher_name:  # then the images are the same
                 contents.append(content)
         except UserError as error:
             runtime.print(f"left out: {error}")
@@ -208,7 +204,7 @@ def classify(options: config.TestOptions, runtime: Runtime) -> None:
         model = load_model(content, in_training, options.student)
         logits = held_out_logits(model, images, spec_of(content), in_training)
         if options.soften:
-            runtime.print(f"over {len(images):,} images, at")
+            runtime.print(f"over {len(images):,} images:")
             for temp in options.soften:
                 runtime.print(report.softness_text(softness(logits, temp), temp, len(spec.classes)))
                 probabilities[f"{its_run.title}, T = {format_number(temp)}"] = (logits[rows] / temp).softmax(1)

@@ -33,7 +33,6 @@ from evaluation.comparison import measure_all
 from evaluation.measures import softness
 from evaluation.report import softness_text
 from evaluation.results import publish
-from models.own import fingerprint_layers
 from runtime import checkpoint
 from runtime.device import Runtime, device_title
 from runtime.errors import Stopped, StopSignal, UserError, exit_code, leave
@@ -51,7 +50,7 @@ from utils import Data, Images, Views, epoch_order, epoch_view, evaluate, load_i
 def train_epoch(run: Run, views: Views, rows: torch.Tensor, k: int, teacher_logits: torch.Tensor | None) -> None:
     """Finish the current epoch on image rows (N,) in their k-th views; teacher_logits[i] are of image i."""
     config, runtime = run.config, run.runtime
-    order = epoch_order(rows, config.seed, run.epoch).to(runtime.device)
+    order = epoch_order(rows, config.seed, run.epoch).to(views.padded.device)
     run.model.train()
     run.clock = time.monotonic()
     with Progress(f"epoch {run.epoch + 1}/{config.num_epochs}", run.steps, runtime.is_main, run.step) as progress:
@@ -59,6 +58,7 @@ def train_epoch(run: Run, views: Views, rows: torch.Tensor, k: int, teacher_logi
             batch = order[run.step * run.batch_size : (run.step + 1) * run.batch_size]
             batch = batch[runtime.rank :: runtime.world_size]
             images = views.images(batch, k).contiguous(memory_format=runtime.memory_format)
+            batch = batch.to(runtime.device)  # for MPS, views are made on the CPU
             labels = views.labels[batch]
             soft_targets = teacher_logits[batch] if config.kd else None
             run.seed_step()
@@ -118,7 +118,7 @@ def end_epoch(run: Run, held_out: Images, softened: dict, epochs_after: int) -> 
     run.begin_epoch(run.epoch + 1)
     top5 = f" top5 {test['top5']:.2f}%" if "top5" in test else ""
     left = timedelta(seconds=int((config.num_epochs - run.epoch + epochs_after) * (seconds + evaluation_seconds)))
-    ce = f" ce {train['ce']:.4f}" if config.kd else ""  # which is the loss without KD, and that of the test images
+    ce = f" ce {train['ce']:.4f}" if config.kd else ""  # without KD, and on test images, it is the loss
     all_left = f", about {left} left for all runs" if epochs_after else ""
     runtime.print(
         f"epoch {line['epoch']}/{config.num_epochs}: train loss {train['loss']:.4f}{ce} top1 {train['top1']:.2f}%, "
@@ -132,7 +132,7 @@ def percent(metrics: dict[str, float]) -> dict[str, float]:
     return {name: 100 * value if name.startswith("top") else value for name, value in metrics.items()}
 
 
-def train(
+def train_run(
     config: RunConfig, data: Data, teacher: TeacherLogits | None, options, runtime: Runtime, epochs_after: int
 ) -> dict:
     """Do one run, new or resumed, and write its checkpoint, log and figures; the checkpoint's content."""
@@ -186,7 +186,7 @@ def begin(run: Run, images: int, resume: bool) -> None:
 
 
 def train_all(options: TrainOptions) -> None:
-    """The run that the options name, or with --all every run that is not finished yet, and then the table."""
+    """Train the run that the options name, or with --all every unfinished run, and then write the table."""
     with StopSignal() as stop, start(options.device, options.precision, options.deterministic, stop) as runtime:
         data, runs = prepare(options, runtime)
         finished = {run.stem: find_finished(run, options) for run in runs}
@@ -214,7 +214,7 @@ def train_all(options: TrainOptions) -> None:
             else:
                 later = runs[i + 1 :] if teacher else []  # a teacher's epochs take longer than the students'
                 epochs_after = sum(other.num_epochs for other in later if not finished[other.stem])
-                content = train(run, data, teacher, options, runtime, epochs_after)
+                content = train_run(run, data, teacher, options, runtime, epochs_after)
             contents.append(content)
         if options.all:
             shown = measure_all(contents, runs[-1], data, runtime, teacher, student=options.student)
@@ -240,7 +240,8 @@ def prepare(options: TrainOptions, runtime: Runtime) -> tuple[Data, list[RunConf
     counts = [len(data.rows(run.subset, run.holdout, run.omit, run.student_images)) for run in runs]
     if options.all or options.student:  # make a student, to fail before the teacher is trained and not after it
         model = Run(runs[-1], runtime, data.spec, counts[-1], RunFiles(runs[-1], options)).model
-        runs = [replace(run, student_layers=fingerprint_layers(model)) if run.student else run for run in runs]
+        layers = checkpoint.fingerprint({}, [(name, tuple(t.shape)) for name, t in model.state_dict().items()])
+        runs = [replace(run, student_layers=layers) if run.student else run for run in runs]
     return data, runs
 
 

@@ -24,7 +24,7 @@ from runtime.errors import Stopped, UserError
 from runtime.files import writing
 from runtime.progress import Progress
 
-EVALUATION_BATCH = 500  # images of 32 x 32; as many pixels of larger ones
+EVALUATION_BATCH = 500  # images of 32 x 32; of larger ones fewer, with as many pixels in all
 DIGITS_IMAGES = {"train": 5000, "test": 2000}
 
 
@@ -57,7 +57,7 @@ class Data:
     ) -> torch.Tensor:
         """The rows of `train` (N,) to train on: the first `subset` (None: all) without the last `holdout` of these.
 
-        Of the classes not in `omit`, `student_images` (None: all), the first of each class in turn; UserError if few.
+        Without the classes in `omit`; of the rest `student_images` (None: all), balanced. UserError if too few.
         """
         count = min(subset or len(self.train), len(self.train))
         if holdout >= count:
@@ -170,7 +170,7 @@ class Views:
         self.labels = images.labels.to(device)
         side, pad = images.pixels.shape[2], padding(images.pixels.shape[2])
         self.offsets = 2 * pad + 1  # crop positions along one axis
-        self.padded = F.pad(images.pixels.to(storage), (0, 0, pad, pad, pad, pad))
+        self.padded = F.pad(images.pixels, (0, 0, pad, pad, pad, pad)).to(storage)
         # One overlapping window per padded pixel: index_select copies a crop as `side` contiguous rows.
         self.width = self.padded.shape[2]
         windows = len(images) * self.width**2 - (side - 1) * (self.width + 1)  # the last one ends with the last pixel
@@ -276,8 +276,8 @@ def compute_logits(
 ) -> torch.Tensor:
     """Logits (count, num_classes), float64 on every process's CPU, of images (B, 3, S, S) = images_of(rows (B,)).
 
-    All batches have one size and processes share them, so that an image's logits depend on neither. With a `title`,
-    progress is shown. Without torchrun, Stopped after a signal; UserError if a logit is not finite.
+    All batches have one size, whatever the count and the number of processes, which share them: logits depend on
+    neither. With a `title`, progress is shown. Without torchrun, Stopped after a signal; UserError if one isn't finite.
     """
     logits = torch.zeros(count, num_classes, device=runtime.device)
     size = images_of(torch.zeros(1, dtype=torch.int64)).shape[-1]
@@ -314,7 +314,7 @@ def evaluate(model: torch.nn.Module, images: Images, spec: DataSet, runtime: Run
 
 
 # ---------------------------------------------------------------------------------------------- curves
-# Okabe & Ito's colours, which colour-blind people can tell apart; of more lines the next ones are dashed.
+# Okabe & Ito's colours, which colour-blind people can tell apart; further lines are dashed.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 LOOKS = matplotlib.cycler(linestyle=["-", "--", ":"]) * matplotlib.cycler(color=COLOURS)
 SETTINGS = {"axes.prop_cycle": LOOKS, "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.3}

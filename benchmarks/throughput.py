@@ -96,7 +96,8 @@ class Bench:
         views, epochs = Views(self.images, self.spec, self.runtime.device), itertools.count()
 
         def load_epoch() -> None:
-            for batch in epoch_order(torch.arange(IMAGES), 0, next(epochs)).split(self.batch_size):
+            order = epoch_order(torch.arange(IMAGES), 0, next(epochs)).to(views.padded.device)  # as in train_epoch
+            for batch in order.split(self.batch_size):
                 views.images(batch, 0)
 
         return partial(self.rate, IMAGES, load_epoch)

@@ -113,7 +113,7 @@ class Bench:
 
 
 def read_results(path: Path | None) -> list[dict]:
-    """The trainings that a former call finished: {"settings", "seconds", "top1"} each; UserError for another file."""
+    """The runs that a former call finished: {"settings", "seconds", "top1"} each; UserError for another file."""
     content = json.loads(path.read_text()) if path and path.exists() else {"trainings": []}
     if "trainings" not in content:
         raise UserError(f"{path} holds no results of this benchmark: give another --json file")
@@ -163,7 +163,7 @@ def bounds_text(low: float, high: float, pattern: str = "{:,.1f}") -> str:
 
 
 def tables(best: dict[str, list[tuple]]) -> str:
-    """The best trainings of both sides, and the seconds of each to target accuracies with their ratio."""
+    """The best runs of both sides, and the seconds of each to target accuracies with their ratio."""
     cells = []
     for side, points in best.items():
         for epochs, lr, seconds, top1 in points:
@@ -201,11 +201,11 @@ def parse(argv: list[str] | None, folder: str) -> tuple:
     """This script's options and train.py's, whose files go to `folder`; exits with code 2 if one is wrong."""
     parser = Parser("time_to_accuracy.py", allow_abbrev=False, description=__doc__.partition("\n")[0])
     parser.add_argument("--role", choices=tuple(BASELINE_LR), default="teacher", help="(default: teacher)")
-    parser.add_argument("--lengths", type=config.FROM_1, nargs="+", help="epochs of the trainings (default: 1 2 4 8)")
+    parser.add_argument("--lengths", type=config.FROM_1, nargs="+", help="epochs of the runs (default: 1 2 4 8)")
     at_least_a_batch = partial(number, int, baseline.BATCH_SIZE, LARGEST)
     parser.add_argument("--images", type=at_least_a_batch, help="train on the first N (default: all but a tenth)")
     parser.add_argument("--baseline_lr", type=config.ABOVE_0, nargs="+", help="peak rates of the baseline loop")
-    parser.add_argument("--json", type=file_name, help="file for the finished trainings")
+    parser.add_argument("--json", type=file_name, help="file for the finished runs")
     parser.add_argument("--figure", type=file_name, help="file for the figure, .png")
     arguments, further = parser.parse_known_args(argv)
     if any(word.startswith(SETTLED) for word in further):
@@ -217,7 +217,7 @@ def parse(argv: list[str] | None, folder: str) -> tuple:
 
 
 def compare(arguments, options: config.TrainOptions) -> None:
-    """Do the trainings, print both tables and draw the figure."""
+    """Do the runs, print both tables and draw the figure."""
     with start(options.device, options.precision, options.deterministic) as runtime:
         bench = Bench(options, arguments.images, runtime)
         sides = [("ours", None), *(("baseline", lr) for lr in arguments.baseline_lr)]

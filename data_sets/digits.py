@@ -37,7 +37,7 @@ BLUR, NOISE = 1.2, 20  # largest standard deviations, in pixels and in levels
 
 
 def make_digits(split: str, count: int, seed: int = 0, size: int = SIDE) -> tuple[np.ndarray, np.ndarray]:
-    """Images (count, S, S, 3) uint8 and labels (count,) int64: each class once in ten; fewer are the first of more."""
+    """Images (count, S, S, 3) uint8 and labels (count,) int64: every ten have each class once; fewer are a prefix."""
     stream = list(FONTS).index(split)
     fonts = [Path(matplotlib.get_data_path(), "fonts", "ttf", f"{name}.ttf") for name in FONTS[split].split()]
     glyphs = [draw_glyphs(ImageFont.truetype(font, 100)) for font in fonts]

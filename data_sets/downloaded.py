@@ -28,7 +28,7 @@ def read_torchvision(spec: DataSet, folder: Path) -> dict[str, tuple[np.ndarray,
         try:
             try:
                 found = dataset_class(folder, download=False, **which)
-            except RuntimeError:  # missing or incomplete
+            except (OSError, RuntimeError):  # missing or incomplete
                 found = dataset_class(folder, download=True, **which)
             check_memory(len(found), spec.size)
             arrays[split] = as_arrays(found, spec.size)

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_sets import SIDE
@@ -24,8 +25,9 @@ def count_parameters(model: torch.nn.Module) -> int:
 
 def count_macs(model: torch.nn.Module, size: int = SIDE) -> int:
     """Multiply-accumulates of one image, by torch's own count of the convolutions and matrix products."""
-    image = torch.zeros(1, 3, size, size, device=next(model.parameters()).device)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    # With a gradient and this backend torch doesn't fuse attention, which it would not count.
+    image = torch.zeros(1, 3, size, size, device=next(model.parameters()).device, requires_grad=True)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(image)
     return counter.get_total_flops() // 2
 

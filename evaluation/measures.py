@@ -13,7 +13,7 @@ Z = statistics.NormalDist().inv_cdf(0.975)
 
 
 def predictions(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The highest class (N,) of logits (N, C); a tie with the label (N,) goes against it, as in top-1."""
+    """The class (N,) with the highest logit of (N, C); a tie with the label (N,) goes against it, as in top-1."""
     rival = logits.scatter(1, labels[:, None], -math.inf).max(1)
     right = logits.gather(1, labels[:, None])[:, 0] > rival.values
     return torch.where(right, labels, rival.indices)

@@ -61,7 +61,7 @@ def per_class_lines(shares: list[float | None], classes: tuple[str, ...]) -> lis
 
 def bias_text(numbers: dict, omitted: tuple[str, ...]) -> str:
     """The table of top-1 with omitted classes, as it is and corrected, from what `measure_checkpoint` says."""
-    prefixes = {"as it is": ""} | ({"after the bias correction": "corrected_"} if "bias" in numbers else {})
+    prefixes = {"uncorrected": ""} | ({"after the bias correction": "corrected_"} if "bias" in numbers else {})
     rows = []
     for title, key in {"all classes": "top1", "omitted": "top1_omitted", "others": "top1_others"}.items():
         if key in numbers:
@@ -74,7 +74,7 @@ def bias_text(numbers: dict, omitted: tuple[str, ...]) -> str:
 
 def softness_text(numbers: dict, temp: float, classes: int) -> str:
     """What `softness` returns, in words."""
-    entropy = f"entropy {numbers['entropy']:.2f} of log C = {math.log(classes):.2f} nats"
+    entropy = f"entropy {numbers['entropy']:.2f} out of log C = {math.log(classes):.2f} nats"
     return f"T = {format_number(temp)}: mean largest probability {numbers['confidence']:.3f}, {entropy}"
 
 

@@ -53,7 +53,7 @@ def initialise(model: nn.Module) -> None:
 
 
 def make_layers(rows: tuple[tuple[int, ...], ...], bias: bool) -> nn.Sequential:
-    """3 x 3 convolutions, a max pool after each row; with biases torchvision's, whose state dicts can be exchanged."""
+    """3 x 3 convolutions, a max pool after each row; with biases the state dict has the keys of torchvision's VGG."""
     layers: list[nn.Module] = []
     channels = 3
     for row in rows:

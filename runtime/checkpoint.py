@@ -13,14 +13,13 @@ import torch
 from runtime.errors import UserError, reason
 from runtime.files import UNREADABLE, writing
 
-FORMAT = 3
-RETRAIN = "train it again, or give another file"
+RETRAIN = "train it again with --resume False, or give another file"
 
 
 def save(path: Path, content: dict) -> None:
     """Write a dict of plain values and tensors to `path`, atomically."""
     buffer = io.BytesIO()  # a full disk is an OSError then, not one of torch's own writer
-    torch.save({"format": FORMAT, **content}, buffer)
+    torch.save(content, buffer)
     with writing(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())
 
@@ -34,8 +33,7 @@ def load(path: Path, or_state_dict: bool = False) -> dict:
         raise UserError(f"{path} is a folder, not a checkpoint: give a file")
     try:
         with zipfile.ZipFile(path) as archive:
-            # torch itself checks no checksum, and skips an entry with attributes, which it never writes.
-            if archive.testzip() or any(entry.external_attr for entry in archive.infolist()):
+            if archive.testzip():  # torch itself checks no checksum
                 raise zipfile.BadZipFile
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # how torch would read this file otherwise
@@ -47,14 +45,12 @@ def load(path: Path, or_state_dict: bool = False) -> dict:
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} holds Python objects, not plain tensors and numbers: {RETRAIN}") from error
     except UNREADABLE as error:
-        raise UserError(f"{path} is damaged, or no file that torch.save wrote: {RETRAIN}") from error
+        raise UserError(f"{path} is damaged or was not written by torch.save: {RETRAIN}") from error
     content = content if isinstance(content, dict) else {}
     if or_state_dict and isinstance(content.get("classifier.weight"), torch.Tensor):
         return {"model": content, "path": path}
-    if "format" not in content:
+    if "run" not in content:
         raise UserError(f"{path} is not a checkpoint of this project: {RETRAIN}")
-    if content["format"] != FORMAT:
-        raise UserError(f"{path} has format {content['format']}, this version reads format {FORMAT}: {RETRAIN}")
     return content | {"path": path}
 
 

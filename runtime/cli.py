@@ -10,7 +10,7 @@ import sys
 from dataclasses import field, fields
 from pathlib import Path
 
-from runtime.errors import report
+from runtime.errors import leave, report
 
 METAVARS = {"bool": "True|False", "int": "N", "float": "X", "Path": "PATH"}  # of an option in the help, by its type
 LARGEST = 2**31 - 1  # of all whole numbers, so that arithmetic on them does not overflow
@@ -101,10 +101,6 @@ def parse_words(script: str, options: type, argv: list | None, needs: dict, excl
     words = sys.argv[1:] if argv is None else [str(word) for word in argv]
     # --num-epochs is --num_epochs
     words = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), word) for word in words]
-    try:
-        os.getcwd()
-    except OSError:
-        parser.error("the current folder does not exist any more: change to another one")
     given = vars(parser.parse_args(words))
     chosen = [name for name, value in given.items() if value is not False]
     for name in chosen:
@@ -142,4 +138,4 @@ def answer_early(parse) -> None:
         sys.exit(report(f"can't start: {error}; {advice}"))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
-        sys.exit(130)
+        leave(130)

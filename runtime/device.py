@@ -53,7 +53,7 @@ class Runtime:
         return 4 if fast.get(self.precision) else 0
 
     def autocast(self) -> torch.autocast:
-        """The context of every forward pass; a cache of cast weights would live as long as a host's own autocast."""
+        """The context of every forward pass; a cache of cast weights would live as long as a caller's own autocast."""
         dtype = AUTOCAST_DTYPES[self.precision]
         return torch.autocast(self.device.type, dtype, enabled=dtype is not None, cache_enabled=False)
 

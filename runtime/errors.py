@@ -9,7 +9,8 @@ import threading
 import traceback
 from collections.abc import Callable
 
-MEMORY = "not enough memory: give train.py a smaller --batch_size or --size, or --device cpu if another device is full"
+MEMORY = "not enough memory: give train.py a smaller --batch_size (for the teacher of --all with --tto True first) or "
+MEMORY += "--size, or --device cpu if another device is full"
 FAILURES = {  # our message for a failure of the machine, by a part of torch's message
     "DefaultCPUAllocator": MEMORY,
     "out of memory": MEMORY,  # of CUDA, MPS
@@ -73,8 +74,10 @@ def exit_code(main: Callable[[], None]) -> int:
         sys.stdout.flush()
     except UserError as error:
         return report(str(error))
+    except SystemExit as ended:  # another process reports the error
+        return ended.code
     except KeyboardInterrupt:
-        print("interrupted; rerun the command (train.py resumes from its last save)", file=sys.stderr)
+        print("interrupted; rerun the command to resume from the last save (without --resume False)", file=sys.stderr)
         return 128 + signal.SIGINT
     except Stopped as stop:
         print("stopped; rerun the command to resume (without --resume False)", file=sys.stderr)
@@ -95,6 +98,10 @@ def leave(code: int) -> None:
         sys.stdout.flush()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
+    if code and "LOCAL_RANK" in os.environ:  # the end of NCCL in one process would wait for the others
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 
@@ -112,7 +119,7 @@ def known_failure(error: Exception) -> str | None:
         cause = next((line for line in lines if "error: " in line), lines[0])  # the compiler's first error
         return f"--compile True failed: {cause}; leave --compile out"
     full = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
-    if isinstance(error, OSError) and error.filename and error.errno in (errno.EACCES, errno.EPERM, *full):
+    if isinstance(error, OSError) and error.filename and error.errno != errno.ENOENT:
         return f"can't use {error.filename}: {reason(error)}; give another path"
     if isinstance(error, OSError) and error.filename is None and error.errno in full:
         discard_output()

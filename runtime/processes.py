@@ -1,8 +1,9 @@
-"""One process, or several under torchrun: how they begin and end. The host's settings of torch are restored."""
+"""One process, or several under torchrun: how they begin and end. The caller's settings of torch are restored."""
 
 import contextlib
 import os
 from dataclasses import replace
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -10,13 +11,14 @@ import torch.distributed as dist
 from runtime.device import Runtime, has_fast_bf16, keep_freed_memory, pick_device
 from runtime.errors import Stopped, StopSignal, UserError
 
+LONGEST_WAIT = timedelta(days=1)  # while the first process downloads or reads pictures
 # In torch's newer interface to the precision of float32, which --precision fp32 sets for all of them.
 FLOAT32_OPERATORS = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
 FLOAT32_OPERATORS += (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)
 
 
-def change_settings(stack: contextlib.ExitStack, device: torch.device, deterministic: bool) -> None:
-    """Set torch's global settings until `stack` is left; those of the host would change the results, or fail."""
+def change_settings(stack: contextlib.ExitStack, deterministic: bool) -> None:
+    """Set torch's global settings until `stack` is left; the caller's would change the results, or fail."""
     cudnn, host_device = torch.backends.cudnn, torch.get_default_device()
     algorithms = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     stack.callback(torch.set_default_dtype, torch.get_default_dtype())
@@ -26,7 +28,7 @@ def change_settings(stack: contextlib.ExitStack, device: torch.device, determini
         stack.callback(setattr, cudnn, name, getattr(cudnn, name))
     for operator in FLOAT32_OPERATORS:
         stack.callback(setattr, operator, "fp32_precision", operator.fp32_precision)
-    # torch.compile reads torch's older interface, which fails where a host has used the newer one.
+    # torch.compile reads torch's older interface, which fails where the caller has used the newer one.
     with contextlib.suppress(RuntimeError):
         stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
     with contextlib.suppress(RuntimeError):
@@ -36,15 +38,13 @@ def change_settings(stack: contextlib.ExitStack, device: torch.device, determini
     torch.set_float32_matmul_precision("highest")
     torch.use_deterministic_algorithms(deterministic)
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     cudnn.benchmark, cudnn.deterministic = not deterministic, deterministic
     cudnn.allow_tf32 = False
     for operator in FLOAT32_OPERATORS:
         operator.fp32_precision = "ieee"
-    for context in (torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False)):
-        stack.enter_context(context)
-    if device.type == "cuda":
-        stack.enter_context(torch.cuda.device(device))
+    stack.enter_context(torch.inference_mode(False))
+    stack.enter_context(torch.enable_grad())
 
 
 def pick_precision(word: str, device: torch.device) -> str:
@@ -60,9 +60,12 @@ def pick_precision(word: str, device: torch.device) -> str:
 def start(device_name: str, precision: str, deterministic: bool = False, stop: StopSignal | None = None):
     """Yield the Runtime of this process; under torchrun it joins and leaves the process group."""
     world_size = int(os.environ.get("WORLD_SIZE") or 1)
-    device = pick_device(device_name)
     with contextlib.ExitStack() as stack:
-        change_settings(stack, device, deterministic)
+        change_settings(stack, deterministic)
+        device = pick_device(device_name)
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        if device.type == "cuda":
+            stack.enter_context(torch.cuda.device(device))
         runtime = Runtime(device, pick_precision(precision, device), stop=stop or StopSignal())
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         if device.type == "cpu":
@@ -79,12 +82,13 @@ def process_group(runtime: Runtime, world_size: int):
     """Yield the Runtime of this process among `world_size` ones."""
     try:
         store, rank, _ = next(dist.rendezvous("env://"))
+        store.set_timeout(LONGEST_WAIT)
     except (ValueError, dist.DistError) as error:  # a variable of torchrun is missing or wrong, or no process comes
         why = str(error).splitlines()[0]
         raise UserError(f"WORLD_SIZE is {world_size}, but {why}: start with torchrun, or unset WORLD_SIZE") from error
     backend = "cpu:gloo,cuda:nccl" if runtime.device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+        dist.init_process_group(backend, store=store, timeout=LONGEST_WAIT, rank=rank, world_size=world_size)
         yield replace(runtime, rank=rank, world_size=world_size)
     except (UserError, Stopped, RuntimeError) as error:
         # All processes end with one error, or with the loss of a peer that has one: the first one reports it.
@@ -93,6 +97,5 @@ def process_group(runtime: Runtime, world_size: int):
         if reported_by_others:
             raise SystemExit(128 + error.args[0] if isinstance(error, Stopped) else 2) from error
         raise
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    else:  # after an error in one process, NCCL would wait for the others here
+        dist.destroy_process_group()

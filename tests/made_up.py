@@ -83,7 +83,7 @@ class Hostile:
 
 
 def hostile(path: Path) -> None:
-    torch.save({"format": checkpoint.FORMAT, "model": Hostile()}, path)
+    torch.save({"run": {}, "model": Hostile()}, path)
 
 
 def random_images(count: int, seed: int = 0, size: int = SIDE) -> Images:

@@ -62,14 +62,6 @@ def test_what_belongs_together_is_accepted():
         (parse_train if script == "train.py" else parse_test)(words)
 
 
-def test_a_current_folder_that_was_removed_is_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    tmp_path.rmdir()
-    with pytest.raises(SystemExit, match="^2$"):
-        parse_test([])
-    assert capsys.readouterr().err.startswith("test.py: error: the current folder does not exist any more: ")
-
-
 @pytest.mark.parametrize("script, options", [("train.py", config.TrainOptions), ("test.py", config.TestOptions)])
 def test_help_tells_every_option_and_default_and_needs_no_torch_nor_does_a_wrong_option(script, options):
     for word, code in (("--help", 0), ("--x", 2)):

@@ -75,14 +75,15 @@ def fingerprint_of(path: Path) -> str:
 
 def test_the_first_line_repeats_the_logs_last_line(learn, output_of, digits):
     words = ["--dataset=digits", f"--data_path={digits}", "--subset=40", "--device=cpu", "--precision=fp32"]
-    for which in ("--tto", "--kd"):
+    for which, split in (("--tto", "test"), ("--kd", "test"), ("--holdout=6", "holdout")):
         learn(which, "--num_epochs=2")
         output = output_of(test_script.main, [*words, which, "--json=report.json"])
         name = name_of(config.parse_test([*words, which])).stem
         _, lines = parse_log(Path("plots", f"{name}.jsonl").read_text())
-        logged, numbers = lines[-1]["test"], report()
+        logged, numbers = lines[-1][split], report()
+        assert numbers["images"] == (6 if split == "holdout" else 8)
         assert logged == {"loss": numbers["loss"], "top1": 100 * numbers["top1"], "top5": 100 * numbers["top5"]}
-        first = f"test loss {logged['loss']:.4f} top1 {logged['top1']:.2f}% top5 {logged['top5']:.2f}%\n"
+        first = f"{split} loss {logged['loss']:.4f} top1 {logged['top1']:.2f}% top5 {logged['top5']:.2f}%\n"
         assert output.startswith(first) and f"plots/{name}_confusion.png, plots/{name}_reliability.png" in output
 
 
@@ -100,24 +101,39 @@ def test_report_of_a_student_and_its_fidelity_to_the_teacher(evaluate):
     (agreement,) = [line for line in output.splitlines() if "top-1 agreement" in line]
     assert agreement.split("|")[2].strip() == f"{100 * numbers['agreement']:.2f}%"
     assert f"{other} is not the teacher that this student learned from" in evaluate("--kd", f"--teacher={other}")
+    content = checkpoint.load(path)
+    content["data"]["mean"] = [0.1, 0.1, 0.1]
+    checkpoint.save(path, {name: value for name, value in content.items() if name != "path"})
+    evaluate("--kd", "--json=report.json")
+    assert report()["loss"] != numbers["loss"], "normalised as in its training"
     copy = save("--kd", folder="weights/a05")
     assert "saved plots/a05/student_kd_t5_confusion.png, " in evaluate(f"--checkpoint={copy}")
 
 
-def test_a_student_with_omitted_classes_is_reported_before_and_after_the_correction(evaluate):
-    save("--omit cat dog", weights=3)
-    output, numbers = evaluate("--omit", "3", "dog", "--json=report.json"), report()
+def test_a_student_with_omitted_classes_is_reported_before_and_after_the_correction(evaluate, monkeypatch):
+    words = ["--holdout=20", "--omit", "3", "dog", "--json=report.json"]
+    save("--holdout=20 --omit cat dog", weights=3)
+    output, numbers = evaluate(*words), report()
     corrected = {f"corrected_{name}" for name in ("top1", "top1_omitted", "top1_others", "per_class")}
     assert set(numbers) == KEYS | corrected | {"top1_omitted", "top1_others", "bias"}
-    model = checkpoint.load_weights(tiny_student(), checkpoint.load(Path("weights/student_omit_cat_dog.pt"))).eval()
-    logits = held_out_logits(model, DATA.train, DATA.spec, CPU)
-    assert numbers["bias"] == pytest.approx(bias_correction(logits, DATA.train.labels, [3, 5])[[3, 5]].tolist())
-    assert re.search(r"Top-1 without cat, dog in training \| +as it is \| after the bias correction \|", output)
+    model = checkpoint.load_weights(tiny_student(), checkpoint.load(Path("weights/student_holdout20_omit_cat_dog.pt")))
+    logits = held_out_logits(model.eval(), DATA.train[:30], DATA.spec, CPU)
+    assert numbers["bias"] == pytest.approx(bias_correction(logits, DATA.train[:30].labels, [3, 5])[[3, 5]].tolist())
+    assert re.search(r"Top-1 without cat, dog in training \| +uncorrected \| after the bias correction \|", output)
     cat, dog = numbers["bias"]
     assert f"added to the logits: cat {cat:+.2f}, dog {dog:+.2f}\n" in output
-    assert Path("plots/student_omit_cat_dog_omitted.png").exists()
-    save("--omit cat dog", weights=3, images="c" * 16)
-    output = evaluate("--omit", "3", "dog", "--json=report.json")
+    assert Path("plots/student_holdout20_omit_cat_dog_omitted.png").exists()
+
+    def logits_that_never_favour_them(model, images, *_):
+        return (4.0 * torch.eye(10)[images.labels] - 8.0 * torch.eye(10)[[3, 5]].sum(0)).double()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(comparison, "held_out_logits", logits_that_never_favour_them)
+        output = evaluate(*words)
+    assert [report()[key] for key in ("top1_omitted", "corrected_top1_omitted", "corrected_top1")] == [0, 1, 1]
+    assert ["omitted", "0.00%", "100.00%"] in cells(output)
+    save("--holdout=20 --omit cat dog", weights=3, images="c" * 16)
+    output = evaluate(*words)
     assert set(report()) == KEYS | {"top1_omitted", "top1_others"}
     assert "added to the logits: none, the student was trained on other images\n" in output
 
@@ -132,7 +148,7 @@ def test_a_teacher_that_cannot_be_used_is_left_out_and_a_named_one_is_an_error(e
         "none.pt": "no checkpoint weights/none.pt: ",
         "torn.pt": "weights/torn.pt is damaged",
         "others.pt": "the teacher weights/others.pt has 100 classes (apple, aquarium_fish, baby, ...) that are not ",
-        "pupil.pt": "the teacher weights/pupil.pt is a student: choose another one with --teacher",
+        "pupil.pt": "the teacher weights/pupil.pt is a student: give another --teacher",
         "elsewhere.pt": "the teacher weights/elsewhere.pt was trained on other images than those of cifar10 here: ",
     }.items():
         Path("weights/teacher.pt").unlink(missing_ok=True)
@@ -288,8 +304,8 @@ def test_probabilities_are_softened(evaluate, monkeypatch):
     rows = sorted(labels.index(label) for label in set(labels))[:4]
     assert (pixels == DATA.test.pixels[rows].numpy()).all() and path.name == "teacher_softened.png"
     assert names == [f"{classes[labels[row]]} (test {row})" for row in rows] and names[3] in told
-    assert told.startswith("over 20 images, at\nT = 1: mean largest probability ")
-    assert told.count(" of log C = 2.30") == 3
+    assert told.startswith("over 20 images:\nT = 1: mean largest probability ")
+    assert told.count(" out of log C = 2.30") == 3
     assert list(answers) == [f"{TEACHER}, T = {temp}" for temp in (1, 5, 20)]
     plain, soft, _ = answers.values()
     torch.testing.assert_close(soft, (plain.log() / 5).softmax(1))
@@ -378,23 +394,6 @@ def test_students_of_two_teachers_are_two_rows_each_beside_its_own(report_of, co
     save(weights=5)
     kl = compare()[0][2]["kl_to_teacher"]
     assert kl == pytest.approx(second, rel=0.01), "a baseline is compared with the teacher of its student with KD"
-
-
-def test_with_a_teacher_its_own_students_and_those_without_kd_are_shown(compare, evaluate):
-    wanted = save("--tto --subset=30", folder="elsewhere", weights=1)
-    other = save("--tto --seed=7", weights=2)
-    save(weights=3)
-    save("--kd", "own.pt", weights=4, teacher=fingerprint_of(wanted))
-    save("--kd --temp=20", weights=5, teacher=fingerprint_of(other))
-    assert compare(f"--teacher={wanted}")[1] == [f"{TEACHER}, subset 30", STUDENT, KD]
-    torch.save([torch.zeros(2)], "foreign.pt")
-    error = evaluate("--compare", "True", "--teacher=foreign.pt", code=2)
-    assert error.startswith("__main__.py: error: foreign.pt is not a checkpoint of this project")
-    torch.save(checkpoint.load(wanted)["model"], "state.pt")
-    assert compare("--teacher=state.pt")[1] == [STUDENT, KD]
-    assert compare(f"--teacher={other}")[1] == [TEACHER, STUDENT, "Student (with KD, Temp = 20)"]
-    error = evaluate("--compare", "True", "--teacher=none.pt", code=2)
-    assert error.endswith("error: no checkpoint none.pt: check the path\n")
 
 
 def test_what_cannot_be_compared_is_named_and_left_out(compare):

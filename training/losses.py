@@ -50,7 +50,7 @@ def ttm(student: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor, tem
 
 
 def wttm(student: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor, temp: float) -> Terms:
-    """TTM, each image weighted by the sum of its teacher's probabilities to the 1/T (the same, section 4)."""
+    """TTM, each image weighted by the sum over classes of softmax(teacher)^(1/T) (Zheng & Yang, section 4)."""
     weight = (F.log_softmax(teacher, dim=1) / temp).exp().sum(1)
     return ((weight * kl_to_softened_teacher(student, teacher, temp)).mean(),)
 

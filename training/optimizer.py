@@ -53,7 +53,7 @@ def newton_schulz(gram: torch.Tensor) -> torch.Tensor:
 def orthogonalise(matrices: list[torch.Tensor], dtype: torch.dtype) -> None:
     """Replace each matrix U S V^T (M, N) of norm 1 by nearly U V^T, in place; computed in `dtype`.
 
-    Matrices of one shape are one batch, and so are Gram matrices of one padded size: a GPU waits for each product.
+    Matrices of one shape are one batch, and so are Gram matrices of one padded size: a GPU is slow at many small ones.
     """
     alike: dict[torch.Size, list[torch.Tensor]] = {}
     for matrix in matrices:

@@ -84,7 +84,8 @@ def require_same(content: dict, run: RunConfig) -> dict:
     if "metrics" not in content:  # another number of processes may resume it, and sync_bn needs several
         ignoring |= {"processes", "sync_bn"}
     if why := describe_differences(run_of(content), run, ignoring):
-        advice = "give its own options, keep both with --name WORD, or replace it with --resume False (not with --all)"
+        how = "with --tto True, " if run.role == "teacher" else ""  # --name and --resume False of --all don't reach it
+        advice = f"{how}repeat its options, keep both with --name WORD, or replace it with --resume False (not --all)"
         raise UserError(f"{content['path']} is {kind} with {why}: {advice}")
     return content
 
@@ -176,7 +177,7 @@ class Run:
         self.clock = now
 
     def check_finite(self) -> None:
-        """UserError if a loss of this epoch is NaN or infinite, and so their sum; what was saved before it stays."""
+        """UserError if a loss of this epoch, and so their sum, is NaN or infinite; earlier saves are kept."""
         loss = self.totals[METRICS.index("loss")].item()
         if not math.isfinite(loss):
             how = "--tto True " if self.config.role == "teacher" else ""
@@ -208,11 +209,11 @@ class Run:
                 temporary.write_text(text)
 
     def save_is_due(self) -> bool:
-        """Whether the last save has cost less than 1 % of the time since then, and is at least 1 s ago."""
-        return time.monotonic() - self.saved_at > max(1.0, 100 * self.save_seconds)
+        """Whether the last save took the first process, which writes, less than 1 % of the time since, at least 1 s."""
+        return self.runtime.is_main and time.monotonic() - self.saved_at > max(1.0, 100 * self.save_seconds)
 
     def save(self) -> None:
-        """Write the resume state. No generator and no schedule is in it: they follow from seed, epoch and step."""
+        """Write the resume state, without generators and schedule: they follow from seed, epoch and step."""
         start = time.monotonic()
         totals = self.runtime.total(self.totals)
         if self.runtime.is_main:
@@ -229,7 +230,7 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
-        # Sums over all processes then: each takes its share, so that they add up to the same.
+        # The saved sums are those of all processes: each takes an equal share, so that the total stays the same.
         self.totals += (state["totals"] / self.runtime.world_size).to(self.totals)
         self.write_log(state["log"])  # whatever became of the file meanwhile
         before = run_of(state)

@@ -1,6 +1,6 @@
 """What a run is, and which runs belong together. Standard library and tables only.
 
-A RunName is what a run's files are called after, a RunConfig all that shapes its result; `plan` makes them of options.
+A RunName names a run's files, a RunConfig is all that shapes its result; `plan` makes them from the options.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ UNKNOWN = "unknown"  # the images of a teacher that is a plain state dict
 
 @dataclass(frozen=True)
 class RunName:
-    """What a run's files are called after."""
+    """What a run's files are named after."""
 
     dataset: str = "cifar10"
     role: str = "student"  # or "teacher"
@@ -119,7 +119,7 @@ class RunConfig(Recipe, RunName):
     precision: str
     processes: int
     teacher: str | None = None  # the fingerprint of its weights, once it is loaded
-    teacher_unknown: bool = False  # whether nobody knows on which images its teacher was trained
+    teacher_unknown: bool = False  # whether its teacher's training images are unknown
     student_layers: str = ""  # of the user's own student, the fingerprint of its layers, once it is imported
 
     @property
@@ -193,7 +193,7 @@ def resolve(name: RunName, options, data: DataSet, precision: str, processes: in
 
 
 def run_of(content: dict) -> RunConfig:
-    """The run of a checkpoint, or of a log's header; UserError if it is of code that is not this one."""
+    """The run of a checkpoint, or of a log's header; UserError if other code saved it."""
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in content["run"].items()}
     try:
         run = RunConfig(**values)
@@ -201,7 +201,9 @@ def run_of(content: dict) -> RunConfig:
     except TypeError:  # a field is missing, or unknown
         is_known = False
     if not is_known:
-        raise UserError(f"{content['path']} is of another version of this code: train it again, or give another file")
+        raise UserError(
+            f"{content['path']} was saved by other code: train it again with --resume False, or give another file"
+        )
     return run
 
 

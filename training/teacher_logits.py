@@ -20,7 +20,7 @@ from utils import Images, Views, compute_logits, fingerprint_views, held_out_log
 
 
 class TeacherLogits:
-    """A teacher in a checkpoint, or a folder of logits that somebody's model wrote."""
+    """A teacher: a checkpoint, or a folder with the logits of any model."""
 
     def __init__(self, path: Path, spec: DataSet, runtime: Runtime, weights_path: Path, content: dict | None) -> None:
         """`content` is the teacher's checkpoint, None if `path` is a folder. UserError if it can't teach on `spec`."""
@@ -50,7 +50,7 @@ class TeacherLogits:
         """UserError if a folder of logits lacks one of the first `count` views, before hours of training."""
         missing = [k for k in range(count) if not (self.folder / f"{k:02}.npz").exists()]
         if self.model is None and missing:
-            lacks = f"lacks the logits of {len(missing)} of {count} views, the first is {missing[0]:02}.npz"
+            lacks = f"lacks the logits of {len(missing)} of {count} views (first: {missing[0]:02}.npz)"
             raise UserError(f"{self.folder} {lacks}: write them (docs/own.md), or give a smaller --views")
 
     def view_logits(self, k: int, views: Views, rows: torch.Tensor) -> torch.Tensor:
@@ -99,7 +99,7 @@ def read_logits(path: Path, key: str, count: int, classes: int) -> torch.Tensor:
 
 
 def write_logits(folder: Path, name: str, logits: torch.Tensor, spec: DataSet, key: str) -> None:
-    """Write logits (N, C) as float16, atomically and with checksums, and what they are of; UserError if that fails."""
+    """Write logits (N, C) as float16, with checksums, and what describes their images; UserError if that fails."""
     save_arrays(folder / name, key, logits=logits.half().numpy())
     write_json(folder / "teacher.json", {"key": key} | describe_images(spec))
 
@@ -145,12 +145,12 @@ def load_teacher(student: RunConfig, options, spec: DataSet, runtime: Runtime) -
         is_teacher = require_finished(content)["run"]["role"] == "teacher"
         why = mismatch(content, student, spec) if is_teacher else "is a student"
         if why:
-            raise UserError(f"the teacher {path} {why}: choose another one with --teacher or --weights_path")
+            raise UserError(f"the teacher {path} {why}: give another --teacher, or --weights_path and --plots_path")
     return TeacherLogits(path, spec, runtime, options.weights_path, content)
 
 
 def complete_state_dict(content: dict, student: RunConfig, spec: DataSet) -> dict:
-    """A checkpoint of an unknown run, made of a plain state dict with the teacher's keys."""
+    """A checkpoint of an unknown run, made from a plain state dict with the teacher's keys."""
     unknown = {"images": UNKNOWN, "num_epochs": 0, "kd_weights": (), "ce_weight": 1.0, "student_layers": ""}
     unknown |= {"teacher": None, "teacher_unknown": False}
     run = replace(student, **asdict(student.teacher_name), **unknown)

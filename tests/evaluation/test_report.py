@@ -162,3 +162,11 @@ def test_of_many_classes_the_worst_are_listed():
     assert " ".join(lines).split() == f"accuracy of the 10 worst classes: {worst}".split()
     assert max(map(len, lines)) <= 110
     assert report.per_class_lines([0.5, None], ("a", "b")) == ["accuracy of each class: a 50.0%, b no image"]
+
+
+def test_reports_tell_the_class_from_the_prediction_and_the_teacher_from_the_student():
+    numbers = {"images": 4, "top1": 0.75, "per_class": [1.0, 0.0, 1.0], "ece": 0.25}
+    text = report.accuracy_text(numbers | {"confusion": [[2, 0, 0], [1, 0, 0], [0, 0, 1]]}, ("a", "b", "c"))
+    assert "top-1 30.06% to 95.44%" in text and "worst confusions: b predicted as a 1 times\n" in text
+    text = report.fidelity_text({"agreement": 0.5, "kl_to_teacher": 1.0, "contingency": [[1, 2], [3, 4]]})
+    assert ["images: teacher right, student wrong", "2"] in cells(text)

@@ -46,6 +46,10 @@ def test_a_model_can_be_cast(role):
 def test_costs_are_what_the_docstrings_say():
     student, teacher = StudentCNN().eval(), vgg19_bn().eval()
     weights, of_teacher = inference.count_parameters(student), inference.count_parameters(teacher)
+    attention = torch.nn.TransformerEncoderLayer(8, 1, 16, batch_first=True)
+    layers = [torch.nn.Flatten(2), torch.nn.Linear(SIDE**2, 8), attention]
+    by_hand = 3 * SIDE**2 * 8 + 3 * 8 * 24 + 2 * 3 * 3 * 8 + 3 * 8 * 8 + 2 * 3 * 8 * 16  # 3 tokens of 8 numbers
+    assert inference.count_macs(torch.nn.Sequential(*layers).eval().requires_grad_(False)) == by_hand
     macs, macs_of_teacher = inference.count_macs(student), inference.count_macs(teacher)
     text = " ".join(StudentCNN.__doc__.split())
     assert f"{weights:,} parameters, 1/{round(of_teacher / weights)} of the teacher's" in text
@@ -86,14 +90,12 @@ def test_logits_are_float32_whatever_the_precision(role):
         logits = model(images)
     assert features.dtype == torch.bfloat16 and logits.dtype == torch.float32
     assert torch.equal(logits, F.linear(features.float(), *model.classifier.parameters()))
-    assert not torch.equal(logits, logits.bfloat16().float())
 
 
 def test_build_model_builds_each_role_and_refuses_others():
     assert isinstance(build_model("student"), StudentCNN)
     for role, size in (("teacher", SIDE), ("teacher", 96), ("student", SIDE), ("student", 96)):
         assert build_model(role, 7)(torch.zeros(2, 3, size, size)).shape == (2, 7)
-    assert set(BUILDERS) == {"teacher", "student"}
     with pytest.raises(ValueError, match="pupil"):
         build_model("pupil")
 

@@ -83,6 +83,7 @@ def test_what_was_evaluated_is_what_was_saved(tmp_path, options, digits):
     codes, _, errors = pair(tmp_path, options(tmp_path))
     assert codes == [0, 0], errors
     weights, lines = result(tmp_path)
+    assert checkpoint.load(tmp_path / f"{STEM}.pt")["run"]["processes"] == 2
     student = tiny_student()
     student.load_state_dict(weights)
     data = load_images("digits", digits, CPU)

@@ -40,12 +40,12 @@ def test_stopped_after_each_run_it_gives_the_same_table(learn, tmp_path, monkeyp
     stopped.mkdir()
     monkeypatch.chdir(stopped)
 
-    def train_one(*arguments, real=train.train):
+    def train_one(*arguments, real=train.train_run):
         real(*arguments)
         raise Stopped(15)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "train", train_one)
+        patch.setattr(train, "train_run", train_one)
         for _ in RUNS:
             learn(*words, code=128 + 15)
     assert (output := learn(*words)).startswith("4 runs, 4 of them finished\n")
@@ -53,12 +53,12 @@ def test_stopped_after_each_run_it_gives_the_same_table(learn, tmp_path, monkeyp
     Path("weights/digits_student_kd_t5_seed7_subset40.pt").rename("kd.pt")
     Path("weights/digits_student_seed7_subset40.pt").unlink()
 
-    def train_beside_another(*arguments, real=train.train):
+    def train_beside_another(*arguments, real=train.train_run):
         Path("kd.pt").rename("weights/digits_student_kd_t5_seed7_subset40.pt")
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "train", train_beside_another)
+        patch.setattr(train, "train_run", train_beside_another)
         learn(*words)  # a run that finished meanwhile is not trained again
     assert table_of(stopped) == expected
     assert [checkpoint.fingerprint(load(name)["model"]) for name in RUNS] == weights
@@ -78,7 +78,7 @@ def test_the_papers_experiments(learn, tmp_path):
         assert 8 * row["top1"] == pytest.approx(row["top1_omitted"] + 7 * row["top1_others"])  # one of 8 is a 5
         assert {"corrected_top1", "corrected_top1_omitted", "corrected_top1_others_sd"} < set(row)
     softness = json.loads(load("student_kd_t20", "_subset40_omit_5_images20")["log"].splitlines()[1])["teacher"]
-    words = "the teacher at T = 20: mean largest probability {confidence:.3f}, entropy {entropy:.2f} of log C = 2.30"
+    words = "teacher at T = 20: mean largest probability {confidence:.3f}, entropy {entropy:.2f} out of log C = 2.30"
     assert words.format(**softness) in told
     entropies = [row["teacher_entropy"] for row in rows if row.get("temp") and row["student_images"] == 27]
     assert entropies == sorted(entropies) and entropies[0] < entropies[2] - 0.01, "softer at a higher temperature"
@@ -100,7 +100,7 @@ def test_students_of_a_seed_differ_in_the_loss_alone(learn, monkeypatch):
 
     monkeypatch.setattr(train, "train_epoch", train_epoch)
     monkeypatch.setattr(utils.Views, "images", images)
-    learn(*ALL, "--seeds=2", "--loss", "kd", "dkd")
+    learn(*ALL, "--seeds=2", "--loss", "kd", "dkd", "--flip", "--views=162")
     names = [f"student{kd}{seed}" for seed in ("", "_seed43") for kd in ("", "_kd_t5", "_dkd_t5")]
     assert [*runs] == [f"digits_{name}_subset40" for name in ("teacher", *names)]
     _, *students = runs.values()
@@ -111,6 +111,8 @@ def test_students_of_a_seed_differ_in_the_loss_alone(learn, monkeypatch):
         assert with_kd[0][2] != with_kd[1][2]
     assert students[3][0] != students[0][0]
     assert students[3][1] != students[0][1], "another seed, another order"
+    found = [students[i][1][0][1] for i in (0, 3)]
+    assert found == [utils.epoch_view(162, True, seed, 0) for seed in (42, 43)], "and other views"
 
 
 def test_it_distils_the_teacher_that_is_there_and_replaces_no_students_of_another(learn, tmp_path):
@@ -157,8 +159,10 @@ def test_a_name_is_of_the_students_and_a_holdout_of_the_teacher_too(learn, tmp_p
     assert before.items() <= named.items() <= snapshot(tmp_path).items(), "what was there stays"
     teacher, student = (load(name, "_subset40_holdout8") for name in ("teacher", "student_kd_t5"))
     assert teacher["run"]["holdout"] == 8 and student["run"]["teacher"] == checkpoint.fingerprint(teacher["model"])
-    text = Path("plots/results_digits_subset40_holdout8/results.md").read_text()
-    assert text.count(", subset 40, holdout 8 ") >= 3
+    folder = Path("plots/results_digits_subset40_holdout8")
+    assert (folder / "results.md").read_text().count(", subset 40, holdout 8 ") >= 3
+    rows = json.loads((folder / "results.json").read_text())["rows"]
+    assert rows[1]["loss"] == pytest.approx(load("student", "_subset40_holdout8")["metrics"]["loss"])
 
 
 def test_all_with_a_teacher_trains_no_other_and_shows_it_in_the_table(learn, tmp_path):

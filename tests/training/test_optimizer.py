@@ -41,12 +41,12 @@ def by_singular_values(matrix: torch.Tensor) -> torch.Tensor:
     return u @ torch.diag(s) @ v
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e-4, 1e4])
 @pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-9), ("float32", 1e-4), ("bfloat16", 0.06)])
-def test_orthogonalise_is_the_quintic_of_the_singular_values(dtype, tolerance, scale):
+def test_orthogonalise_is_the_quintic_of_the_singular_values(dtype, tolerance):
     generator = torch.Generator().manual_seed(0)
     shapes = [(5, 12), (12, 5), (5, 12), (70, 80), (1, 1)]  # two of one shape, one whose Gram matrix is larger
-    matrices = [scale * torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    matrices = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    matrices[1], matrices[2] = 1e-4 * matrices[1], 1e4 * matrices[2]
     matrices.append(torch.zeros(5, 12, dtype=torch.float64))
     expected = [by_singular_values(matrix) for matrix in matrices]
     opt.set_norms(matrices, [1.0] * len(matrices))

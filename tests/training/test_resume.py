@@ -9,15 +9,17 @@ import os
 import re
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from conftest import run_together
-from made_up import TinyTeacher, tiny_student
+from made_up import CPU, TinyTeacher, tiny_student
 
 import models
 import training.run
@@ -164,6 +166,8 @@ def test_saving_takes_a_hundredth_of_the_time_and_happens_once_a_second_at_most(
     learn("--num_epochs=40")  # of 5 steps, 50 s in all
     between = [later - earlier - cost for earlier, later in itertools.pairwise(saved)]
     assert len(between) >= 8 and all(least - 1e-6 < seconds < least + 0.25 + 1e-6 for seconds in between)
+    other_process = SimpleNamespace(runtime=replace(CPU, rank=1), saved_at=-100.0, save_seconds=0.0)
+    assert not Run.save_is_due(other_process), "it writes nothing, so its saves cost nothing"
 
 
 def test_a_run_that_fails_at_once_may_be_started_with_other_options(learn, monkeypatch):

@@ -56,15 +56,16 @@ def test_each_run_has_a_file_name_a_title_and_a_command_that_both_scripts_unders
 
 @pytest.mark.parametrize("options", ["--seed 7", "--dataset folder --skip_broken --name a", "--flip False"])
 def test_the_command_that_train_prints_evaluates_the_run(options, tmp_path, monkeypatch, capsys):
-    data = Data(SPEC, random_images(40), random_images(8))
+    data, runs = Data(SPEC, random_images(40), random_images(8)), []
     monkeypatch.setattr(train, "load_images", lambda *_: data)
-    monkeypatch.setattr(train, "train", lambda *_: {})
+    monkeypatch.setattr(train, "train_run", lambda run, *_: runs.append(run) or {})
     words = [*shlex.split(options), "--device=cpu", "--weights_path", tmp_path / "w w", "--plots_path", tmp_path]
     assert train.main(words) == 0
     (command,) = re.findall("evaluate it with `python test.py (.*)`", capsys.readouterr().out)
     trained, tested = parse_train(words), parse_test(shlex.split(command))
     assert name_of(tested) == name_of(trained) and tested.skip_broken == trained.skip_broken
     assert (tested.weights_folder, tested.plots_folder) == (trained.weights_folder, trained.plots_folder)
+    assert runs[0].precision in ("bf16", "fp32"), "what --precision auto has chosen"
 
 
 def test_all_plans_every_run_once_and_in_order():
