@@ -42,7 +42,7 @@ class Options:
     loss: tuple[str, ...] | None = option(KD, "kd (default), ls, dkd, ttm, wttm; --all: several", choices=LOSS_DEFAULTS)
     teacher: Path | None = option(KD, "the teacher: a checkpoint, state dict or folder of logits", folder_name)
     device: str = option(MACHINE, "auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:N or mps", DEVICE, "auto")
-    precision: str = option(MACHINE, "auto (bf16 if fast, or as trained), bf16, fp16 or fp32", str, "auto", PRECISIONS)
+    precision: str = option(MACHINE, "auto (bf16 where faster), bf16, fp16 (CUDA) or fp32", str, "auto", PRECISIONS)
     weights_path: Path = option(FILES, "folder of the checkpoints", folder_name, Path("weights"))
     plots_path: Path = option(FILES, "folder of the logs and figures", folder_name, Path("plots"))
     name: str | None = option(FILES, "use subfolders of this name in --weights_path and --plots_path", PLAIN_WORD)

@@ -79,7 +79,7 @@ def find_checkpoint(options: config.TestOptions, runtime: Runtime) -> dict:
 
 
 def find_teacher(run: RunConfig, options, spec: DataSet, runtime: Runtime, tell: Callable) -> TeacherLogits | None:
-    """A student's teacher, or None; `tell` is called with what is wrong with it; UserError if --teacher names it."""
+    """A student's teacher, or None; `tell` is called with what is wrong with it; UserError if --teacher named it."""
     try:
         teacher = load_teacher(run, options, spec, runtime) if run.role == "student" else None
     except UserError as error:

@@ -270,7 +270,7 @@ def accuracies(logits: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
     return {"top1": top1} | ({"top5": top5} if logits.shape[1] > 5 else {})
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def compute_logits(
     model: torch.nn.Module, images_of: Callable, count: int, num_classes: int, runtime: Runtime, title: str = ""
 ) -> torch.Tensor:

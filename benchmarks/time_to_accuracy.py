@@ -6,7 +6,7 @@
 
 Both sides train on the same images at each of --lengths, every length with its own learning rate schedule; the last
 epoch counts. The baseline loop has a cosine schedule, and the best of its --baseline_lr counts at each length. The
-seconds are those of training alone. With --json FILE each finished training is saved at once, and not repeated.
+seconds are those of training alone. With --json FILE each finished run is saved at once, and not repeated.
 """
 
 import contextlib

@@ -28,7 +28,7 @@ def count_macs(model: torch.nn.Module, size: int = SIDE) -> int:
     # With a gradient and this backend torch doesn't fuse attention, which it would not count.
     image = torch.zeros(1, 3, size, size, device=next(model.parameters()).device, requires_grad=True)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(image)
+        model(image.clone())  # which a model may change in place
     return counter.get_total_flops() // 2
 
 

@@ -60,7 +60,7 @@ def per_class_lines(shares: list[float | None], classes: tuple[str, ...]) -> lis
 
 
 def bias_text(numbers: dict, omitted: tuple[str, ...]) -> str:
-    """The table of top-1 with omitted classes, as it is and corrected, from what `measure_checkpoint` says."""
+    """The table of top-1 with omitted classes, uncorrected and corrected, from what `measure_checkpoint` says."""
     prefixes = {"uncorrected": ""} | ({"after the bias correction": "corrected_"} if "bias" in numbers else {})
     rows = []
     for title, key in {"all classes": "top1", "omitted": "top1_omitted", "others": "top1_others"}.items():

@@ -115,7 +115,8 @@ def results_text(results: dict) -> str:
             cells[title] = f"{row[key]:.2f}%{deviation}" if key in row else ""
         numbers = row | gains.get(row["model"], {})
         for key, (title, _, form) in NUMBERS.items():
-            cells[title] = form(numbers[key]) if numbers.get(key) else ""  # 0: of a state dict, unknown
+            is_known = key in numbers and (numbers[key] or key not in ("epochs", "seconds"))  # 0: of a state dict
+            cells[title] = form(numbers[key]) if is_known else ""
         models.append(cells)
     titles = [title for title in models[0] if any(cells[title] for cells in models)]  # no empty columns
     texts = [table(titles, [[cells[title] for title in titles] for cells in models]), *map(gain_text, results["gains"])]

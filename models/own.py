@@ -18,7 +18,7 @@ def build_own(name: str, num_classes: int, size: int) -> nn.Module:
         sys.path.append(os.getcwd())
     try:
         builder = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, OSError) as error:
         raise UserError(f"--student {name} can't be imported: {error}") from error
     images = torch.zeros(2, 3, size, size).contiguous(memory_format=torch.channels_last)  # as in most runs
     try:
@@ -28,7 +28,7 @@ def build_own(name: str, num_classes: int, size: int) -> nn.Module:
         with torch.no_grad():  # another model is tried in training, which changes batch norm
             outputs = [model.eval()(images), builder(num_classes=num_classes).train()(images)]
             outputs.append(model.to(memory_format=torch.channels_last)(images))
-    except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError, LookupError) as error:
+    except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError, LookupError, OSError) as error:
         called = f"num_classes={num_classes} and images {tuple(images.shape)}"
         raise UserError(f"--student {name} fails with {called}: {error}") from error
     for output in outputs:

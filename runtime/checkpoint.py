@@ -59,7 +59,7 @@ def load_weights(model: torch.nn.Module, content: dict) -> torch.nn.Module:
     try:
         model.load_state_dict(content["model"])
     except (RuntimeError, TypeError, AttributeError, KeyError) as error:
-        why = textwrap.shorten(str(error).partition("\n")[2], 160) or "it was trained by another version"
+        why = textwrap.shorten(str(error).partition("\n")[2], 160) or "other code saved it"
         model_name = type(model).__name__
         raise UserError(f"{content['path']} does not fit the model {model_name} ({why}): {RETRAIN}") from error
     return model

@@ -77,7 +77,7 @@ def exit_code(main: Callable[[], None]) -> int:
     except SystemExit as ended:  # another process reports the error
         return ended.code
     except KeyboardInterrupt:
-        print("interrupted; rerun the command to resume from the last save (without --resume False)", file=sys.stderr)
+        print("interrupted; rerun the command (train.py resumes, without --resume False)", file=sys.stderr)
         return 128 + signal.SIGINT
     except Stopped as stop:
         print("stopped; rerun the command to resume (without --resume False)", file=sys.stderr)
@@ -119,7 +119,7 @@ def known_failure(error: Exception) -> str | None:
         cause = next((line for line in lines if "error: " in line), lines[0])  # the compiler's first error
         return f"--compile True failed: {cause}; leave --compile out"
     full = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
-    if isinstance(error, OSError) and error.filename and error.errno != errno.ENOENT:
+    if isinstance(error, OSError) and error.filename and error.errno not in (None, errno.ENOENT):
         return f"can't use {error.filename}: {reason(error)}; give another path"
     if isinstance(error, OSError) and error.filename is None and error.errno in full:
         discard_output()

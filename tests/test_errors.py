@@ -16,6 +16,7 @@ import threading
 from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
+from urllib.error import HTTPError
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ WRONG_OPTIONS = [
     *each("test.py --checkpoint my.pt", "tto True", "kd True", "temp 5", "loss ls", "seed 7", "dataset digits",
           "size 64", "subset 40", "holdout 8", "compare True", "name a05", "omit 3", "student_images 40", tells=CLASH),
     *each("test.py --compare True", "tto True", "kd True", "temp 5", "loss ls", "seed 7", "image cat.png", "soften 5",
-          "json r.json", "export s.pt2", "omit 3", "student_images 40", tells=CLASH),
+          "json r.json", "export s.pt2", "omit 3", "student_images 40", "teacher t.pt", tells=CLASH),
     *each("test.py --image cat.png", "subset 40", "holdout 8", "json r.json", "export s.pt2", "data_path d",
           "skip_broken", tells=CLASH),
     *each("test.py --soften 1 5", "json r.json", "export s.pt2", tells=CLASH),
@@ -118,7 +119,7 @@ WRONG_INPUTS = {
     "a damaged finished run": (TRAIN, f"{STEM}.pt is damaged", lambda at: damaged(at / f"weights/{STEM}.pt")),
     "a damaged resume state": (TRAIN, "last.pt is damaged", lambda at: damaged(at / f"weights/{STEM}.last.pt")),
     "never trained": ("test.py --weights_path w",
-                      "no checkpoint w/student.pt: train it with `python train.py --weights_path w`, or name its folder"),
+                      "no checkpoint w/student.pt: train it with `python train.py --weights_path w`, or name its"),
     "data is a file": ("train.py", NO_CIFAR10, lambda at: (at / "data").touch()),
 }  # fmt: skip
 
@@ -220,11 +221,8 @@ def test_a_full_disk_leaves_all_files_as_they_were(file_size, tells, tmp_path, d
 def test_each_ending_has_its_exit_code_and_one_line(capsys):
     for error, code, tells in (
         (UserError("one\n  line"), 2, "error: one line\n"),
-        (
-            KeyboardInterrupt(),
-            130,
-            "interrupted; rerun the command to resume from the last save (without --resume False)\n",
-        ),
+        (KeyboardInterrupt(), 130, "interrupted; rerun the command (train.py resumes, without --resume False)\n"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "w/a.pt"), 2, "can't use w/a.pt: File name too long; give"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."), 2, "a smaller --batch_size"),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `x`"), 2, "a smaller --batch_size"),
         (torch.AcceleratorError("CUDA error: no kernel image is available\nfor"), 2, "not support this GPU"),
@@ -245,7 +243,8 @@ def test_each_ending_has_its_exit_code_and_one_line(capsys):
 def test_success_is_zero_and_a_bug_is_raised(capsys):  # with a stdout that has no file, as in a notebook
     assert exit_code(lambda: None) == 0
     missing, unknown = OSError(errno.ENOENT, "none", "file"), OSError(errno.EIO, "not of stdout")
-    for bug in (ValueError("x"), RuntimeError("x"), KeyError("x"), missing, unknown):
+    http = HTTPError("https://x", 404, "Not Found", {}, None)  # whose URL is a file name
+    for bug in (ValueError("x"), RuntimeError("x"), KeyError("x"), missing, unknown, http):
         assert known_failure(bug) is None
         with pytest.raises(type(bug)):
             exit_code(Mock(side_effect=bug))

@@ -285,6 +285,9 @@ def test_a_picture_is_classified_by_student_and_teacher_without_a_data_set(evalu
     output = evaluate("--image", "blue_$x$.png", "--checkpoint=weights/teacher.pt")
     assert "Student" not in output and TEACHER in output
     assert Path("plots/teacher_images.png").exists()
+    save("--kd", teacher="another")
+    told = "weights/teacher.pt is not the teacher that this student learned from"
+    assert told in evaluate("--kd", "--image", "blue_$x$.png")
     Path("weights/teacher.pt").unlink()
     told = "not compared with the teacher: no teacher weights/teacher.pt"
     assert told in evaluate("--image", "blue_$x$.png")
@@ -414,7 +417,8 @@ def test_what_cannot_be_compared_is_named_and_left_out(compare):
     checkpoint.save(Path("weights/g.pt"), of_a_branch)
     of_a_branch["run"] |= {"loss": "kd", "dropout": 0.5}
     checkpoint.save(Path("weights/i.pt"), of_a_branch)
+    checkpoint.save(Path("weights/j.pt"), {"run": 3, "metrics": {}, "model": {}})
     _, labels, output = compare()
     lines = [line for line in output.splitlines() if line.startswith("left out: ")]
-    assert labels == [STUDENT] and len(lines) == 9
-    assert sorted(re.search(r"weights/(\w)\.pt", line)[1] for line in lines) == [*"abcdefghi"]
+    assert labels == [STUDENT] and len(lines) == 10
+    assert sorted(re.search(r"weights/(\w)\.pt", line)[1] for line in lines) == [*"abcdefghij"]

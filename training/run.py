@@ -70,10 +70,10 @@ def mismatch(content: dict, name: RunName, spec: DataSet, same_images: bool = Tr
 
 
 def require_finished(content: dict) -> dict:
-    """The same checkpoint; UserError if its run is unfinished, or of another version of this code."""
+    """The same checkpoint; UserError if other code saved it, or its run is unfinished."""
+    run_of(content)
     if "metrics" not in content:
         raise UserError(f"{content['path']} is an unfinished run: rerun its command to finish it")
-    run_of(content)
     return content
 
 

@@ -194,11 +194,11 @@ def resolve(name: RunName, options, data: DataSet, precision: str, processes: in
 
 def run_of(content: dict) -> RunConfig:
     """The run of a checkpoint, or of a log's header; UserError if other code saved it."""
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in content["run"].items()}
     try:
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in content["run"].items()}
         run = RunConfig(**values)
         is_known = run.dataset in DATA_SETS and run.loss in (None, *LOSS_DEFAULTS)
-    except TypeError:  # a field is missing, or unknown
+    except (TypeError, AttributeError):  # a field is missing, or unknown, or it is no dict
         is_known = False
     if not is_known:
         raise UserError(
