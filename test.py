@@ -177,7 +177,7 @@ def find_checkpoints(options: config.TestOptions, name: RunName, runtime: Runtim
     if paths and shared.exists():  # alone it would make a table for a --name that was mistyped
         paths.add(shared)
     for path in sorted(paths):
-        if path.name.endswith(".last.pt"):
+        if path.name.endswith(".last.pt") or path.name.startswith("."):  # macOS keeps ._student.pt on foreign disks
             continue
         try:
             content = require_finished(checkpoint.load(path))

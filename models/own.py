@@ -6,6 +6,7 @@ import sys
 
 import torch
 from torch import nn
+from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from models.vgg import Float32Linear
 from runtime.errors import UserError
@@ -26,15 +27,27 @@ def build_own(name: str, num_classes: int, size: int) -> nn.Module:
         if not isinstance(model, nn.Module):
             raise UserError(f"--student {name} returns a {type(model).__name__}, not a torch.nn.Module")
         with torch.no_grad():  # another model is tried in training, which changes batch norm
-            outputs = [model.eval()(images), builder(num_classes=num_classes).train()(images)]
-            outputs.append(model.to(memory_format=torch.channels_last)(images))
-    except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError, LookupError, OSError) as error:
+            other = builder(num_classes=num_classes).train()
+            outputs = [model.eval()(images), other(images)]
+            outputs.append(convert_conv2d_weight_memory_format(model, torch.channels_last)(images))
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+        AssertionError,
+        AttributeError,
+        LookupError,
+        ImportError,
+        OSError,
+    ) as error:
         called = f"num_classes={num_classes} and images {tuple(images.shape)}"
         raise UserError(f"--student {name} fails with {called}: {error}") from error
+    if not {*model.parameters()}.isdisjoint(other.parameters()):  # then a run would go on with those of the last one
+        raise UserError(f"--student {name} returns the same weights in each call: make a new model")
     for output in outputs:
-        shape = tuple(getattr(output, "shape", ()))
-        if shape != (2, num_classes):
-            raise UserError(f"--student {name} returns shape {shape} for 2 images, not {(2, num_classes)}")
+        found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+        if found != (2, num_classes):
+            raise UserError(f"--student {name} returns {found} for 2 images, not a tensor of {(2, num_classes)}")
     layer = last_linear(model)
     if layer is None or layer.out_features != num_classes:
         raise UserError(f"--student {name} has no linear layer that can be trained: its last layer must be one")

@@ -5,7 +5,6 @@ import contextlib
 import os
 import re
 import shlex
-import subprocess
 import sys
 from dataclasses import field, fields
 from pathlib import Path
@@ -61,7 +60,9 @@ def typed(value) -> str:
         return " ".join(map(typed, value))
     if isinstance(value, float):
         return format_number(value)
-    return subprocess.list2cmdline([str(value)]) if os.name == "nt" else shlex.quote(str(value))
+    if os.name == "nt" and not re.fullmatch(r"[\w.:/+-]+", str(value)):
+        return f'"{value}"'  # as cmd and PowerShell read it
+    return str(value) if os.name == "nt" else shlex.quote(str(value))
 
 
 def option(group: str, text: str, parse=str, default=None, choices=None):
@@ -121,20 +122,22 @@ def answer_early(parse) -> None:
     if "IPython" not in sys.modules:
         os.environ.pop("MPLBACKEND", None)  # a notebook's own, for its shell, which may not be installed here
     try:
-        import matplotlib  # noqa: F401
+        import matplotlib
         import PIL
         import torch
 
-        for package, least in ((torch, (2, 11)), (PIL, (10, 1))):
+        for package, least in ((torch, (2, 11)), (matplotlib, (3, 7)), (PIL, (10, 2))):
             found = package.__version__
             if tuple(int(number) for number in found.split(".")[:2]) < least:
                 raise ImportError(f"{package.__name__} {found} is too old")
         import torchvision  # noqa: F401
         import tqdm  # noqa: F401
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision is of another torch
         sys.exit(report(f"can't start: {error}; install the packages with `pip install -U -r requirements.txt pillow`"))
     except OSError as error:  # they keep caches, and take the folder of temporary files where they can't
         advice = "set TMPDIR to a folder that can be written to, or install the packages again"
+        if os.name == "nt":
+            advice = "install the Visual C++ Redistributable of Microsoft, or the packages again"
         sys.exit(report(f"can't start: {error}; {advice}"))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

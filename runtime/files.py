@@ -10,7 +10,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mktemp
 from typing import IO
 
 import numpy as np
@@ -27,20 +27,22 @@ def writing(path: Path) -> Iterator[Path]:
     """Yield a temporary path that replaces `path`, whole, if the block succeeds; UserError leaves the old file."""
     target = Path(os.path.realpath(path))  # of a link, the file it leads to
     make_folder(path.parent)
+    temporary = Path(mktemp(".tmp", ".", target.parent))  # other functions restrict who may read the file
     try:
-        with TemporaryDirectory(dir=target.parent, prefix=".", suffix=".tmp", ignore_cleanup_errors=True) as scratch:
-            temporary = Path(scratch, "new")  # on the same disk; no name that a search for checkpoints would find
-            yield temporary
-            with open(temporary, "r+b") as file:  # Windows flushes only what it may write to
-                os.fsync(file.fileno())
-            retry(os.replace, temporary, target)
+        yield temporary
+        with open(temporary, "r+b") as file:  # Windows flushes only what it may write to
+            os.fsync(file.fileno())
+        retry(os.replace, temporary, target)
     except OSError as error:
         raise UserError(f"can't write {path}: {reason(error)}; the old file is unchanged") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def retry(action: Callable, *paths: Path) -> None:
-    """Replace or remove a file, tried again for a second: on Windows a virus scanner may hold a new one."""
-    for pause in (0.01, 0.1, 0.3, 0.6):
+    """Replace or remove a file, tried again for ten seconds: on Windows a virus scanner or OneDrive may hold it."""
+    for pause in (0.01, 0.1, 1, 10):
         with contextlib.suppress(PermissionError):
             return action(*paths)
         time.sleep(pause)
@@ -113,5 +115,5 @@ def locked(path: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):  # some shared folders refuse to remove an open file
+            with contextlib.suppress(OSError):  # Windows and some shared folders refuse to remove an open file
                 lock_path.unlink()

@@ -311,6 +311,7 @@ INTERRUPT = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise Syste
         ("raise OSError(30, 'Read-only')", 2, "train.py: error: can't start: [Errno 30] Read-only; set TMPDIR to a "),
         ("__version__ = '2.8.0+cpu'", 2, "train.py: error: can't start: torch 2.8.0+cpu is too old; install the pac"),
         ("raise ImportError('No torch')", 2, "train.py: error: can't start: No torch; install the packages with `pip "),
+        ("raise RuntimeError('No nms')", 2, "train.py: error: can't start: No nms; install the packages with `pip "),
     ],
 )
 def test_what_happens_during_the_imports_is_one_line(happens, code, tells, tmp_path):

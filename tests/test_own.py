@@ -43,8 +43,14 @@ class Net(nn.Module):
         logits = self.head(self.body(images).view(len(images), -1) if not self.heads else self.body(images).flatten(1))
         return (logits, logits) if self.heads and self.training else logits
 
+same = net(10)
+no_new_weights = lambda num_classes: same
 no_size = lambda num_classes: [][num_classes]
-lazy = lambda num_classes: nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes))
+
+class Lazy(nn.Sequential):
+    def __init__(self, num_classes):
+        super().__init__(nn.Flatten(), nn.LazyLinear(num_classes))
+        self.filters = nn.Parameter(torch.zeros(2, 2, 2, 3, 3))  # which have no channels_last
 no_weight = lambda num_classes: nn.Sequential(
     nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(3072, num_classes)))
 no_view = lambda num_classes: Net(num_classes, heads=False)
@@ -117,13 +123,14 @@ UNUSABLE = {
     "my_models:nothing": "can't be imported: module 'my_models' has no attribute 'nothing'",
     "my_models:no_call": "fails with num_classes=10 .*unexpected keyword",
     "my_models:no_module": "returns a list, not a torch.nn.Module",
-    "my_models:no_shape": r"returns shape \(2, 11\) for 2 images, not \(2, 10\)",
+    "my_models:no_shape": r"returns \(2, 11\) for 2 images, not a tensor of \(2, 10\)",
     "my_models:no_linear": "has no linear layer that can be trained",
     "my_models:no_view": r"and images \(2, 3, 32, 32\): .*Use .reshape",
     "my_models:no_weight_view": r"and images \(2, 3, 32, 32\): .*Use .reshape",
     "my_models:no_weight": "has no linear layer that can be trained",
     "my_models:no_size": "list index out of range",
-    "my_models:no_heads": r"returns shape \(\) for 2 images",
+    "my_models:no_heads": "returns tuple for 2 images",
+    "my_models:no_new_weights": "returns the same weights in each call: make a new model",
 }
 
 
@@ -134,7 +141,7 @@ def test_a_student_that_can_not_learn_is_one_line(student, mine, tmp_path):
 
 
 def test_its_logits_are_float32_whatever_the_precision(mine):
-    for name in ("net", "lazy"):
+    for name in ("net", "Lazy"):
         model = build_own(f"my_models:{name}", 10, 32)
         with torch.autocast("cpu", torch.bfloat16):
             assert model.training and model(torch.randn(2, 3, 32, 32)).dtype == torch.float32

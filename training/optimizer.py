@@ -105,8 +105,9 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for weight in group["params"]:
                 self.state[weight]["momentum"] = torch.zeros_like(weight)
-                if group.get("relative"):  # to the initial norm; zero weights count as 0.01 each
-                    self.state[weight]["norm"] = weight.detach().norm().item() or 0.01 * weight.numel() ** 0.5
+                if group.get("relative"):  # to the initial norm; weights near zero count as 0.01 each
+                    norm, size = weight.detach().norm().item(), weight.numel() ** 0.5
+                    self.state[weight]["norm"] = norm if norm > 0.001 * size else 0.01 * size
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -148,8 +149,10 @@ class Muon(torch.optim.Optimizer):
 
 def weights_before_batch_norm(model: nn.Module) -> set[nn.Parameter]:
     """The weights of the layers that a batch norm follows in the order of the modules, so that their scale is free."""
-    leaves = [module for module in model.modules() if not [*module.children()]]
-    return {a.weight for a, b in itertools.pairwise(leaves) if isinstance(b, _BatchNorm) and hasattr(a, "weight")}
+    # A batch norm of timm has children; one that is kept in eval() cancels no scale.
+    leaves = [module for module in model.modules() if isinstance(module, _BatchNorm) or not [*module.children()]]
+    followed = [a for a, b in itertools.pairwise(leaves) if isinstance(b, _BatchNorm) and b.training]
+    return {module.weight for module in followed if hasattr(module, "weight")}
 
 
 def make_optimizer(model: nn.Module, run: RunConfig, dtype: torch.dtype) -> torch.optim.Optimizer:

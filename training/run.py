@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from data_sets import DATA_SETS, PICTURES, DataSet
 from models import build_model_of
@@ -52,7 +53,8 @@ def load_model(content: dict, runtime: Runtime, student: str | None = None) -> t
         raise UserError(f"{content['path']} is a student of {run.student}: give --student {run.student} to run that")
     model = checkpoint.load_weights(build_model_of(run), content)
     use_products(model, 0 if run.compile else runtime.max_product_side)  # as in training
-    return model.to(runtime.device, memory_format=runtime.memory_format).eval().requires_grad_(False)
+    model = convert_conv2d_weight_memory_format(model.to(runtime.device), runtime.memory_format)
+    return model.eval().requires_grad_(False)
 
 
 def mismatch(content: dict, name: RunName, spec: DataSet, same_images: bool = True) -> str:
@@ -119,7 +121,7 @@ class Run:
         self.model = use_products(build_model_of(config), 0 if config.compile else runtime.max_product_side)
         if config.sync_bn:
             self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
-        self.model.to(runtime.device, memory_format=runtime.memory_format)
+        convert_conv2d_weight_memory_format(self.model.to(runtime.device), runtime.memory_format)
         self.forward = torch.compile(self.model) if config.compile else self.model
         if world > 1:
             self.forward = DistributedDataParallel(self.forward)

@@ -94,9 +94,26 @@ class Layers(torch.nn.Module):
         self.depthwise, self.norm_too = torch.nn.Conv2d(8, 8, 3, groups=8), torch.nn.BatchNorm2d(8)
         self.alone, self.wide = torch.nn.Conv2d(8, 8, 3, groups=8, bias=False), torch.nn.Conv2d(8, 4, 1)
         self.attention, self.layer_norm = torch.nn.MultiheadAttention(8, 2), torch.nn.LayerNorm(8)
-        self.token, self.scale = torch.nn.Parameter(torch.zeros(1, 1, 8)), torch.nn.Parameter(torch.ones(8, 1, 1))
+        self.token, self.scale = (
+            torch.nn.Parameter(torch.full((1, 1, 8), 1e-6)),
+            torch.nn.Parameter(torch.ones(8, 1, 1)),
+        )
         self.unused, self.frozen = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8).requires_grad_(False)
         self.classifier = torch.nn.Linear(8, 10)
+
+
+class Activated(torch.nn.BatchNorm2d):
+    """A batch norm with a child, as timm's."""
+
+    def __init__(self) -> None:
+        super().__init__(4)
+        self.activation = torch.nn.ReLU()
+
+
+def test_only_a_batch_norm_of_batches_frees_a_scale_whatever_its_children():
+    first, second = torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 4, 3)
+    model = torch.nn.Sequential(first, Activated(), second, torch.nn.BatchNorm2d(4).eval())
+    assert opt.weights_before_batch_norm(model) == {first.weight}
 
 
 def test_muon_against_a_plain_computation():
@@ -107,7 +124,7 @@ def test_muon_against_a_plain_computation():
         layer, weight, momentum = name.partition(".")[0], weight.detach().double(), 0.0
         is_vector = name.endswith("bias") or layer in ("norm", "norm_too", "layer_norm", "scale")
         beta = opt.MOMENTUM if is_vector or layer == "classifier" else opt.MUON_MOMENTUM
-        initial_norm = weight.norm().item() or 0.01 * weight.numel() ** 0.5
+        initial_norm = weight.norm().item() if layer != "token" else 0.01 * weight.numel() ** 0.5
         for values, rate in zip(steps, RATES, strict=True):
             gradient = values[place].double()
             momentum = beta * momentum + gradient
