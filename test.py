@@ -127,6 +127,7 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
         saved.append(figures.plot_omitted([content | {"measured": numbers}], figure_path(path, options, "omitted")))
     if options.json:
         values = {"checkpoint": str(path), "role": run.role, "run": asdict(run), **numbers, **cost, **imitation}
+        values |= {"notes": notes, "device": device_title(runtime), "precision": runtime.precision}
         saved.append(write_json(options.json, values))
     tops = " ".join(f"{name} {100 * numbers[name]:.2f}%" for name in TOPS if name in numbers)
     print(f"{run.split} loss {numbers['loss']:.4f} {tops}")

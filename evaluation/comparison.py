@@ -74,13 +74,13 @@ def measure_all(
             continue
         numbers |= {"parameters": count_parameters(model), "seconds": content["seconds"]}
         if run.role == "teacher":
-            teachers[checkpoint.fingerprint(content["model"])] = logits
-        candidates = [run.teacher]
-        if not run.kd:  # the teachers of runs whose baseline it is, else the first one
-            candidates = [other.teacher for other in runs if is_baseline_of(run, other)] + list(teachers)
-        its_teacher = next((candidate for candidate in candidates if candidate in teachers), None)
-        if run.role == "student" and its_teacher:
-            numbers |= fidelity(logits, teachers[its_teacher], images.labels)
+            numbers["fingerprint"] = checkpoint.fingerprint(content["model"])
+            teachers[numbers["fingerprint"]] = logits
+        its_teachers = {run.teacher}
+        if not run.kd:  # that of the runs whose baseline it is, or of the table
+            its_teachers = {other.teacher for other in runs if is_baseline_of(run, other)} or {*teachers}
+        if run.role == "student" and len(its_teachers) == 1 and its_teachers <= {*teachers}:
+            numbers |= fidelity(logits, teachers[its_teachers.pop()], images.labels)
         if cost and runtime.is_main:
             numbers |= measure_cost(model, content["path"], in_training, run.size)
         shown.append(content | {"measured": numbers})
@@ -96,6 +96,9 @@ def rows_of(contents: list[dict]) -> dict[str, list[dict]]:
         rows.setdefault((replace(run, seed=0), folder, copies[run, folder]), []).append(content)
         copies[run, folder] += 1
     by_label: dict[str, list[dict]] = {}
-    for label, row in zip(row_labels([run for run, *_ in rows]), rows.values(), strict=True):
-        by_label[f"{label}, {row[0]['path']}" if label in by_label else label] = row
+    labels = row_labels([run for run, *_ in rows])
+    for label, row in zip(labels, rows.values(), strict=True):
+        path = Path(row[0]["path"])
+        full_label = f"{label}, {path.parent}" if labels.count(label) > 1 else label
+        by_label[f"{label}, {path}" if full_label in by_label else full_label] = row
     return by_label

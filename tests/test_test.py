@@ -26,7 +26,7 @@ from utils import Data, held_out_logits, load_images, parse_log
 
 KEYS = {
     "checkpoint", "role", "run", "images", "loss", "top1", "top5", "top1_ci", "per_class", "confusion", "ece",
-    "parameters", "macs", "bytes", "latency_ms", "images_per_second",
+    "parameters", "macs", "bytes", "latency_ms", "images_per_second", "notes", "device", "precision",
 }  # fmt: skip
 FIDELITY = {"agreement", "kl_to_teacher", "contingency"}
 
@@ -93,7 +93,7 @@ def test_report_of_a_student_and_its_fidelity_to_the_teacher(evaluate):
     output = evaluate("--kd", "True", "--json=new/report.json")
     numbers = json.loads(Path("new/report.json").read_text())
     assert set(numbers) == KEYS | FIDELITY
-    assert "not compared with" not in output and "is not the teacher" not in output
+    assert "not compared with" not in output and not numbers["notes"]
     assert numbers["role"] == "student" and numbers["images"] == 20
     assert np.sum(numbers["contingency"]) == np.sum(numbers["confusion"]) == 20
     assert numbers["latency_ms"] == 20 and numbers["images_per_second"] == 256 / 0.02
@@ -384,9 +384,10 @@ def test_students_of_two_teachers_are_two_rows_each_beside_its_own(report_of, co
     teachers = [save("--tto", f"teacher{i}.pt", weights=i, num_epochs=3 + i) for i in (1, 2)]
     own = {fingerprint_of(teacher): teacher for teacher in teachers}
     students = {which: save("--kd", f"student_{i}.pt", weights=5, teacher=which) for i, which in enumerate(own)}
-    rows, labels, _ = compare()
+    rows, labels, output = compare()
     assert labels[:2] == [f"{TEACHER}, num_epochs {count}" for count in (4, 5)]
     assert set(labels[2:]) == {f"{KD}, teacher {which[:8]}" for which in own}
+    assert all(f"\nteacher {which[:8]}: {TEACHER}, num_epochs " in output for which in own)
     found = {row["model"][-8:]: row["kl_to_teacher"] for row in rows[2:]}
     for which, student in students.items():
         beside_its_own = report_of(f"--checkpoint={student}", f"--teacher={own[which]}")

@@ -166,7 +166,7 @@ def test_a_finished_run_with_other_options_is_not_overwritten(learn, tmp_path):
     learn("--lr=0.3", "--resume=False")
     assert checkpoint.load(tmp_path / "weights" / f"{STEM}.pt")["run"]["lr"] == 0.3
     change(tmp_path / "weights" / f"{STEM}.pt", "run", dropout=0.5)
-    assert f"{STEM}.pt was saved by other code: train it again" in learn("--lr=0.3", code=2)
+    assert f"{STEM}.pt was saved by code with other settings, losses or data sets: use" in learn("--lr=0.3", code=2)
 
 
 @pytest.fixture

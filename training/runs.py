@@ -201,9 +201,8 @@ def run_of(content: dict) -> RunConfig:
     except (TypeError, AttributeError):  # a field is missing, or unknown, or it is no dict
         is_known = False
     if not is_known:
-        raise UserError(
-            f"{content['path']} was saved by other code: train it again with --resume False, or give another file"
-        )
+        what = "was saved by code with other settings, losses or data sets"
+        raise UserError(f"{content['path']} {what}: use that code, or train it again with --resume False")
     return run
 
 
@@ -247,7 +246,8 @@ def why_no_baseline(run: RunConfig, others: list[RunConfig]) -> str:
 
 def is_kd_baseline_of(run: RunConfig, other: RunConfig) -> bool:
     """Whether `run`, with plain KD at default or matched weights, is the baseline of `other`, with another loss."""
-    is_plain_kd = run.is_default_kd or run.loss == f"kd_as_{other.loss}"
+    weights, other_weights = ((sum(r.kd_weights), r.ce_weight) for r in (run, other))
+    is_plain_kd = run.is_default_kd or (run.loss == f"kd_as_{other.loss}" and weights == other_weights)
     has_other_loss = other.kd and LOSS_DEFAULTS[other.loss].function != "kd"
     return is_plain_kd and has_other_loss and not differences(run, other, LOSS_FIELDS)
 
