@@ -306,7 +306,7 @@ def held_out_logits(model: torch.nn.Module, images: Images, spec: DataSet, runti
 
 
 def evaluate(model: torch.nn.Module, images: Images, spec: DataSet, runtime: Runtime) -> dict[str, float]:
-    """Mean cross-entropy (nats), top-1 and, of more than five classes, top-5 (0 to 1) over all images."""
+    """Mean cross-entropy (nats), top-1 and, of more than five classes, top-5 (0 to 1); the model stays in eval mode."""
     model.eval()
     runtime.share_buffers(model)  # so that what is evaluated is what the first process saves
     logits = held_out_logits(model, images, spec, runtime)

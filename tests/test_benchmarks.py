@@ -77,8 +77,9 @@ def test_a_small_run_of_time_to_accuracy_is_kept_and_not_repeated(digits, tiny_m
     assert outputs[1].out == outputs[0].out and "1 epochs" in outputs[0].err and outputs[1].err == ""
     assert (tmp_path / "f.png").stat().st_size > 0
     settings = [training["settings"] for training in bench.read_results(tmp_path / "r.json")]
-    assert [(s["side"], s["train_images"]) for s in settings] == [("ours", 128), ("baseline", 128)]
+    assert [(s["side"], s["train_images"]) for s in settings] == [("ours", 128), ("baseline", 128), ("baseline", 128)]
     assert all(s["holdout"] == 500 for s in settings)
+    assert bench.main([*words, "--images=127"]) == 2 and "less than a batch of 128" in capfd.readouterr().err
 
 
 def test_throughput_has_a_rate_in_every_row(tiny_models, monkeypatch, tmp_path):
