@@ -33,14 +33,14 @@ import torch
 from data_sets import DataSet
 from data_sets.pictures import read_picture
 from evaluation import figures, inference, report, results
-from evaluation.comparison import TOPS, as_trained, measure_all, measure_checkpoint
+from evaluation.comparison import as_trained, measure_all, measure_checkpoint
 from evaluation.measures import fidelity, softness
 from runtime import checkpoint
 from runtime.device import Runtime, device_title
 from runtime.errors import UserError, exit_code, leave
 from runtime.files import make_folder, write_json
 from runtime.processes import start
-from training.run import load_model, mismatch, require_finished, spec_of
+from training.run import data_mismatch, images_mismatch, load_model, require_finished, spec_of
 from training.runs import RunConfig, RunName, name_of, row_order, run_of
 from training.teacher_logits import TeacherLogits, load_teacher
 from utils import Images, held_out_logits, load_images
@@ -87,7 +87,7 @@ def find_teacher(run: RunConfig, options, spec: DataSet, runtime: Runtime, tell:
             raise
         tell(f"not compared with the teacher: {error}")
         return None
-    if teacher and run.kd and teacher.model and run.teacher != teacher.fingerprint:  # a folder has one of its own
+    if teacher and run.kd and teacher.model and run.teacher != teacher.fingerprint:  # a folder of logits has a key
         tell(f"{teacher.path} is not the teacher that this student learned from")
     return teacher
 
@@ -99,10 +99,10 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
     runtime = as_trained(runtime, run, options.precision)
     model = load_model(content, runtime, options.student)
     data = load_images(run.dataset, options.data_path, runtime, run.flip, options.skip_broken, size=run.size)
-    if why := mismatch(content, run, data.spec, same_images=False):
+    if why := data_mismatch(content, data.spec):
         raise UserError(f"{path} {why}")
-    notes = [*data.notes]
-    if why := mismatch(content, run, data.spec):
+    notes = list(data.notes)
+    if why := images_mismatch(content, run, data.spec):
         notes.append(f"{path} {why}")
     images = data.held_out(run.subset, run.holdout)
     logits, numbers = measure_checkpoint(model, content, images, data, runtime)
@@ -116,8 +116,8 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
     if not runtime.is_main:
         return
     cost = inference.measure_cost(model, path, runtime, run.size)
-    teacher_cost = None  # of a folder of logits, too
-    if teacher and teacher.model:
+    teacher_cost = None
+    if teacher and teacher.model:  # which a folder of logits lacks
         teacher_cost = inference.measure_cost(teacher.model, teacher.path, runtime, run.size)
     title, classes = f"{run.title} on {run.dataset}", data.spec.classes
     saved = [figures.plot_confusion(numbers, classes, f"{title}: confusion", figure_path(path, options, "confusion"))]
@@ -129,7 +129,7 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
         values = {"checkpoint": str(path), "role": run.role, "run": asdict(run), **numbers, **cost, **imitation}
         values |= {"notes": notes, "device": device_title(runtime), "precision": runtime.precision}
         saved.append(write_json(options.json, values))
-    tops = " ".join(f"{name} {100 * numbers[name]:.2f}%" for name in TOPS if name in numbers)
+    tops = " ".join(f"{name} {100 * numbers[name]:.2f}%" for name in report.TOPS if name in numbers)
     print(f"{run.split} loss {numbers['loss']:.4f} {tops}")
     print(f"{path} on {run.dataset}, {device_title(runtime)}, {runtime.precision}", *notes, "", sep="\n")
     print(report.accuracy_text(numbers, classes))
@@ -141,7 +141,7 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
 
 
 def figure_path(path: Path, options: config.TestOptions, name: str) -> Path:
-    """The path of a checkpoint's figure: the checkpoint's subfolder of --weights_path is one of --plots_path."""
+    """A checkpoint's figure in --plots_path, in the subfolder that the checkpoint has in --weights_path."""
     folder, weights = path.parent.resolve(), options.weights_path.resolve()
     subfolder = folder.relative_to(weights) if folder.is_relative_to(weights) else Path()
     return options.plots_path / subfolder / f"{path.stem}_{name}.png"
@@ -159,7 +159,7 @@ def export(options: config.TestOptions, runtime: Runtime) -> None:
 def compare(options: config.TestOptions, runtime: Runtime) -> None:
     """Evaluate all finished checkpoints of the data set and write their table; UserError if there is none."""
     name = name_of(options)
-    data = load_images(options.dataset, options.data_path, runtime, None, options.skip_broken, options.size)
+    data = load_images(options.dataset, options.data_path, runtime, skip_broken=options.skip_broken, size=options.size)
     runtime.print(*data.notes)
     contents = find_checkpoints(options, name, runtime)
     shown = measure_all(contents, name, data, runtime, cost=True, student=options.student, precision=options.precision)
@@ -201,9 +201,9 @@ def classify(options: config.TestOptions, runtime: Runtime) -> None:
     probabilities = {}  # (B, C) of the pictures, by the title of each model, or of the model at each temperature
     for content in contents:
         its_run = run_of(content)
-        in_training = as_trained(runtime, its_run, options.precision)
-        model = load_model(content, in_training, options.student)
-        logits = held_out_logits(model, images, spec_of(content), in_training)
+        its_runtime = as_trained(runtime, its_run, options.precision)
+        model = load_model(content, its_runtime, options.student)
+        logits = held_out_logits(model, images, spec_of(content), its_runtime)
         if options.soften:
             runtime.print(f"over {len(images):,} images:")
             for temp in options.soften:
@@ -224,9 +224,10 @@ def read_pictures(options: config.TestOptions, content: dict, runtime: Runtime) 
     run = run_of(content)
     if options.image:
         pixels = torch.stack([torch.tensor(read_picture(path, run.size)) for path in options.image])
-        return Images(pixels, torch.zeros(len(pixels))), list(range(len(pixels))), [*map(str, options.image)]
+        labels = torch.zeros(len(pixels), dtype=torch.int64)  # not known, not used
+        return Images(pixels, labels), list(range(len(pixels))), list(map(str, options.image))
     data = load_images(run.dataset, options.data_path, runtime, skip_broken=options.skip_broken, size=run.size)
-    if why := mismatch(content, run, data.spec, same_images=False):
+    if why := data_mismatch(content, data.spec):
         raise UserError(f"{content['path']} {why}")
     runtime.print(*data.notes)
     images = data.held_out(run.subset, run.holdout)
@@ -238,10 +239,10 @@ def read_pictures(options: config.TestOptions, content: dict, runtime: Runtime) 
 def main(argv: list | None = None) -> int:
     """Run test.py with `argv` (None: the command line); the exit code."""
     options = config.parse_test(argv)
-    return exit_code(lambda: run(options))
+    return exit_code(lambda: run_task(options))
 
 
-def run(options: config.TestOptions) -> None:
+def run_task(options: config.TestOptions) -> None:
     """The table of all checkpoints, the classes of pictures, the export or the report of one checkpoint."""
     if options.compare:
         task = compare

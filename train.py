@@ -29,6 +29,7 @@ if __name__ == "__main__":
 
 import torch
 
+from data_sets import DataSet
 from evaluation.comparison import measure_all
 from evaluation.measures import softness
 from evaluation.report import softness_text
@@ -50,23 +51,23 @@ from utils import Data, Images, Views, epoch_order, epoch_view, evaluate, load_i
 def train_epoch(run: Run, views: Views, rows: torch.Tensor, k: int, teacher_logits: torch.Tensor | None) -> None:
     """Finish the current epoch on image rows (N,) in their k-th views; teacher_logits[i] are of image i."""
     config, runtime = run.config, run.runtime
-    order = epoch_order(rows, config.seed, run.epoch).to(views.padded.device)
+    order = epoch_order(rows, config.seed, run.epoch).to(views.storage)
     run.model.train()
-    run.clock = time.monotonic()
+    run.clock = time.monotonic()  # not counted: the teacher's logits
     with Progress(f"epoch {run.epoch + 1}/{config.num_epochs}", run.steps, runtime.is_main, run.step) as progress:
         while run.step < run.steps:
-            batch = order[run.step * run.batch_size : (run.step + 1) * run.batch_size]
-            batch = batch[runtime.rank :: runtime.world_size]
-            images = views.images(batch, k).contiguous(memory_format=runtime.memory_format)
-            batch = batch.to(runtime.device)  # for MPS, views are made on the CPU
-            labels = views.labels[batch]
-            soft_targets = teacher_logits[batch] if config.kd else None
+            start = run.step * run.batch_size
+            batch_rows = order[start : start + run.batch_size][runtime.rank :: runtime.world_size]  # of this process
+            images = views.images(batch_rows, k).contiguous(memory_format=runtime.memory_format)
+            batch_rows = batch_rows.to(runtime.device)  # for MPS, views are made on the CPU
+            labels = views.labels[batch_rows]
+            batch_teacher_logits = teacher_logits[batch_rows] if config.kd else None
             run.seed_step()
             with runtime.autocast():
                 logits = run.forward(images)
-            loss, ce, kl = training_loss(logits, soft_targets, labels, config)
+            loss, ce, kl = training_loss(logits, batch_teacher_logits, labels, config)
             run.update(loss)
-            run.record(loss, ce, kl, topk_correct(logits, labels), len(batch))
+            run.record(loss, ce, kl, topk_correct(logits, labels), len(labels))
             progress.step(lambda: progress_text(run))
             save_or_stop(run)
     run.check_finite()
@@ -77,11 +78,11 @@ def save_or_stop(run: Run) -> None:
     run.count_time()
     if run.runtime.world_size > 1 and run.step % 4 and run.step < run.steps:
         return  # several processes, which wait for one another here, agree after every 4th step
-    stopped, save = run.runtime.agree(run.runtime.stop.number, run.save_is_due())
-    if stopped or save:
+    signal_number, save = run.runtime.agree(run.runtime.stop.number, run.save_is_due())
+    if signal_number or save:
         run.check_finite()
-    if stopped:
-        raise Stopped(int(stopped))
+    if signal_number:
+        raise Stopped(int(signal_number))
     if save:
         run.save()
 
@@ -101,30 +102,29 @@ def progress_text(run: Run) -> str:
 def end_epoch(run: Run, held_out: Images, softened: dict, epochs_after: int) -> None:
     """Evaluate, log (with `softened`) and print the epoch, begin the next; `epochs_after` are those of later runs."""
     config, runtime = run.config, run.runtime
-    images = run.steps * run.batch_size
-    means = dict(zip(METRICS, (runtime.total(run.totals) / images).tolist(), strict=True))
+    count = run.steps * run.batch_size  # images
+    train = percent(dict(zip(METRICS, (runtime.total(run.totals) / count).tolist(), strict=True)))
     run.count_time()  # total() has synchronised
-    seconds = run.seconds
     test = percent(evaluate(run.model, held_out, run.spec, runtime))
-    evaluation_seconds = time.monotonic() - run.clock
+    epoch_seconds = run.seconds + time.monotonic() - run.clock  # with the evaluation
     if not config.kd:
-        del means["kl"]
+        del train["kl"]
     if "top5" not in test:
-        del means["top5"]
-    train = percent(means)
+        del train["top5"]
+    speed = round(count / max(run.seconds, 1e-9), 1)
     line = {"epoch": run.epoch + 1, "train": train, config.split: test, "lr": run.lr, **softened}
-    line |= {"seconds": round(seconds, 3), "images_per_second": round(images / max(seconds, 1e-9), 1)}
+    line |= {"seconds": round(run.seconds, 3), "images_per_second": speed}
     run.write_log(f"{run.log}{json.dumps(line)}\n")
-    run.begin_epoch(run.epoch + 1)
     top5 = f" top5 {test['top5']:.2f}%" if "top5" in test else ""
-    left = timedelta(seconds=int((config.num_epochs - run.epoch + epochs_after) * (seconds + evaluation_seconds)))
     ce = f" ce {train['ce']:.4f}" if config.kd else ""  # without KD, and on test images, it is the loss
+    left = timedelta(seconds=int((config.num_epochs - run.epoch - 1 + epochs_after) * epoch_seconds))
     all_left = f", about {left} left for all runs" if epochs_after else ""
     runtime.print(
-        f"epoch {line['epoch']}/{config.num_epochs}: train loss {train['loss']:.4f}{ce} top1 {train['top1']:.2f}%, "
+        f"epoch {run.epoch + 1}/{config.num_epochs}: train loss {train['loss']:.4f}{ce} top1 {train['top1']:.2f}%, "
         f"{config.split} loss {test['loss']:.4f} top1 {test['top1']:.2f}%{top5}, "
-        f"{seconds:.1f} s, {line['images_per_second']:,.0f} img/s{all_left}"
+        f"{run.seconds:.1f} s, {speed:,.0f} img/s{all_left}"
     )
+    run.begin_epoch(run.epoch + 1)
 
 
 def percent(metrics: dict[str, float]) -> dict[str, float]:
@@ -169,16 +169,16 @@ def train_run(
     return content | {"path": files.checkpoint}
 
 
-def begin(run: Run, images: int, resume: bool) -> None:
-    """Restore an unfinished run, or start the log of a new one."""
+def begin(run: Run, count: int, resume: bool) -> None:
+    """Restore an unfinished run, or start the log of a new one on `count` images."""
     config, runtime = run.config, run.runtime
     exists = run.files.resume.exists()
-    runtime.barrier()
+    runtime.barrier()  # before the first process writes or removes it
     if exists and resume:
         run.restore()
         return runtime.barrier()  # before the first process can finish and remove what the others read
     recipe = ", ".join(f"{name} {getattr(config, name)}" for name in ("optimizer", *RECIPE_FIELDS, "seed"))
-    runtime.print(f"{config.stem}: {images:,} images, {run.steps} steps per epoch, {device_title(runtime)}, {recipe}")
+    runtime.print(f"{config.stem}: {count:,} images, {run.steps} steps per epoch, {device_title(runtime)}, {recipe}")
     run.write_log(json.dumps(run.header() | {"split": config.split}) + "\n")
     run.save()  # fail now if it can't be written
     if runtime.is_main:
@@ -194,17 +194,9 @@ def train_all(options: TrainOptions) -> None:
             runtime.print(f"{len(runs)} runs, {sum(map(bool, finished.values()))} of them finished")
         teacher, contents = None, []
         for i, planned in enumerate(runs):
-            if teacher is None and planned.role == "student" and (options.kd or options.all):  # one for all students
-                if contents:  # the teacher was a run of the plan
-                    teacher = TeacherLogits(contents[0]["path"], data.spec, runtime, options.weights_path, contents[0])
-                else:
-                    teacher = load_teacher(planned, options, data.spec, runtime)
-                    contents = [teacher.content] if teacher.content else []
-                teacher.check_views(planned.views)
-                runtime.print(f"the teacher is {teacher.title}")
-                for student in runs[i:]:
-                    if finished[student.stem]:  # check all now, not each when its turn comes
-                        require_same(finished[student.stem], teacher.record_in(student))
+            if teacher is None and planned.role == "student" and (options.kd or options.all):
+                teacher = prepare_teacher(runs[i:], contents, finished, options, data.spec, runtime)
+                contents = [teacher.content] if teacher.content else []
             run = teacher.record_in(planned) if teacher else planned
             content = finished[run.stem] or find_finished(run, options)  # which may have finished meanwhile
             if content:
@@ -224,6 +216,22 @@ def train_all(options: TrainOptions) -> None:
             runtime.print(f"evaluate it with `{runs[-1].command('test.py', **options.changed())}`")
 
 
+def prepare_teacher(
+    students: list[RunConfig], contents: list[dict], finished: dict, options, spec: DataSet, runtime: Runtime
+) -> TeacherLogits:
+    """The teacher of all students, in `contents` if it was a run of the plan; UserError if one does not fit it."""
+    if contents:
+        teacher = TeacherLogits(contents[0]["path"], spec, runtime, options.weights_path, contents[0])
+    else:
+        teacher = load_teacher(students[0], options, spec, runtime)
+    teacher.check_views(students[0].views)
+    runtime.print(f"the teacher is {teacher.title}")
+    for student in students:
+        if finished[student.stem]:  # check all now, not each when its turn comes
+            require_same(finished[student.stem], teacher.record_in(student))
+    return teacher
+
+
 def prepare(options: TrainOptions, runtime: Runtime) -> tuple[Data, list[RunConfig]]:
     """The images and the plan of runs; UserError for options that can't work, before any training."""
     if options.sync_bn and runtime.device.type != "cuda":
@@ -237,7 +245,7 @@ def prepare(options: TrainOptions, runtime: Runtime) -> tuple[Data, list[RunConf
         runs = runs[1:]  # the teacher that is there is used, whatever its recipe
     if len(data.spec.classes) == 2 and any(run.loss == "ls" for run in runs):
         raise UserError("--loss ls standardises two logits to 1 and -1, which teaches nothing: leave it out")
-    counts = [len(data.rows(run.subset, run.holdout, run.omit, run.student_images)) for run in runs]
+    counts = [len(data.rows(run.subset, run.holdout, run.omit, run.student_images)) for run in runs]  # all are checked
     if options.all or options.student:  # make a student, to fail before the teacher is trained and not after it
         model = Run(runs[-1], runtime, data.spec, counts[-1], RunFiles(runs[-1], options)).model
         layers = checkpoint.fingerprint({}, [(name, tuple(t.shape)) for name, t in model.state_dict().items()])

@@ -76,7 +76,8 @@ class Data:
         earlier = torch.empty_like(labels)  # for each image the number of earlier ones of its class
         for label in classes:
             earlier[labels == label] = torch.arange(int((labels == label).sum()))
-        return rows[earlier.argsort(stable=True)[:student_images]].sort().values
+        balanced = earlier.argsort(stable=True)  # the first of each class, then the second of each, ...
+        return rows[balanced[:student_images]].sort().values
 
     def numbers_of(self, classes: tuple[str, ...]) -> torch.Tensor:
         """The numbers (K,) of classes; UserError if there is no such class."""
@@ -89,8 +90,8 @@ class Data:
     def held_out(self, subset: int | None, holdout: int) -> Images:
         """The images to evaluate on: the holdout if there is one, else the test images (the first `subset` // 5)."""
         if holdout:
-            rows = self.rows(subset, holdout)
-            return self.train[len(rows) : len(rows) + holdout]
+            first = len(self.rows(subset, holdout))  # after all that are trained on
+            return self.train[first : first + holdout]
         return self.test[: max(subset // 5, 1)] if subset else self.test
 
 
@@ -111,7 +112,8 @@ def load_images(
         arrays = read_torchvision(spec, folder)
     if runtime.is_main:
         runtime.barrier()
-    train, test = (Images(*map(torch.from_numpy, arrays[split])) for split in ("train", "test"))
+    train = Images(*map(torch.from_numpy, arrays["train"]))  # pixels, labels
+    test = Images(*map(torch.from_numpy, arrays["test"]))
     digest = hashlib.sha256(repr(spec.classes).encode())
     for tensor in (train.pixels, train.labels, test.pixels, test.labels):
         digest.update(tensor.numpy())
@@ -160,40 +162,44 @@ def epoch_view(count: int, flip: bool, seed: int, epoch: int) -> int:
 class Views:
     """The random crops and mirror images of a training set: each image has its own 1st, 2nd, ... view.
 
-    A view is (dy * offsets + dx) * 2 + mirrored. An image's k-th view depends only on its row and the size of the
-    training set, so all seeds share it and the teacher's logits for it.
+    A view is (dy * offsets + dx) * 2 + mirrored. An image's k-th view depends on its row, the training set's shape and
+    `flip`, and on no seed, so all students share it and the teacher's logits for it.
     """
 
     def __init__(self, images: Images, spec: DataSet, device: torch.device) -> None:
         self.flip = spec.flip
-        storage = torch.device("cpu") if device.type == "mps" else device  # MPS can't gather from overlapping windows
+        # Where images are stored: MPS can't gather from overlapping windows.
+        self.storage = torch.device("cpu") if device.type == "mps" else device
         self.labels = images.labels.to(device)
         side, pad = images.pixels.shape[2], padding(images.pixels.shape[2])
         self.offsets = 2 * pad + 1  # crop positions along one axis
-        self.padded = F.pad(images.pixels, (0, 0, pad, pad, pad, pad)).to(storage)
+        self.padded = F.pad(images.pixels, (0, 0, pad, pad, pad, pad)).to(self.storage)
         # One overlapping window per padded pixel: index_select copies a crop as `side` contiguous rows.
         self.width = self.padded.shape[2]
         windows = len(images) * self.width**2 - (side - 1) * (self.width + 1)  # the last one ends with the last pixel
         self.windows = self.padded.as_strided((windows, side, side * 3), (3, self.width * 3, 1))
         self.normalise = Normaliser(spec, device)
         generator = seeded_generator("views of images")
-        self.crops = torch.randperm(self.offsets**2, generator=generator).to(storage)
-        self.mirrored_first = torch.randint(2, (len(images),), generator=generator).to(storage)
+        self.crops = torch.randperm(self.offsets**2, generator=generator).to(self.storage)
+        self.mirrored_first = torch.randint(2, (len(images),), generator=generator).to(self.storage)
         first_crops = torch.randint(len(self.crops), (len(images), 2), generator=generator)  # plain, mirrored
-        self.first_crops = first_crops.to(storage)
+        self.first_crops = first_crops.to(self.storage)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def view_of(self, rows: torch.Tensor, k: int) -> torch.Tensor:
         """The k-th view (B,) of image rows (B,): every other k mirrored, all different until all are used."""
-        mirrored = (self.mirrored_first[rows] + k) % 2 * self.flip  # 0 or 1; without mirror images 0
-        place = self.first_crops[rows, mirrored] + (k // 2 if self.flip else k)
-        return 2 * self.crops[place % len(self.crops)] + mirrored
+        if self.flip:  # plain and mirrored views by turns
+            mirrored, turn = (self.mirrored_first[rows] + k) % 2, k // 2
+        else:
+            mirrored, turn = torch.zeros_like(rows), k
+        place = (self.first_crops[rows, mirrored] + turn) % len(self.crops)
+        return 2 * self.crops[place] + mirrored
 
     def images(self, rows: torch.Tensor, k: int) -> torch.Tensor:
         """Image rows (B,) in their k-th view, normalised (B, 3, S, S) channels_last."""
-        rows = rows.to(self.padded.device)
+        rows = rows.to(self.storage)
         views = self.view_of(rows, k)
         offset, mirrored = views // 2, views % 2 == 1
         top, left = offset // self.offsets, offset % self.offsets
@@ -281,15 +287,15 @@ def compute_logits(
     """
     logits = torch.zeros(count, num_classes, device=runtime.device)
     size = images_of(torch.zeros(1, dtype=torch.int64)).shape[-1]
-    step = max(EVALUATION_BATCH * SIDE**2 // size**2, 1)
-    starts = range(0, count, step)
+    batch_size = max(EVALUATION_BATCH * SIDE**2 // size**2, 1)
+    starts = range(0, count, batch_size)
     shown = bool(title) and runtime.is_main
     with runtime.repeatable_logits(), Progress(title, len(starts), shown, unit="batch") as progress:
         for start in starts[runtime.rank :: runtime.world_size]:
-            rows = torch.arange(start, start + step).clamp(max=count - 1)
+            rows = torch.arange(start, start + batch_size).clamp(max=count - 1)  # the last batch repeats the last image
             images = images_of(rows).contiguous(memory_format=runtime.memory_format)
             with runtime.autocast():
-                logits[start : start + step] = model(images)[: count - start]  # the device is not waited for
+                logits[start : start + batch_size] = model(images)[: count - start]  # the device is not waited for
             if runtime.stop.number and runtime.world_size == 1:
                 raise Stopped(runtime.stop.number)
             progress.step()
@@ -358,7 +364,7 @@ def plot_curves(log_path: Path, out_dir: Path) -> list[Path]:
     log_path, out_dir = Path(log_path), Path(out_dir)
     header, lines = parse_log(log_path.read_text())
     split, epochs = header["split"], [line["epoch"] for line in lines]
-    # For each panel the curves of a split's key in the log; "loss" on held-out images is the cross-entropy.
+    # Of each figure's panels, by y label: the key in a line of the log of each curve. On `split` the loss is the CE.
     figures = {
         "accuracy": {"top-1 (%)": {"train": "top1", split: "top1"}, "top-5 (%)": {"train": "top5", split: "top5"}},
         "loss": {"cross-entropy (nats)": {"train": "ce", split: "loss"}, "soft term (nats)": {"train": "kl"}},

@@ -96,7 +96,7 @@ class Bench:
         views, epochs = Views(self.images, self.spec, self.runtime.device), itertools.count()
 
         def load_epoch() -> None:
-            order = epoch_order(torch.arange(IMAGES), 0, next(epochs)).to(views.padded.device)  # as in train_epoch
+            order = epoch_order(torch.arange(IMAGES), 0, next(epochs)).to(views.storage)  # as in train_epoch
             for batch in order.split(self.batch_size):
                 views.images(batch, 0)
 

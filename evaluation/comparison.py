@@ -12,19 +12,20 @@ from evaluation.measures import bias_correction, fidelity, measure, measure_omit
 from runtime import checkpoint
 from runtime.device import Runtime
 from runtime.errors import UserError
-from training.run import load_model, mismatch, spec_of
+from training.run import data_mismatch, images_mismatch, load_model, spec_of
 from training.runs import RunConfig, RunName, is_baseline_of, row_labels, run_of
 from training.teacher_logits import TeacherLogits
 from utils import Data, Images, held_out_logits
 
-TOPS = {"top1": "top-1", "top5": "top-5"}
 CORRECTED = ("top1", "top1_omitted", "top1_others", "per_class")
 
 
 def as_trained(runtime: Runtime, run: RunConfig, precision: str = "auto") -> Runtime:
-    """The runtime in which a checkpoint repeats its log, with --precision auto; in 16 bits only where that is fast."""
-    if precision != "auto" or run.precision == "bf16":
-        return runtime
+    """The runtime in the precision of a run's training, so that a checkpoint repeats its log, or in --precision's."""
+    if precision != "auto":
+        return runtime  # which has it
+    if run.precision == "bf16":
+        return runtime  # which has bf16, or where that is slow fp32
     return replace(runtime, precision=run.precision if runtime.device.type == "cuda" else "fp32")
 
 
@@ -63,11 +64,11 @@ def measure_all(
             teachers[teacher.fingerprint] = teacher.test_logits(images, name.holdout)
     for run, content in zip(runs, contents, strict=True):
         try:
-            if why := mismatch(content, name, data.spec):
+            if why := data_mismatch(content, data.spec) or images_mismatch(content, name, data.spec):
                 raise UserError(f"{content['path']} {why}")
-            in_training = as_trained(runtime, run, precision)
-            model = load_model(content, in_training, student)
-            logits, numbers = measure_checkpoint(model, content, images, data, in_training)
+            its_runtime = as_trained(runtime, run, precision)
+            model = load_model(content, its_runtime, student)
+            logits, numbers = measure_checkpoint(model, content, images, data, its_runtime)
         except UserError as error:
             names_it = str(content["path"]) in str(error)
             runtime.print(f"left out: {error}" if names_it else f"left out: {content['path']}: {error}")
@@ -76,13 +77,13 @@ def measure_all(
         if run.role == "teacher":
             numbers["fingerprint"] = checkpoint.fingerprint(content["model"])
             teachers[numbers["fingerprint"]] = logits
-        its_teachers = {run.teacher}
+        its_teachers = [run.teacher]
         if not run.kd:  # that of the runs whose baseline it is, or of the table
-            its_teachers = {other.teacher for other in runs if is_baseline_of(run, other)} or {*teachers}
-        if run.role == "student" and len(its_teachers) == 1 and its_teachers <= {*teachers}:
-            numbers |= fidelity(logits, teachers[its_teachers.pop()], images.labels)
+            its_teachers = list({other.teacher for other in runs if is_baseline_of(run, other)} or teachers)
+        if run.role == "student" and len(its_teachers) == 1 and its_teachers[0] in teachers:
+            numbers |= fidelity(logits, teachers[its_teachers[0]], images.labels)
         if cost and runtime.is_main:
-            numbers |= measure_cost(model, content["path"], in_training, run.size)
+            numbers |= measure_cost(model, content["path"], its_runtime, run.size)
         shown.append(content | {"measured": numbers})
     return shown
 
@@ -92,13 +93,16 @@ def rows_of(contents: list[dict]) -> dict[str, list[dict]]:
     rows: dict[tuple, list[dict]] = {}
     copies: Counter[tuple] = Counter()  # how often a run was found in a folder
     for content in contents:
-        run, folder = run_of(content), Path(content["path"]).parent  # a new --name may stand for new code
-        rows.setdefault((replace(run, seed=0), folder, copies[run, folder]), []).append(content)
+        run, folder = run_of(content), Path(content["path"]).parent  # a folder of --name may be of other code
+        row_key = replace(run, seed=0), folder, copies[run, folder]
+        rows.setdefault(row_key, []).append(content)
         copies[run, folder] += 1
     by_label: dict[str, list[dict]] = {}
     labels = row_labels([run for run, *_ in rows])
     for label, row in zip(labels, rows.values(), strict=True):
         path = Path(row[0]["path"])
         full_label = f"{label}, {path.parent}" if labels.count(label) > 1 else label
-        by_label[f"{label}, {path}" if full_label in by_label else full_label] = row
+        if full_label in by_label:  # a copy in the same folder
+            full_label = f"{label}, {path}"
+        by_label[full_label] = row
     return by_label

@@ -113,9 +113,9 @@ def plot_pictures(pixels: list, names: list[str], answers: dict, classes: tuple[
 def plot_comparison(contents: list[dict], path: Path) -> Path:
     """Draw top-1 (%) and cross-entropy (nats) over the epochs of a table's runs, seeds as a mean in a band."""
     last = run_of(contents[-1])
-    images = last.subset, last.holdout
+    selection = last.subset, last.holdout
     # Left out: a teacher without a log (a plain state dict), or with one of other images than its students'.
-    shown = [c for c in contents if c["log"] and (c["run"]["subset"], c["run"]["holdout"]) == images]
+    shown = [c for c in contents if c["log"] and (c["run"]["subset"], c["run"]["holdout"]) == selection]
     title = f"Accuracy and loss on the {'held-out' if last.holdout else 'test'} images of {last.dataset}"
     panels = new_panels(title, ["top-1 (%)", "cross-entropy (nats)"])
     for name, row in rows_of(shown).items():

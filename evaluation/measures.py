@@ -109,7 +109,8 @@ def measure_omitted(logits: torch.Tensor, labels: torch.Tensor, omitted: list[in
 def two_sided_p(t: float, freedom: int) -> float:
     """The probability of a t at least as large, up or down, under Student's distribution (A&S, 26.7)."""
     angle, odd = math.atan(abs(t) / math.sqrt(freedom)), freedom % 2
-    term, total = math.cos(angle) if odd else 1.0, 0.0  # of a series in cos(angle)^2
+    term = math.cos(angle) if odd else 1.0  # of a series in cos(angle)^2
+    total = 0.0
     for i in range(odd, freedom - 1, 2):
         total += term
         term *= (i + 1) / (i + 2) * math.cos(angle) ** 2
@@ -140,8 +141,8 @@ def paired_gain(gains: list[float]) -> dict:
 def holm(ps: list[float], level: float = 0.05) -> list[bool]:
     """Which of several tests are significant at a family-wise level, by their p (Holm, 1979)."""
     significant = [False] * len(ps)
-    for i, place in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
-        if ps[place] > level / (len(ps) - i):
+    for rank, i in enumerate(sorted(range(len(ps)), key=lambda i: ps[i])):  # from the smallest p on
+        if ps[i] > level / (len(ps) - rank):
             break
-        significant[place] = True
+        significant[i] = True
     return significant

@@ -5,10 +5,10 @@ import textwrap
 
 import torch
 
-from evaluation.comparison import TOPS
 from evaluation.measures import BINS, wilson
 from runtime.cli import format_number
 
+TOPS = {"top1": "top-1", "top5": "top-5"}
 WORST_SHOWN = 10  # classes, where there are more than twice as many
 NUMBERS = {  # beside accuracies: the title of a table's column, that of a row of costs, and the format
     "parameters": ("Parameters", "parameters", "{:,.0f}".format),

@@ -81,10 +81,15 @@ def paired_differences(row: list[dict], others: list[dict], are_paired: Callable
     return found
 
 
+def mean_text(gain: dict) -> str:
+    """A gain in points."""
+    return f"{round(gain['mean'], 2) + 0.0:+.2f}"  # not -0.00
+
+
 def points(gain: dict) -> str:
     """A gain in points with its 95 % interval, which one pair and equal ones lack."""
     interval = "{:+.2f} to {:+.2f}".format(*gain["ci"]) if "ci" in gain else pairs_text(gain)
-    return f"{round(gain['mean'], 2) + 0.0:+.2f} ({interval})"  # not -0.00
+    return f"{mean_text(gain)} ({interval})"
 
 
 def pairs_text(gain: dict) -> str:
@@ -94,8 +99,7 @@ def pairs_text(gain: dict) -> str:
 
 def gain_text(gain: dict) -> str:
     """A gain of KD in a sentence."""
-    mean = points(gain).partition(" ")[0]  # without the interval
-    text = f"{gain['model']} gains {mean} points of top-1 over the same-seed baseline without KD"
+    text = f"{gain['model']} gains {mean_text(gain)} points of top-1 over the same-seed baseline without KD"
     if "ci" not in gain:
         return f"{text} ({pairs_text(gain)}, no interval: more --seeds give one)"
     low, high = gain["ci"]

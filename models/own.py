@@ -11,6 +11,8 @@ from torch.nn.utils import convert_conv2d_weight_memory_format
 from models.vgg import Float32Linear
 from runtime.errors import UserError
 
+MODEL_ERRORS = (TypeError, ValueError, RuntimeError, AssertionError, AttributeError, LookupError, ImportError, OSError)
+
 
 def build_own(name: str, num_classes: int, size: int) -> nn.Module:
     """The model that MODULE:FUNCTION returns, its last linear layer in float32; UserError if it is no classifier."""
@@ -21,25 +23,17 @@ def build_own(name: str, num_classes: int, size: int) -> nn.Module:
         builder = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, OSError) as error:
         raise UserError(f"--student {name} can't be imported: {error}") from error
-    images = torch.zeros(2, 3, size, size).contiguous(memory_format=torch.channels_last)  # as in most runs
+    images = torch.zeros(2, 3, size, size).contiguous(memory_format=torch.channels_last)
     try:
         model = builder(num_classes=num_classes)
         if not isinstance(model, nn.Module):
             raise UserError(f"--student {name} returns a {type(model).__name__}, not a torch.nn.Module")
-        with torch.no_grad():  # another model is tried in training, which changes batch norm
-            other = builder(num_classes=num_classes).train()
+        with torch.no_grad():
+            other = builder(num_classes=num_classes).train()  # not `model`, whose batch norm this would change
             outputs = [model.eval()(images), other(images)]
-            outputs.append(convert_conv2d_weight_memory_format(model, torch.channels_last)(images))
-    except (
-        TypeError,
-        ValueError,
-        RuntimeError,
-        AssertionError,
-        AttributeError,
-        LookupError,
-        ImportError,
-        OSError,
-    ) as error:
+            model = convert_conv2d_weight_memory_format(model, torch.channels_last)  # as in most runs
+            outputs.append(model(images))
+    except MODEL_ERRORS as error:
         called = f"num_classes={num_classes} and images {tuple(images.shape)}"
         raise UserError(f"--student {name} fails with {called}: {error}") from error
     if not {*model.parameters()}.isdisjoint(other.parameters()):  # then a run would go on with those of the last one
@@ -52,7 +46,7 @@ def build_own(name: str, num_classes: int, size: int) -> nn.Module:
     if layer is None or layer.out_features != num_classes:
         raise UserError(f"--student {name} has no linear layer that can be trained: its last layer must be one")
     if type(layer) is nn.Linear:
-        layer.__class__ = Float32Linear
+        layer.__class__ = Float32Linear  # the same weights and names, another forward
     return model.train()
 
 

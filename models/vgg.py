@@ -43,7 +43,7 @@ class Float32Linear(nn.Linear):
 
 
 def initialise(model: nn.Module) -> None:
-    """Kaiming-normal convolutions (He et al., 2015), small linear weights, batch norm as the identity."""
+    """Kaiming-normal convolutions (He et al., 2015), small linear weights; batch norm stays as torch makes it."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -58,9 +58,10 @@ def make_layers(rows: tuple[tuple[int, ...], ...], bias: bool) -> nn.Sequential:
     channels = 3
     for row in rows:
         for width in row:
-            layers += [Conv3x3(channels, width, bias), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
-            if bias:  # it stays zero without a gradient, which would be rounding noise: batch norm cancels a bias
-                nn.init.zeros_(layers[-3].bias).requires_grad_(False)
+            convolution = Conv3x3(channels, width, bias)
+            if bias:  # frozen at zero: batch norm cancels a bias, so its gradient would be rounding noise
+                nn.init.zeros_(convolution.bias).requires_grad_(False)
+            layers += [convolution, nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
             channels = width
         layers.append(nn.MaxPool2d(2))
     return nn.Sequential(*layers)

@@ -66,7 +66,7 @@ def load_weights(model: torch.nn.Module, content: dict) -> torch.nn.Module:
 
 
 def fingerprint(state: dict[str, torch.Tensor], *context) -> str:
-    """A hash of weights, and of whatever else logits depend on, as 16 hexadecimal digits."""
+    """A hash of tensors, perhaps none, and of other values by their repr, as 16 hexadecimal digits."""
     digest = hashlib.sha256(repr(context).encode())
     for name, tensor in state.items():
         digest.update(name.encode())

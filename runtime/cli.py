@@ -117,7 +117,7 @@ def parse_words(script: str, options: type, argv: list | None, needs: dict, excl
 
 
 def answer_early(parse) -> None:
-    """Parse the command line before the slow imports, so that --help and a wrong option answer at once."""
+    """Parse the command line, so that --help and a wrong option answer at once; then check the slow imports."""
     parse()
     if "IPython" not in sys.modules:
         os.environ.pop("MPLBACKEND", None)  # a notebook's own, for its shell, which may not be installed here

@@ -19,7 +19,7 @@ class Progress(AbstractContextManager):
         self.shown_at = time.monotonic()
         self.bar = tqdm(total=total, initial=initial, desc=title, disable=not self.terminal, leave=False, unit=unit)
 
-    def step(self, text_of: Callable[[], str] = str) -> None:
+    def step(self, text_of: Callable[[], str] = lambda: "") -> None:
         """Count a step and, if it is time, show the text that a function returns, by default none."""
         self.count += 1
         self.bar.update()

@@ -37,7 +37,7 @@ def test_hyphens_and_underscores_are_the_same_in_a_name_not_in_a_value_and_a_til
 
 def test_arguments_from_python_may_be_numbers_and_paths(monkeypatch):
     words, parsed = ["--subset", 200, "--kd", True, "--temp", 2.5, "--weights_path", Path("w")], []
-    for script, name in ((train, "train_all"), (test, "run")):
+    for script, name in ((train, "train_all"), (test, "run_task")):
         monkeypatch.setattr(script, name, parsed.append)
         assert script.main(words) == 0
     for options in parsed:

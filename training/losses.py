@@ -14,7 +14,7 @@ from training.runs import RunConfig
 Terms = tuple[torch.Tensor, ...]
 
 
-def divergence(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+def divergence(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """KL(teacher || student) (B,) of log-probabilities (B, C)."""
     return F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
 
@@ -29,8 +29,8 @@ def dkd(student: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor, tem
     """Decoupled KD: T^2 KL of the target against the rest, and within the rest (Zhao et al., CVPR 2022, eq. 7)."""
     others = torch.arange(student.shape[1] - 1, device=targets.device)
     others = others + (others >= targets[:, None])  # (B, C - 1): every class but the target
-    binary, among = [], []
-    for logits in (teacher, student):
+    binary, among = [], []  # log-probabilities of student and teacher
+    for logits in (student, teacher):
         log_p = F.log_softmax(logits / temp, dim=1)
         log_p_others = log_p.gather(1, others)
         log_p_rest = log_p_others.logsumexp(1, keepdim=True)
@@ -41,7 +41,7 @@ def dkd(student: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor, tem
 
 def kl_to_softened_teacher(student: torch.Tensor, teacher: torch.Tensor, temp: float) -> torch.Tensor:
     """KL(teacher_T || student_1) of each image (B,)."""
-    return divergence(F.log_softmax(teacher / temp, dim=1), F.log_softmax(student, dim=1))
+    return divergence(F.log_softmax(student, dim=1), F.log_softmax(teacher / temp, dim=1))
 
 
 def ttm(student: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor, temp: float) -> Terms:
@@ -59,22 +59,23 @@ LOSSES = {"ls": ls, "dkd": dkd, "ttm": ttm, "wttm": wttm}
 
 
 def training_loss(
-    student_logits: torch.Tensor, teacher_logits: torch.Tensor | None, targets: torch.Tensor, run: RunConfig
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor | None, targets: torch.Tensor, config: RunConfig
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The loss, the CE and the sum of the unweighted terms (0 without KD), in nats, of logits (B, C), targets (B,)."""
     student_logits = student_logits.float()
     ce = F.cross_entropy(student_logits, targets)
-    if not run.kd:
+    if not config.kd:
         return ce, ce.detach(), torch.zeros_like(ce)
     teacher_logits = teacher_logits.float()
-    function = LOSS_DEFAULTS[run.loss].function
+    function = LOSS_DEFAULTS[config.loss].function
     if function == "kd":
-        total = run.kd_weights[0] + run.ce_weight  # 1 with the weights alpha and 1 - alpha
-        loss = total * utils.kd_loss(student_logits, teacher_logits, targets, run.temp, run.kd_weights[0] / total)
-        soft = utils.soft_target_loss(student_logits.detach(), teacher_logits, run.temp)
+        total = config.kd_weights[0] + config.ce_weight  # 1 with the weights alpha and 1 - alpha
+        alpha = config.kd_weights[0] / total
+        loss = total * utils.kd_loss(student_logits, teacher_logits, targets, config.temp, alpha)
+        soft = utils.soft_target_loss(student_logits.detach(), teacher_logits, config.temp)  # again, for the log
         return loss, ce.detach(), soft
-    terms = LOSSES[function](student_logits, teacher_logits, targets, run.temp)
-    loss = run.ce_weight * ce
-    for weight, term in zip(run.kd_weights, terms, strict=True):
+    terms = LOSSES[function](student_logits, teacher_logits, targets, config.temp)
+    loss = config.ce_weight * ce
+    for weight, term in zip(config.kd_weights, terms, strict=True):
         loss = loss + weight * term
     return loss, ce.detach(), sum(terms).detach()

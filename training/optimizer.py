@@ -11,7 +11,7 @@ from models.own import last_linear
 from training.runs import RunConfig
 
 MOMENTUM = 0.9
-MUON_MOMENTUM = 0.6  # of its convolutions
+MUON_MOMENTUM = 0.6  # of its matrices but the last layer's
 # Of a quintic that is steep at zero: three steps bring singular values near one, not to it (Jordan et al., 2024).
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 3
@@ -26,7 +26,7 @@ def learning_rate(step: int, total: int, peak: float) -> float:
 
 
 def set_norms(tensors: list[torch.Tensor], norms: list[float]) -> None:
-    """Scale each tensor to a norm of its own, in place; zeros stay zeros."""
+    """Scale the i-th tensor to norm norms[i], in place; zeros stay zeros."""
     found = torch._foreach_norm(tensors)
     torch._foreach_clamp_min_(found, TINY)
     torch._foreach_div_(found, norms)
@@ -55,21 +55,23 @@ def orthogonalise(matrices: list[torch.Tensor], dtype: torch.dtype) -> None:
 
     Matrices of one shape are one batch, and so are Gram matrices of one padded size: a GPU is slow at many small ones.
     """
-    alike: dict[torch.Size, list[torch.Tensor]] = {}
+    by_shape: dict[torch.Size, list[torch.Tensor]] = {}  # the matrices, turned so that they are not taller than wide
     for matrix in matrices:
         wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
-        alike.setdefault(wide.shape, []).append(wide)
-    batches = {shape: torch.stack(same).to(dtype) for shape, same in alike.items()}
-    by_size: dict[int, list[torch.Size]] = {}
+        by_shape.setdefault(wide.shape, []).append(wide)
+    batches = {shape: torch.stack(same).to(dtype) for shape, same in by_shape.items()}
+    shapes_of: dict[int, list[torch.Size]] = {}  # by the padded size of their Gram matrices
     for shape in batches:
-        by_size.setdefault(max(SMALLEST_GRAM, 2 ** (shape[0] - 1).bit_length()), []).append(shape)
-    for size, shapes in by_size.items():
+        size = max(SMALLEST_GRAM, 2 ** (shape[0] - 1).bit_length())  # a power of two
+        shapes_of.setdefault(size, []).append(shape)
+    targets, results = [], []
+    for size, shapes in shapes_of.items():
         grams = [F.pad(batches[shape].bmm(batches[shape].mT), (0, size - shape[0]) * 2) for shape in shapes]
-        products = newton_schulz(torch.cat(grams)).split([len(batches[shape]) for shape in shapes])
+        products = newton_schulz(torch.cat(grams)).split([len(gram) for gram in grams])
         for shape, product in zip(shapes, products, strict=True):
-            batches[shape] = product[:, : shape[0], : shape[0]].bmm(batches[shape])
-    targets = [matrix for same in alike.values() for matrix in same]
-    torch._foreach_copy_(targets, [result for batch in batches.values() for result in batch])
+            targets += by_shape[shape]
+            results += product[:, : shape[0], : shape[0]].bmm(batches[shape]).unbind()
+    torch._foreach_copy_(targets, results)
 
 
 def as_matrix(weight: torch.Tensor) -> torch.Tensor:
@@ -131,7 +133,7 @@ class Muon(torch.optim.Optimizer):
             steps = [weight.grad for weight in weights]
             if group.get("relative"):
                 set_norms(steps, [self.state[weight]["norm"] for weight in weights])
-            elif not group["keeps_norm"] and not is_vector(steps[0]):
+            elif not group["keeps_norm"] and not is_vector(steps[0]):  # the last layer: root mean square 1
                 torch._foreach_mul_(steps, [max(step.shape) ** 0.5 for step in steps])
             if group["weight_decay"]:
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
@@ -155,27 +157,27 @@ def weights_before_batch_norm(model: nn.Module) -> set[nn.Parameter]:
     return {module.weight for module in followed if hasattr(module, "weight")}
 
 
-def make_optimizer(model: nn.Module, run: RunConfig, dtype: torch.dtype) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, config: RunConfig, dtype: torch.dtype) -> torch.optim.Optimizer:
     """The optimizer that a run names, Muon (its products in `dtype`) or SGD; the last linear layer gives the logits."""
-    is_muon = run.optimizer == "muon"
-    head, has_free_scale = last_linear(model), weights_before_batch_norm(model)
+    is_muon = config.optimizer == "muon"
+    head, before_batch_norm = last_linear(model), weights_before_batch_norm(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     body = [p for p in trained if p is not head.weight and p is not head.bias]
     matrices = [p for p in body if not is_vector(p)]
-    decay = 0.0 if is_muon else run.weight_decay  # not of biases and batch norm (He et al., 2019, section 3.1)
+    decay = 0.0 if is_muon else config.weight_decay  # not of biases and batch norm (He et al., 2019, section 3.1)
     groups = [
-        {"params": [p for p in matrices if p in has_free_scale], "weight_decay": decay, "keeps_norm": True},
-        {"params": [p for p in body if is_vector(p)], "lr_scale": run.norm_lr},
-        {"params": [head.weight], "lr_scale": run.head_lr, "weight_decay": run.weight_decay},
-        {"params": [p for p in trained if p is head.bias], "lr_scale": run.head_lr},
-        {"params": [p for p in matrices if p not in has_free_scale], "weight_decay": decay, "relative": True},
+        {"params": [p for p in matrices if p in before_batch_norm], "weight_decay": decay, "keeps_norm": True},
+        {"params": [p for p in body if is_vector(p)], "lr_scale": config.norm_lr},
+        {"params": [head.weight], "lr_scale": config.head_lr, "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p is head.bias], "lr_scale": config.head_lr},
+        {"params": [p for p in matrices if p not in before_batch_norm], "weight_decay": decay, "relative": True},
     ]
     groups = [{"lr_scale": 1.0, "keeps_norm": False} | group for group in groups if group["params"]]
     if not is_muon:
-        return torch.optim.SGD(groups, lr=run.lr, momentum=MOMENTUM, nesterov=True)
+        return torch.optim.SGD(groups, lr=config.lr, momentum=MOMENTUM, nesterov=True)
     for group in groups:
-        group["momentum"] = MUON_MOMENTUM if group["keeps_norm"] or "relative" in group else MOMENTUM
-    return Muon(groups, dtype, lr=run.lr)
+        group["momentum"] = MUON_MOMENTUM if group["keeps_norm"] or group.get("relative") else MOMENTUM
+    return Muon(groups, dtype, lr=config.lr)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -38,24 +38,24 @@ def recipe_of(dataset: str, role: str, optimizer: str, train_images: int, studen
 
     It is not scaled to the training images of CIFAR and of the digits, for which it was made.
     """
-    if dataset == "digits":  # scaled to up to 10 times the epochs: 30, as in the recipe for CIFAR
-        recipe = DIGITS[role, optimizer]
-        return scale_recipe(recipe, student_images, made_for=5000, most=10) if student_images else recipe
-    recipe = CIFAR[role, optimizer]
-    images = student_images or (None if dataset in ("cifar10", "cifar100") else train_images)
-    return scale_recipe(recipe, images) if images else recipe
+    recipe = (DIGITS if dataset == "digits" else CIFAR)[role, optimizer]
+    if student_images is None and dataset in ("cifar10", "cifar100", "digits"):
+        return recipe
+    if dataset == "digits":  # to at most 30 epochs, as in the recipe for CIFAR
+        return scale_recipe(recipe, student_images, made_for=5000, most=10)
+    return scale_recipe(recipe, student_images or train_images)
 
 
 def scale_recipe(recipe: Recipe, images: int, made_for: int = 50_000, most: float = 4) -> Recipe:
     """A recipe for `images` images, not `made_for`: a model sees as many in all, in at most `most` times the epochs."""
     epochs = round(recipe.num_epochs * min(max(made_for / images, 0.25), most))
-    batch_size = min(max(2 ** int(math.log2(max(images / 64, 1))), 32), recipe.batch_size)
-    return replace(recipe, num_epochs=epochs, batch_size=batch_size)
+    power_of_two = 2 ** int(math.log2(max(images / 64, 1)))  # for 64 steps per epoch or more
+    return replace(recipe, num_epochs=epochs, batch_size=min(max(power_of_two, 32), recipe.batch_size))
 
 
 @dataclass(frozen=True)
 class LossDefaults:
-    """Temperatures and weights of a loss: those of its paper's own code for CIFAR-100."""
+    """Temperatures and weights of a loss: but for kd those of its paper's own code for CIFAR-100 (docs/losses.md)."""
 
     function: str  # of training/losses.py
     temps: tuple[float, ...]  # see temps_of

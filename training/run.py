@@ -49,7 +49,7 @@ def spec_of(content: dict) -> DataSet:
 def load_model(content: dict, runtime: Runtime, student: str | None = None) -> torch.nn.Module:
     """The model of a checkpoint, ready to evaluate on the device; UserError if its weights or `student` don't fit."""
     run = run_of(content)
-    if run.student and run.student != student:  # no code runs because a checkpoint names it
+    if run.student and run.student != student:  # a checkpoint alone must not decide which code is run
         raise UserError(f"{content['path']} is a student of {run.student}: give --student {run.student} to run that")
     model = checkpoint.load_weights(build_model_of(run), content)
     use_products(model, 0 if run.compile else runtime.max_product_side)  # as in training
@@ -57,14 +57,20 @@ def load_model(content: dict, runtime: Runtime, student: str | None = None) -> t
     return model.eval().requires_grad_(False)
 
 
-def mismatch(content: dict, name: RunName, spec: DataSet, same_images: bool = True) -> str:
-    """Why a checkpoint does not fit a data set, or has seen images that `name` holds out; "" if there is no reason."""
+def data_mismatch(content: dict, spec: DataSet) -> str:
+    """Why a checkpoint's model can't be used on a data set, or ""."""
     run, classes = run_of(content), content["data"]["classes"]
     if tuple(classes) != spec.classes:
         return f"has {len(classes)} classes ({', '.join(classes[:3])}, ...) that are not those of {spec.name}"
     if run.size != spec.size:
         return f"was trained on images of {run.size} x {run.size} pixels, not {spec.size} x {spec.size}"
-    if spec.fingerprint and same_images and run.images not in (spec.fingerprint, UNKNOWN):
+    return ""
+
+
+def images_mismatch(content: dict, name: RunName, spec: DataSet) -> str:
+    """Why a checkpoint's training images were not those of a data set that `name` leaves to training, or ""."""
+    run = run_of(content)
+    if spec.fingerprint and run.images not in (spec.fingerprint, UNKNOWN):
         return f"was trained on other images than those of {spec.name} here"
     if spec.fingerprint and saw_held_out(run, name, spec.train_images):
         return f"was trained on images that --holdout {name.holdout} holds out"
@@ -93,7 +99,7 @@ def require_same(content: dict, run: RunConfig) -> dict:
 
 
 def find_finished(run: RunConfig, options) -> dict | None:
-    """The checkpoint of this run if it has finished and is kept, else None; UserError if another is in its place."""
+    """The checkpoint of this run, None if it is unfinished or --resume False is given; UserError if of another run."""
     files = RunFiles(run, options)
     is_unfinished = files.resume.exists()
     if is_unfinished and options.all:
@@ -104,18 +110,18 @@ def find_finished(run: RunConfig, options) -> dict | None:
 
 
 class Run:
-    """Model, optimizer, log and position of one training on `images` images."""
+    """Model, optimizer, log and position of one training on `count` images."""
 
-    def __init__(self, config: RunConfig, runtime: Runtime, spec: DataSet, images: int, files: RunFiles) -> None:
+    def __init__(self, config: RunConfig, runtime: Runtime, spec: DataSet, count: int, files: RunFiles) -> None:
         """UserError if the processes can't share a batch."""
         self.config, self.runtime, self.spec, self.files = config, runtime, spec, files
         world = runtime.world_size
-        self.batch_size = min(config.batch_size, images) // world * world
+        self.batch_size = min(config.batch_size, count) // world * world
         if config.batch_size % world or not self.batch_size:
-            why = f"a batch of {min(config.batch_size, images)} can't be split over {world} processes"
+            why = f"a batch of {min(config.batch_size, count)} can't be split over {world} processes"
             how = "train it first, with --tto True and" if config.role == "teacher" else "give"
             raise UserError(f"{config.stem}: {why}: {how} a --batch_size that is a multiple of {world}, or more images")
-        self.steps = images // self.batch_size  # of an epoch; its last, smaller batch is left out
+        self.steps = count // self.batch_size  # of an epoch; its last, smaller batch is left out
         self.total_steps = self.steps * config.num_epochs
         torch.manual_seed(config.seed)  # of the initial weights
         self.model = use_products(build_model_of(config), 0 if config.compile else runtime.max_product_side)
@@ -125,7 +131,7 @@ class Run:
         self.forward = torch.compile(self.model) if config.compile else self.model
         if world > 1:
             self.forward = DistributedDataParallel(self.forward)
-            self.forward.broadcast_buffers = False  # they are shared once, before an evaluation
+            self.forward.broadcast_buffers = False  # shared once, before an evaluation; torch deprecates the argument
         self.optimizer = make_optimizer(self.model, config, runtime.product_dtype)
         # Keeps small gradients from becoming zero in float16; skips a step whose gradients overflow.
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
@@ -211,7 +217,7 @@ class Run:
                 temporary.write_text(text)
 
     def save_is_due(self) -> bool:
-        """Whether the last save took the first process, which writes, less than 1 % of the time since, at least 1 s."""
+        """Whether the first process, which writes, should save: 1 s, and 100 times what a save takes, have passed."""
         return self.runtime.is_main and time.monotonic() - self.saved_at > max(1.0, 100 * self.save_seconds)
 
     def save(self) -> None:

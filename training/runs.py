@@ -1,10 +1,11 @@
-"""What a run is, and which runs belong together. Standard library and tables only.
+"""What a run is, and which runs belong together. No torch: config.py imports this for `--help`.
 
 A RunName names a run's files, a RunConfig is all that shapes its result; `plan` makes them from the options.
 """
 
 import hashlib
 import re
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 
 from data_sets import DATA_SETS, SIDE, DataSet
@@ -32,6 +33,7 @@ class RunName:
     student_images: int | None = None  # how many training images a student sees; None: all
     student: str | None = None  # MODULE:FUNCTION of the user's own; None: ours, or a teacher
     size: int = SIDE  # of the images, in pixels
+    weights_title = ""  # of the loss: a RunConfig has them
 
     @property
     def kd(self) -> bool:
@@ -83,7 +85,10 @@ class RunName:
     def title(self) -> str:
         """The run in a table or a figure, without its seed."""
         student = f"Student {self.student}" if self.student else "Student"
-        kd = f"with {LOSS_DEFAULTS[self.loss].function.upper()}, Temp = {typed(self.temp)}" if self.kd else "w/o KD"
+        kd = "w/o KD"
+        if self.kd:
+            loss = LOSS_DEFAULTS[self.loss].function.upper()
+            kd = f"with {loss}, Temp = {format_number(self.temp)}{self.weights_title}"
         title = "Teacher (VGG19 with BN)" if self.role == "teacher" else f"{student} ({kd})"
         title += f", omit {self.omitted}" if self.omit else ""
         title += f", {self.student_images:,} images" if self.student_images else ""
@@ -91,16 +96,15 @@ class RunName:
         return title + "".join(f", {name} {getattr(self, name)}" for name in names)
 
     def command(self, script: str, **more) -> str:
-        """What to type to train ("train.py") or to evaluate ("test.py") this run; only one with KD has a --teacher."""
+        """The command that trains ("train.py") or evaluates ("test.py") this run; without KD it has no --teacher."""
         options = {"tto": True} if self.role == "teacher" else {}
         if self.kd:
-            options |= {"kd": True, "loss": self.loss, "temp": self.temp}
-        if self.loss == "kd":
-            del options["loss"]  # it is the default
+            loss = {} if self.loss == "kd" else {"loss": self.loss}
+            options = {"kd": True, **loss, "temp": self.temp}
         names = ("dataset", "seed", "subset", "holdout", "omit", "student_images", "student", "size")
         options |= {name: getattr(self, name) for name in names if getattr(self, name) != getattr(RunName, name)}
-        words = [f"--{name} {typed(value)}" for name, value in (options | more).items() if self.kd or name != "teacher"]
-        return " ".join(["python", script, *words])
+        options |= {name: value for name, value in more.items() if self.kd or name != "teacher"}
+        return " ".join(["python", script, *(f"--{name} {typed(value)}" for name, value in options.items())])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,17 +133,21 @@ class RunConfig(Recipe, RunName):
         return (self.loss, self.kd_weights, self.ce_weight) == ("kd", default.kd_weights, default.ce_weight)
 
     @property
-    def title(self) -> str:
-        """The name's title, with weights of the loss other than the default ones, and what is unknown."""
-        unknown = ", images unknown" if self.images == UNKNOWN else ""
-        unknown = ", teacher's images unknown" if self.teacher_unknown else unknown
-        if not self.kd or self.is_default_kd:
-            return super().title + unknown
+    def weights_title(self) -> str:
+        """The weighted terms of the loss in a title; nothing for plain KD at its default weights."""
+        if self.is_default_kd:
+            return ""
         default_terms = (self.loss.upper(),) * len(self.kd_weights)
         terms = {"kd": ("KL",), "dkd": ("TCKD", "NCKD")}.get(LOSS_DEFAULTS[self.loss].function, default_terms)
         weighted = zip((*self.kd_weights, self.ce_weight), (*terms, "CE"), strict=True)
-        sum_of_terms = " + ".join(f"{format_number(weight)} {term}" for weight, term in weighted)
-        return super().title.replace(")", f", {sum_of_terms})", 1) + unknown  # within its first parentheses
+        return ", " + " + ".join(f"{format_number(weight)} {term}" for weight, term in weighted)
+
+    @property
+    def title(self) -> str:
+        """The name's title, and what is unknown."""
+        unknown = ", images unknown" if self.images == UNKNOWN else ""
+        unknown = ", teacher's images unknown" if self.teacher_unknown else unknown
+        return super().title + unknown
 
 
 def name_of(options) -> RunName:
@@ -194,16 +202,13 @@ def resolve(name: RunName, options, data: DataSet, precision: str, processes: in
 
 def run_of(content: dict) -> RunConfig:
     """The run of a checkpoint, or of a log's header; UserError if other code saved it."""
-    try:
+    with suppress(TypeError, AttributeError):  # a field is missing, or unknown, or it is no dict
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in content["run"].items()}
         run = RunConfig(**values)
-        is_known = run.dataset in DATA_SETS and run.loss in (None, *LOSS_DEFAULTS)
-    except (TypeError, AttributeError):  # a field is missing, or unknown, or it is no dict
-        is_known = False
-    if not is_known:
-        what = "was saved by code with other settings, losses or data sets"
-        raise UserError(f"{content['path']} {what}: use that code, or train it again with --resume False")
-    return run
+        if run.dataset in DATA_SETS and run.loss in (None, *LOSS_DEFAULTS):
+            return run
+    what = "was saved by code with other settings, losses or data sets"
+    raise UserError(f"{content['path']} {what}: use that code, or train it again with --resume False")
 
 
 LOSS_FIELDS = {"loss", "temp", "kd_weights", "ce_weight"}
@@ -227,7 +232,7 @@ def value_text(run: RunConfig, name: str) -> str:
     value = getattr(run, name)
     if re.fullmatch("[0-9a-f]{16}", str(value)):
         return value[:8]
-    return typed(value) or "none"  # of an empty tuple
+    return typed(value) or "none"  # an empty tuple
 
 
 def is_baseline_of(run: RunConfig, other: RunConfig) -> bool:
@@ -246,8 +251,8 @@ def why_no_baseline(run: RunConfig, others: list[RunConfig]) -> str:
 
 def is_kd_baseline_of(run: RunConfig, other: RunConfig) -> bool:
     """Whether `run`, with plain KD at default or matched weights, is the baseline of `other`, with another loss."""
-    weights, other_weights = ((sum(r.kd_weights), r.ce_weight) for r in (run, other))
-    is_plain_kd = run.is_default_kd or (run.loss == f"kd_as_{other.loss}" and weights == other_weights)
+    same_weights = (sum(run.kd_weights), run.ce_weight) == (sum(other.kd_weights), other.ce_weight)
+    is_plain_kd = run.is_default_kd or (run.loss == f"kd_as_{other.loss}" and same_weights)
     has_other_loss = other.kd and LOSS_DEFAULTS[other.loss].function != "kd"
     return is_plain_kd and has_other_loss and not differences(run, other, LOSS_FIELDS)
 
@@ -269,7 +274,8 @@ def row_labels(runs: list[RunConfig]) -> list[str]:
     """A label for each of a table's rows: its run's title, and the fields in which others of that title differ."""
     labels = []
     for run in runs:
-        names = {name for other in runs if other.title == run.title for name in differences(run, other, {"seed"})}
+        namesakes = [other for other in runs if other.title == run.title]
+        names = [name for other in namesakes for name in differences(run, other, {"seed"})]
         values = [f"{f.name} {value_text(run, f.name)}" for f in fields(RunConfig) if f.name in names]
         labels.append(", ".join([run.title, *values]))
     return labels

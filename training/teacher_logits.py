@@ -14,7 +14,7 @@ from runtime import checkpoint
 from runtime.device import Runtime
 from runtime.errors import UserError
 from runtime.files import load_arrays, save_arrays, write_json
-from training.run import describe_data, load_model, mismatch, require_finished
+from training.run import data_mismatch, describe_data, images_mismatch, load_model, require_finished
 from training.runs import UNKNOWN, RunConfig, RunName
 from utils import Images, Views, compute_logits, fingerprint_views, held_out_logits
 
@@ -65,7 +65,7 @@ class TeacherLogits:
         if holdout and self.model is None:
             raise UserError(f"{self.folder} has no logits of held-out images: give a checkpoint as --teacher")
         compute = partial(held_out_logits, self.model, images, self.spec, self.runtime)
-        if holdout:  # these logits are not cached: they depend on --subset, too
+        if holdout:  # not cached, for they depend on --subset, too, but rounded as if they were
             return compute().half().double()
         return self.cached("test.npz", len(images), compute).double()
 
@@ -142,8 +142,9 @@ def load_teacher(student: RunConfig, options, spec: DataSet, runtime: Runtime) -
         content = checkpoint.load(path, or_state_dict=True)
         if "run" not in content:
             content = complete_state_dict(content, student, spec)
-        is_teacher = require_finished(content)["run"]["role"] == "teacher"
-        why = mismatch(content, student, spec) if is_teacher else "is a student"
+        why = "is a student"
+        if require_finished(content)["run"]["role"] == "teacher":
+            why = data_mismatch(content, spec) or images_mismatch(content, student, spec)
         if why:
             raise UserError(f"the teacher {path} {why}: give another --teacher, or --weights_path and --plots_path")
     return TeacherLogits(path, spec, runtime, options.weights_path, content)
