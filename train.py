@@ -56,8 +56,8 @@ def train_epoch(run: Run, views: Views, rows: torch.Tensor, k: int, teacher_logi
     run.clock = time.monotonic()  # not counted: the teacher's logits
     with Progress(f"epoch {run.epoch + 1}/{config.num_epochs}", run.steps, runtime.is_main, run.step) as progress:
         while run.step < run.steps:
-            start = run.step * run.batch_size
-            batch_rows = order[start : start + run.batch_size][runtime.rank :: runtime.world_size]  # of this process
+            first = run.step * run.batch_size
+            batch_rows = order[first : first + run.batch_size][runtime.rank :: runtime.world_size]  # of this process
             images = views.images(batch_rows, k).contiguous(memory_format=runtime.memory_format)
             batch_rows = batch_rows.to(runtime.device)  # for MPS, views are made on the CPU
             labels = views.labels[batch_rows]

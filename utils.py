@@ -364,7 +364,7 @@ def plot_curves(log_path: Path, out_dir: Path) -> list[Path]:
     log_path, out_dir = Path(log_path), Path(out_dir)
     header, lines = parse_log(log_path.read_text())
     split, epochs = header["split"], [line["epoch"] for line in lines]
-    # Of each figure's panels, by y label: the key in a line of the log of each curve. On `split` the loss is the CE.
+    # By figure, panel (its y label) and curve: the key in a line of the log. On `split`, "loss" is the cross-entropy.
     figures = {
         "accuracy": {"top-1 (%)": {"train": "top1", split: "top1"}, "top-5 (%)": {"train": "top5", split: "top5"}},
         "loss": {"cross-entropy (nats)": {"train": "ce", split: "loss"}, "soft term (nats)": {"train": "kl"}},

@@ -64,9 +64,7 @@ class Bench:
         (self.run,) = plan(replace(options, holdout=whole // 10), self.data.spec, runtime.precision, 1)
         self.rows = self.data.rows(None, self.run.holdout)[:count]
         if len(self.rows) < baseline.BATCH_SIZE:
-            raise UserError(
-                f"{len(self.rows)} training images are less than a batch of {baseline.BATCH_SIZE}: give more"
-            )
+            raise UserError(f"{len(self.rows)} images are fewer than a batch of {baseline.BATCH_SIZE}: give more")
         self.held_out = self.data.held_out(None, self.run.holdout)
 
     def settings(self, side: str, epochs: int, lr: float | None = None) -> dict:

@@ -22,10 +22,8 @@ CORRECTED = ("top1", "top1_omitted", "top1_others", "per_class")
 
 def as_trained(runtime: Runtime, run: RunConfig, precision: str = "auto") -> Runtime:
     """The runtime in the precision of a run's training, so that a checkpoint repeats its log, or in --precision's."""
-    if precision != "auto":
-        return runtime  # which has it
-    if run.precision == "bf16":
-        return runtime  # which has bf16, or where that is slow fp32
+    if precision != "auto" or run.precision == "bf16":  # bf16 only where the runtime has chosen it
+        return runtime
     return replace(runtime, precision=run.precision if runtime.device.type == "cuda" else "fp32")
 
 

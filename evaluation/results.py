@@ -33,8 +33,8 @@ def collect(contents: list[dict]) -> dict:
         measured = [content["measured"] for content in row]
         if runs[0].role == "student":
             seeds.add(tuple(numbers["seeds"]))
-        elif "fingerprint" in measured[0]:
-            teachers.append(f"teacher {measured[0]['fingerprint'][:8]}: {label}")
+        else:
+            teachers += [f"teacher {content['measured']['fingerprint'][:8]}: {content['path']}" for content in row]
         for key in [key for key in ACCURACIES if key in measured[0]]:
             values = [100 * m[key] for m in measured]
             numbers[key] = statistics.mean(values)
@@ -62,7 +62,7 @@ def collect(contents: list[dict]) -> dict:
     if len(teachers) > 1:
         results["notes"] += teachers
     if len(seeds) > 1:
-        results["notes"].append("The rows have different seeds: compare gains, which are paired, not means.")
+        results["notes"].append("The rows have different seeds: compare only rows of the same seeds.")
     tested = [gain for gain in results["gains_over_kd"] if "p" in gain]
     for gain, significant in zip(tested, holm([gain["p"] for gain in tested]), strict=True):
         gain["significant"] = significant

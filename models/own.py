@@ -31,8 +31,7 @@ def build_own(name: str, num_classes: int, size: int) -> nn.Module:
         with torch.no_grad():
             other = builder(num_classes=num_classes).train()  # not `model`, whose batch norm this would change
             outputs = [model.eval()(images), other(images)]
-            model = convert_conv2d_weight_memory_format(model, torch.channels_last)  # as in most runs
-            outputs.append(model(images))
+            outputs.append(convert_conv2d_weight_memory_format(model, torch.channels_last)(images))  # as in most runs
     except MODEL_ERRORS as error:
         called = f"num_classes={num_classes} and images {tuple(images.shape)}"
         raise UserError(f"--student {name} fails with {called}: {error}") from error

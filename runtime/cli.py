@@ -60,9 +60,9 @@ def typed(value) -> str:
         return " ".join(map(typed, value))
     if isinstance(value, float):
         return format_number(value)
-    if os.name == "nt" and not re.fullmatch(r"[\w.:/+-]+", str(value)):
-        return f'"{value}"'  # as cmd and PowerShell read it
-    return str(value) if os.name == "nt" else shlex.quote(str(value))
+    if os.name != "nt":
+        return shlex.quote(str(value))
+    return str(value) if re.fullmatch(r"[\w.:/+-]+", str(value)) else f'"{value}"'  # as cmd and PowerShell read it
 
 
 def option(group: str, text: str, parse=str, default=None, choices=None):

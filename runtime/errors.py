@@ -9,7 +9,7 @@ import threading
 import traceback
 from collections.abc import Callable
 
-MEMORY = "not enough memory: give train.py a smaller --batch_size (for the teacher of --all with --tto True first) or "
+MEMORY = "not enough memory: give train.py a smaller --batch_size (--all: train the teacher first, with --tto True) or "
 MEMORY += "--size, or --device cpu if another device is full"
 FAILURES = {  # our message for a failure of the machine, by a part of torch's message
     "DefaultCPUAllocator": MEMORY,

@@ -42,7 +42,7 @@ def writing(path: Path) -> Iterator[Path]:
 
 def retry(action: Callable, *paths: Path) -> None:
     """Replace or remove a file, tried again for ten seconds: on Windows a virus scanner or OneDrive may hold it."""
-    for pause in (0.01, 0.1, 1, 10):
+    for pause in (0.1, 0.4, 1.5, 3, 5):
         with contextlib.suppress(PermissionError):
             return action(*paths)
         time.sleep(pause)

@@ -19,10 +19,10 @@ FLOAT32_OPERATORS += (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)
 
 def change_settings(stack: contextlib.ExitStack, deterministic: bool) -> None:
     """Set torch's global settings until `stack` is left; the caller's would change the results, or fail."""
-    cudnn, host_device = torch.backends.cudnn, torch.get_default_device()
+    cudnn, device = torch.backends.cudnn, torch.get_default_device()
     algorithms = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     stack.callback(torch.set_default_dtype, torch.get_default_dtype())
-    stack.callback(torch.set_default_device, None if host_device.type == "cpu" else host_device)
+    stack.callback(torch.set_default_device, None if device.type == "cpu" else device)
     stack.callback(torch.use_deterministic_algorithms, algorithms[0], warn_only=algorithms[1])
     for name in ("benchmark", "deterministic"):
         stack.callback(setattr, cudnn, name, getattr(cudnn, name))

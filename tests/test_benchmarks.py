@@ -79,7 +79,7 @@ def test_a_small_run_of_time_to_accuracy_is_kept_and_not_repeated(digits, tiny_m
     settings = [training["settings"] for training in bench.read_results(tmp_path / "r.json")]
     assert [(s["side"], s["train_images"]) for s in settings] == [("ours", 128), ("baseline", 128), ("baseline", 128)]
     assert all(s["holdout"] == 500 for s in settings)
-    assert bench.main([*words, "--images=127"]) == 2 and "less than a batch of 128" in capfd.readouterr().err
+    assert bench.main([*words, "--images=127"]) == 2 and "fewer than a batch of 128" in capfd.readouterr().err
 
 
 def test_throughput_has_a_rate_in_every_row(tiny_models, monkeypatch, tmp_path):

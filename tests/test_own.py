@@ -91,10 +91,7 @@ def test_an_own_student_at_an_own_size(mine, evaluate, digits):
     assert [row["parameters"] for row in table["rows"][1:]] == [570, 570]
     output = evaluate(data, *words, "--kd")
     assert output.startswith("test loss") and "top-1 agreement" in output and "images/s in batches" in output
-    assert re.match(
-        r"saved s.pt2 of weights/.* \(reloaded, its logits differ by at most ",
-        evaluate(*words, "--kd", "--export=s.pt2"),
-    )
+    assert evaluate(*words, "--kd", "--export=s.pt2").startswith("saved s.pt2 of weights/")
     files = {"preprocessing.json": ""}
     exported = torch.export.load("s.pt2", extra_files=files)
     assert exported.module()(torch.zeros(3, 3, 64, 64)).shape == (3, 10)

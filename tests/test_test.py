@@ -387,7 +387,7 @@ def test_students_of_two_teachers_are_two_rows_each_beside_its_own(report_of, co
     rows, labels, output = compare()
     assert labels[:2] == [f"{TEACHER}, num_epochs {count}" for count in (4, 5)]
     assert set(labels[2:]) == {f"{KD}, teacher {which[:8]}" for which in own}
-    assert all(f"\nteacher {which[:8]}: {TEACHER}, num_epochs " in output for which in own)
+    assert all(f"\nteacher {which[:8]}: {path}\n" in output for which, path in own.items())
     found = {row["model"][-8:]: row["kl_to_teacher"] for row in rows[2:]}
     for which, student in students.items():
         beside_its_own = report_of(f"--checkpoint={student}", f"--teacher={own[which]}")

@@ -68,7 +68,7 @@ def data_mismatch(content: dict, spec: DataSet) -> str:
 
 
 def images_mismatch(content: dict, name: RunName, spec: DataSet) -> str:
-    """Why a checkpoint's training images were not those of a data set that `name` leaves to training, or ""."""
+    """Why a checkpoint was trained on other images than a data set's, or on some that `name` holds out, or ""."""
     run = run_of(content)
     if spec.fingerprint and run.images not in (spec.fingerprint, UNKNOWN):
         return f"was trained on other images than those of {spec.name} here"

@@ -33,7 +33,7 @@ class RunName:
     student_images: int | None = None  # how many training images a student sees; None: all
     student: str | None = None  # MODULE:FUNCTION of the user's own; None: ours, or a teacher
     size: int = SIDE  # of the images, in pixels
-    weights_title = ""  # of the loss: a RunConfig has them
+    weights_title = ""  # a RunConfig knows the weights of its loss
 
     @property
     def kd(self) -> bool:

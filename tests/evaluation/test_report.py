@@ -12,7 +12,7 @@ from evaluation.results import collect, publish, results_text
 
 def content(command: str = "", top1: float = 70.0, path: str = "x.pt", device: str = "a CPU", **changes) -> dict:
     """A measured checkpoint of `train.py COMMAND`, with `changes` of its run."""
-    measured = {"top1": top1 / 100, "top5": 0.97, "parameters": 1000}
+    measured = {"top1": top1 / 100, "top5": 0.97, "parameters": 1000, "fingerprint": "1f3a" * 4}
     more = {"measured": measured, "path": path, "machine": {"torch": "2.14", "device": device}}
     return content_of(run_of(command, **changes), (top1,), MODEL) | more
 
@@ -97,7 +97,7 @@ def test_a_note_says_why_there_is_no_pair(name, value):
     found = collect([far, near, kd])
     note = f"{KD}: no baseline, the nearest student without KD has {name} {value}, not {kd['run'][name]}"
     assert not found["gains"] and found["notes"][0] == note and f"\n{note}\n" in results_text(found)
-    different = "The rows have different seeds: compare gains, which are paired, not means."
+    different = "The rows have different seeds: compare only rows of the same seeds."
     assert found["notes"][1:] == [different] * (name == "seed")
     assert collect([content("--tto"), kd])["notes"][-1].endswith("there is no student without KD")
 

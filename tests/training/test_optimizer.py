@@ -94,10 +94,8 @@ class Layers(torch.nn.Module):
         self.depthwise, self.norm_too = torch.nn.Conv2d(8, 8, 3, groups=8), torch.nn.BatchNorm2d(8)
         self.alone, self.wide = torch.nn.Conv2d(8, 8, 3, groups=8, bias=False), torch.nn.Conv2d(8, 4, 1)
         self.attention, self.layer_norm = torch.nn.MultiheadAttention(8, 2), torch.nn.LayerNorm(8)
-        self.token, self.scale = (
-            torch.nn.Parameter(torch.full((1, 1, 8), 1e-6)),
-            torch.nn.Parameter(torch.ones(8, 1, 1)),
-        )
+        self.token = torch.nn.Parameter(torch.full((1, 1, 8), 1e-6))
+        self.scale = torch.nn.Parameter(torch.ones(8, 1, 1))
         self.unused, self.frozen = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8).requires_grad_(False)
         self.classifier = torch.nn.Linear(8, 10)
 
