@@ -252,10 +252,10 @@ def run_task(options: config.TestOptions) -> None:
         task = export
     else:
         task = evaluate
-    make_folder(options.export.parent if options.export else options.plots_folder)  # fail now, not after the evaluation
-    if options.json:
-        make_folder(options.json.parent)
     with start(options.device, options.precision) as runtime:
+        make_folder(options.export.parent if options.export else options.plots_folder)  # fail before the evaluation
+        if options.json:
+            make_folder(options.json.parent)
         task(options, runtime)
 
 

@@ -157,6 +157,7 @@ def train_run(
                 save_or_stop(run)
             except Stopped:
                 run.save()
+                runtime.barrier()  # if the first process fails to save, that is told and not the stop
                 runtime.print(f"saved {files.resume} at {run.place}")
                 raise
         content = run.finished_state()
@@ -172,8 +173,7 @@ def train_run(
 def begin(run: Run, count: int, resume: bool) -> None:
     """Restore an unfinished run, or start the log of a new one on `count` images."""
     config, runtime = run.config, run.runtime
-    exists = run.files.resume.exists()
-    runtime.barrier()  # before the first process writes or removes it
+    exists = runtime.agree(run.files.resume.exists())[0]  # of all, before the first process writes or removes it
     if exists and resume:
         run.restore()
         return runtime.barrier()  # before the first process can finish and remove what the others read
@@ -190,6 +190,7 @@ def train_all(options: TrainOptions) -> None:
     with StopSignal() as stop, start(options.device, options.precision, options.deterministic, stop) as runtime:
         data, runs = prepare(options, runtime)
         finished = {run.stem: find_finished(run, options) for run in runs}
+        runtime.check_same(runs, [stem for stem in finished if finished[stem]])
         if options.all:
             runtime.print(f"{len(runs)} runs, {sum(map(bool, finished.values()))} of them finished")
         teacher, contents = None, []

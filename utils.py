@@ -283,7 +283,7 @@ def compute_logits(
     """Logits (count, num_classes), float64 on every process's CPU, of images (B, 3, S, S) = images_of(rows (B,)).
 
     All batches have one size, whatever the count and the number of processes, which share them: logits depend on
-    neither. With a `title`, progress is shown. Without torchrun, Stopped after a signal; UserError if one isn't finite.
+    neither. With a `title`, progress is shown. Stopped after a signal; UserError if one isn't finite.
     """
     logits = torch.zeros(count, num_classes, device=runtime.device)
     size = images_of(torch.zeros(1, dtype=torch.int64)).shape[-1]
@@ -296,9 +296,11 @@ def compute_logits(
             images = images_of(rows).contiguous(memory_format=runtime.memory_format)
             with runtime.autocast():
                 logits[start : start + batch_size] = model(images)[: count - start]  # the device is not waited for
-            if runtime.stop.number and runtime.world_size == 1:
-                raise Stopped(runtime.stop.number)
+            if runtime.stop.number:
+                break
             progress.step()
+    if signal_number := runtime.agree(runtime.stop.number)[0]:
+        raise Stopped(int(signal_number))
     logits = runtime.total(logits)  # rows of other processes are zeros here
     if not logits.isfinite().all():
         raise UserError("the model's logits are not finite: train it again with a lower --lr")

@@ -56,6 +56,7 @@ def measure_all(
     """
     images = data.held_out(name.subset, name.holdout)
     runs = [run_of(content) for content in contents]
+    runtime.check_same(data.spec.fingerprint, runs)
     shown, teachers = [], {}  # the logits of each teacher, by its fingerprint
     if teacher and teacher.model is None:  # a teacher with a model is among the checkpoints
         with contextlib.suppress(UserError):  # a folder of logits may have none of the test images

@@ -7,6 +7,7 @@ import platform
 import re
 import subprocess
 import sys
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -75,6 +76,13 @@ class Runtime:
             dist.all_reduce(shared, dist.ReduceOp.MAX)
         return shared.tolist()
 
+    def check_same(self, *seen) -> None:
+        """UserError if the processes have seen different things, as each reads the files itself."""
+        number = zlib.crc32(repr(seen).encode())
+        highest, minus_lowest = self.agree(number, -number)
+        if highest != -minus_lowest:
+            raise UserError("the processes see different images or checkpoints: rerun when nothing changes them")
+
     def total(self, values: torch.Tensor) -> torch.Tensor:
         """The sum over all processes, in float64 on the CPU."""
         summed = values.detach().cpu().to(torch.float64, copy=True)  # MPS lacks float64
@@ -121,7 +129,7 @@ def pick_device(word: str) -> torch.device:
         print(f"MPS is not used: {fails}", flush=True)
         kind = "cpu"
     if kind == "cuda":
-        return torch.device(kind, int(index or os.environ.get("LOCAL_RANK", 0)))
+        return torch.device(kind, int(index or os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     return torch.device(kind)
 
 

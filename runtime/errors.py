@@ -88,7 +88,10 @@ def exit_code(main: Callable[[], None]) -> int:
     except Exception as error:
         if known := known_failure(error):
             return report(known)
-        raise
+        if "WORLD_SIZE" not in os.environ:
+            raise
+        traceback.print_exc()  # before `leave`: of several processes none ends by itself
+        return 1
     return 0
 
 
@@ -98,7 +101,7 @@ def leave(code: int) -> None:
         sys.stdout.flush()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
-    if code and "LOCAL_RANK" in os.environ:  # the end of NCCL in one process would wait for the others
+    if code and "WORLD_SIZE" in os.environ:  # the end of NCCL in one process would wait for the others
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

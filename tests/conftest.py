@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 
 import made_up
@@ -20,10 +21,13 @@ import torch.distributed as dist
 import models
 import train
 import utils
+from data_sets.digits import make_digits
 from evaluation import figures, inference, results
 from utils import load_images
 
 torch.set_num_threads(1)  # as in the processes that tests start: bits may depend on it
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # no test needs a GPU
+os.fsync = lambda descriptor: None  # slow on shared disks; tests/runtime/test_files.py sees when it is called
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Nothing may be downloaded by a test: no proxy listens there, so the network is always "missing".
 NO_NETWORK = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "no_proxy": "127.0.0.1"}
@@ -45,7 +49,10 @@ def cifar100(request) -> Path:
 def real_data(request, name: str, file: str) -> Path:
     unpack = REPOSITORY.parent / "shared" / name / "unpack.py"
     if unpack.exists():
-        folder = Path(request.config.cache.mkdir(name))
+        try:  # kept for the next session
+            folder = Path(request.config.cache.mkdir(name))
+        except (AttributeError, OSError):  # there is no cache, or no room for it
+            folder = request.getfixturevalue("tmp_path_factory").mktemp(name)
         subprocess.run([sys.executable, unpack, folder], check=True, stdout=subprocess.DEVNULL)
         return folder
     if (REPOSITORY / "data" / file).exists():
@@ -101,9 +108,15 @@ def learn(request, digits, tiny_models, no_figures, tmp_path, monkeypatch, outpu
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory) -> Path:
-    """A folder with the drawn data set, so that a run which gets as far as the data does so at once."""
+    """A folder with a 25th of the drawn data set in the files of the whole one, where every process finds it."""
+
+    def few(split: str, count: int, size: int) -> tuple:
+        return make_digits(split, count // 25, size=size)
+
     folder = tmp_path_factory.mktemp("digits")
-    load_images("digits", folder, made_up.CPU)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data_sets.digits.make_digits", few)
+        load_images("digits", folder, made_up.CPU)
     return folder
 
 
@@ -130,6 +143,16 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["conftest", "train", "test", "matplotlib.backends.backend_agg", "matplotlib.figure"])
 
 
+def pytest_sessionstart() -> None:
+    """Start the server of forks, which imports torch beside the first tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONWARNINGS", "ignore")  # about locks of forks that tests kill
+        resource_tracker.ensure_running()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}")  # it does not get sys.path
+        forkserver.ensure_running()
+
+
 def forked(name: str, *words: str, folder: Path, **changes) -> subprocess.CompletedProcess:
     """`python NAME WORDS` in `folder`, in a fork; `changes` are run_as_main's."""
     (code,), out, err = run_together(1, name, words, folder, **changes)
@@ -143,6 +166,7 @@ def run_together(count: int, name: str, words: Sequence[str], folder: Path, **ch
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
         shared |= {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        shared["GLOO_SOCKET_IFNAME"] = "lo"  # the machine may not know its own name
         environments = [shared | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(count)]
     with tempfile.TemporaryDirectory() as outputs:
         given = [(name, words, folder, Path(outputs), environment) for environment in environments]
@@ -169,6 +193,14 @@ def without_override() -> None:
     library.capset(header, sets)
 
 
+def touch_curves(log: Path, folder: Path) -> list[Path]:
+    """In place of plot_curves, which takes longer than a tiny run."""
+    paths = [folder / f"{log.stem}_{name}.png" for name in ("accuracy", "loss")]
+    for path in paths:
+        path.touch()
+    return paths
+
+
 def run_as_main(name, words, folder, outputs, environment, tiny=False, stdout="kept", prepare=None) -> None:
     """In the fork: run the script in `folder`, perhaps with models of a few thousand weights under the names of the
     real ones, or a standard output that is "full", whose reader has "gone", or that knows "ascii" alone; `prepare` is
@@ -189,6 +221,7 @@ def run_as_main(name, words, folder, outputs, environment, tiny=False, stdout="k
     sys.stdout = open(1, "w", encoding=encoding, closefd=False)  # noqa: SIM115 - the one before knew another file
     if tiny:
         models.BUILDERS |= TINY_MODELS
+        utils.plot_curves = touch_curves
     if prepare:
         prepare()
     sys.argv = [name, *words]

@@ -174,8 +174,8 @@ def test_the_published_students_are_as_accurate_as_their_logs_say(cifar10):
         assert run_of(content).stem == name and content["log"] in logs
         assert json.loads(content["log"].splitlines()[-1])["test"] == content["metrics"]
         assert content["run"]["images"] == data.spec.fingerprint
-        found = evaluate(load_model(content, CPU), data.test[:1000], spec_of(content), CPU)
-        assert 100 * found["top1"] == pytest.approx(content["metrics"]["top1"], abs=2.5)  # of a tenth of the images
+        found = evaluate(load_model(content, CPU), data.test[:400], spec_of(content), CPU)
+        assert 100 * found["top1"] == pytest.approx(content["metrics"]["top1"], abs=4.5)  # of a few images
 
 
 def test_the_published_logits_are_the_published_teachers(cifar10):

@@ -5,12 +5,15 @@ That they resume bit-exactly, alone or as two: tests/training/test_resume.py.
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,9 +24,11 @@ import models
 import train
 import utils
 from runtime import checkpoint
+from runtime.device import Runtime
 from runtime.errors import UserError
 from runtime.files import locked
 from runtime.processes import start
+from training.run import Run
 from utils import load_images, parse_log
 
 SUBSET = 85  # 17 test images, which two processes can't share evenly
@@ -41,6 +46,13 @@ def prepare(student) -> None:
     """In a fork: a student of a few thousand weights, evaluated in batches that both processes share."""
     utils.EVALUATION_BATCH = 5
     models.BUILDERS["student"] = student
+
+
+def fail_in_one(error: Exception) -> None:
+    """In a fork: the first step of the second process raises an error."""
+    prepare(tiny_student)
+    if os.environ["RANK"] == "1":
+        Run.update = Mock(side_effect=error)
 
 
 @pytest.fixture
@@ -101,11 +113,31 @@ def test_an_error_is_one_line_for_all_processes(tmp_path, options, more, tells):
     assert not [path for path in tmp_path.iterdir() if path.suffix in (".pt", ".jsonl")]
 
 
+@pytest.mark.parametrize(
+    "error, code, tells",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), 2, "^train.py: error: not enough memory: .*\n$"),
+        (KeyError("a bug"), 1, "^Traceback[^\0]*KeyError: 'a bug'\n$"),
+    ],
+)
+def test_an_error_in_one_process_is_told_once_and_ends_all(error, code, tells, tmp_path, options):
+    prepared = {"tiny": True, "prepare": partial(fail_in_one, error)}
+    codes, _, errors = run_together(2, "train.py", options(tmp_path), tmp_path, **prepared)
+    assert codes == [2, code] and re.search(tells, errors) and errors.count("Traceback") == (code == 1), errors
+
+
+def test_processes_that_have_seen_different_things_end():
+    Runtime.check_same(SimpleNamespace(agree=lambda *numbers: numbers), "a", 1)
+    with pytest.raises(UserError, match="the processes see different images or checkpoints"):
+        Runtime.check_same(SimpleNamespace(agree=lambda number, minus: (number, minus + 1)), "a", 1)
+
+
 def test_a_run_that_torchrun_stops_is_saved_and_says_where(tmp_path, options):
     arguments = options(tmp_path, "--num_epochs=1000")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    how = {"env": {**os.environ, "OMP_NUM_THREADS": "1"}, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen([*torchrun, REPOSITORY / "train.py", *arguments], text=True, **how)
+    words = ["--standalone", "--local_addr=127.0.0.1", "--nproc_per_node=2", REPOSITORY / "train.py", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    how = {"env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *words], **how)
     log = tmp_path / f"{STEM}.jsonl"
     deadline = time.monotonic() + 240
     while not log.exists() and process.poll() is None and time.monotonic() < deadline:
