@@ -190,16 +190,16 @@ def train_all(options: TrainOptions) -> None:
     with StopSignal() as stop, start(options.device, options.precision, options.deterministic, stop) as runtime:
         data, runs = prepare(options, runtime)
         finished = {run.stem: find_finished(run, options) for run in runs}
-        runtime.check_same(runs, [stem for stem in finished if finished[stem]])
         if options.all:
             runtime.print(f"{len(runs)} runs, {sum(map(bool, finished.values()))} of them finished")
         teacher, contents = None, []
         for i, planned in enumerate(runs):
             if teacher is None and planned.role == "student" and (options.kd or options.all):
-                teacher = prepare_teacher(runs[i:], contents, finished, options, data.spec, runtime)
+                teacher = prepare_teacher(runs[i:], finished, options, data.spec, runtime)
                 contents = [teacher.content] if teacher.content else []
             run = teacher.record_in(planned) if teacher else planned
             content = finished[run.stem] or find_finished(run, options)  # which may have finished meanwhile
+            runtime.check_same(run, bool(content))
             if content:
                 advice = "" if options.all else "; --resume False trains it again"
                 ended = f"already finished ({content['metrics']['top1']:.2f}% top-1), skipping"
@@ -218,13 +218,10 @@ def train_all(options: TrainOptions) -> None:
 
 
 def prepare_teacher(
-    students: list[RunConfig], contents: list[dict], finished: dict, options, spec: DataSet, runtime: Runtime
+    students: list[RunConfig], finished: dict, options, spec: DataSet, runtime: Runtime
 ) -> TeacherLogits:
-    """The teacher of all students, in `contents` if it was a run of the plan; UserError if one does not fit it."""
-    if contents:
-        teacher = TeacherLogits(contents[0]["path"], spec, runtime, options.weights_path, contents[0])
-    else:
-        teacher = load_teacher(students[0], options, spec, runtime)
+    """The teacher of all students, as its file has it; UserError if one does not fit it."""
+    teacher = load_teacher(students[0], options, spec, runtime)
     teacher.check_views(students[0].views)
     runtime.print(f"the teacher is {teacher.title}")
     for student in students:

@@ -88,11 +88,16 @@ def exit_code(main: Callable[[], None]) -> int:
     except Exception as error:
         if known := known_failure(error):
             return report(known)
-        if "WORLD_SIZE" not in os.environ:
+        if not is_one_of_several():
             raise
         traceback.print_exc()  # before `leave`: of several processes none ends by itself
         return 1
     return 0
+
+
+def is_one_of_several() -> bool:
+    """Whether this is one of several processes, as torchrun starts them."""
+    return (os.environ.get("WORLD_SIZE") or "1") != "1"
 
 
 def leave(code: int) -> None:
@@ -101,7 +106,7 @@ def leave(code: int) -> None:
         sys.stdout.flush()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
-    if code and "WORLD_SIZE" in os.environ:  # the end of NCCL in one process would wait for the others
+    if code and is_one_of_several():  # the end of NCCL in one process would wait for the others
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -92,7 +92,7 @@ def process_group(runtime: Runtime, world_size: int):
         yield replace(runtime, rank=rank, world_size=world_size)
     except Exception as error:
         # All processes end with one error, or with the loss of a peer that has one: the first one reports it.
-        own = 0 if "gloo" in str(error) else 1  # the library that misses a peer
+        own = 0 if isinstance(error, RuntimeError) and "gloo" in str(error) else 1  # the library that misses a peer
         reported_by_others = store.add("failed", own) - own
         if reported_by_others:
             raise SystemExit(128 + error.args[0] if isinstance(error, Stopped) else 2) from error

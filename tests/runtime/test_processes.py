@@ -126,9 +126,14 @@ def test_an_error_in_one_process_is_told_once_and_ends_all(error, code, tells, t
     assert codes == [2, code] and re.search(tells, errors) and errors.count("Traceback") == (code == 1), errors
 
 
+def test_two_processes_make_the_table(tmp_path, options):
+    codes, output, errors = pair(tmp_path, options(tmp_path, "--all", "--temp=5", "--num_epochs=1"))
+    assert codes == [0, 0] and output.count("Gain of KD") == 1, errors
+
+
 def test_processes_that_have_seen_different_things_end():
     Runtime.check_same(SimpleNamespace(agree=lambda *numbers: numbers), "a", 1)
-    with pytest.raises(UserError, match="the processes see different images or checkpoints"):
+    with pytest.raises(UserError, match="the processes have different images"):
         Runtime.check_same(SimpleNamespace(agree=lambda number, minus: (number, minus + 1)), "a", 1)
 
 
