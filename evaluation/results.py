@@ -22,7 +22,7 @@ ACCURACIES |= {"corrected_top1_others": "Corrected, others"}
 def collect(contents: list[dict]) -> dict:
     """Rows, gains and notes from measured checkpoints: means over seeds, of accuracies in percent also deviations."""
     results = {"rows": [], "gains": [], "gains_over_kd": [], "notes": []}
-    rows, seeds, teachers = rows_of(contents), set(), []  # the seeds of each row of students; a line per teacher
+    rows = rows_of(contents)
     for label, row in rows.items():
         runs = [run_of(content) for content in row]
         numbers = {"model": label, "epochs": runs[0].num_epochs, "seeds": [run.seed for run in runs]}
@@ -31,10 +31,6 @@ def collect(contents: list[dict]) -> dict:
         if len({tuple(content["machine"].values()) for content in row}) > 1:
             numbers["machines"] = sorted({f"{c['machine']['device']}, torch {c['machine']['torch']}" for c in row})
         measured = [content["measured"] for content in row]
-        if runs[0].role == "student":
-            seeds.add(tuple(numbers["seeds"]))
-        else:
-            teachers += [f"teacher {content['measured']['fingerprint'][:8]}: {content['path']}" for content in row]
         for key in [key for key in ACCURACIES if key in measured[0]]:
             values = [100 * m[key] for m in measured]
             numbers[key] = statistics.mean(values)
@@ -59,14 +55,23 @@ def collect(contents: list[dict]) -> dict:
             if gains := paired_differences(row, others, is_kd_baseline_of):
                 results["gains_over_kd"].append({"model": label, "over": other_label, **paired_gain(gains)})
         results["rows"].append(numbers)
-    if len(teachers) > 1:
-        results["notes"] += teachers
-    if len(seeds) > 1:
-        results["notes"].append("The rows have different seeds: compare only rows of the same seeds.")
+    results["notes"] += table_notes(rows)
     tested = [gain for gain in results["gains_over_kd"] if "p" in gain]
     for gain, significant in zip(tested, holm([gain["p"] for gain in tested]), strict=True):
         gain["significant"] = significant
     return results
+
+
+def table_notes(rows: dict[str, list[dict]]) -> list[str]:
+    """The files of several teachers with their hashes; whether the rows of students have different seeds."""
+    teachers = [content for row in rows.values() for content in row if run_of(content).role == "teacher"]
+    students = [row for row in rows.values() if run_of(row[0]).role == "student"]
+    notes = []
+    if len(teachers) > 1:
+        notes += [f"teacher {content['measured']['fingerprint'][:8]}: {content['path']}" for content in teachers]
+    if len({tuple(run_of(content).seed for content in row) for row in students}) > 1:
+        notes.append("The rows have different seeds: compare only rows of the same seeds.")
+    return notes
 
 
 def paired_differences(row: list[dict], others: list[dict], are_paired: Callable) -> list[float]:

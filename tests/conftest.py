@@ -49,9 +49,9 @@ def cifar100(request) -> Path:
 def real_data(request, name: str, file: str) -> Path:
     unpack = REPOSITORY.parent / "shared" / name / "unpack.py"
     if unpack.exists():
-        try:  # kept for the next session
+        try:  # kept for the next run of the tests
             folder = Path(request.config.cache.mkdir(name))
-        except (AttributeError, OSError):  # there is no cache, or no room for it
+        except (AttributeError, OSError):  # there is no cache, or it can't be written
             folder = request.getfixturevalue("tmp_path_factory").mktemp(name)
         subprocess.run([sys.executable, unpack, folder], check=True, stdout=subprocess.DEVNULL)
         return folder
