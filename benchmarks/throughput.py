@@ -30,8 +30,7 @@ from baseline_loop import baseline_batches, baseline_model, baseline_steps
 import config
 from data_sets import DATA_SETS, SIDE
 from evaluation.report import table
-from models import build_model
-from models.vgg import use_products
+from models import build_model, build_model_of
 from runtime.cli import Parser, file_name
 from runtime.device import Runtime, device_title, processor
 from runtime.errors import exit_code
@@ -50,7 +49,7 @@ Job = Callable[[], float]  # runs once and returns its images per second
 class Bench:
     """Images and sizes of this benchmark, and the jobs that it times."""
 
-    def __init__(self, options: dict[str, config.TrainOptions], runtime: Runtime, quick: bool) -> None:
+    def __init__(self, options: config.TrainOptions, runtime: Runtime, quick: bool) -> None:
         self.options, self.runtime = options, runtime
         self.repeats = 3 if quick else 7
         steps = {"teacher": 3, "student": 12} if runtime.device.type == "cpu" else {"teacher": 45, "student": 45}
@@ -63,7 +62,7 @@ class Bench:
 
     def config(self, role: str, loss: str | None = None) -> RunConfig:
         """One run, so many epochs long that its learning rate stays low: random labels can't make it diverge."""
-        options = replace(self.options[role], kd=bool(loss), loss=(loss,) if loss else None)
+        options = replace(self.options, tto=role == "teacher", kd=bool(loss), loss=(loss,) if loss else None)
         (run,) = plan(options, self.spec, self.runtime.precision, self.runtime.world_size)
         return replace(run, num_epochs=100_000)
 
@@ -72,7 +71,7 @@ class Bench:
         run_config, device = self.config(role, loss), self.runtime.device
         rows = torch.arange(self.steps[role] * self.batch_size) % IMAGES
         views = Views(self.images[: len(rows)], self.spec, device)
-        run = Run(run_config, self.runtime, self.spec, len(rows), RunFiles(run_config, self.options[role]))
+        run = Run(run_config, self.runtime, self.spec, len(rows), RunFiles(run_config, self.options))
         run.saved_at = float("inf")  # no saves
         logits = torch.randn(len(rows), 10).half().to(device)
 
@@ -84,8 +83,7 @@ class Bench:
 
     def teacher_logits(self) -> Job:
         """The teacher's logits of new views in full batches, images per second."""
-        teacher = use_products(build_model("teacher"), self.runtime.max_product_side).eval()
-        teacher.to(self.runtime.device, memory_format=self.runtime.memory_format)
+        teacher = build_model_of(self.config("teacher"), self.runtime).eval()
         count = 10 * EVALUATION_BATCH if self.runtime.device.type == "cuda" else EVALUATION_BATCH
         views = Views(self.images[:count], self.spec, self.runtime.device)
         compute = partial(compute_logits, teacher, partial(views.images, k=0), count, 10, self.runtime)
@@ -154,8 +152,8 @@ ROWS = (
     ("teacher training / baseline loop", "teacher", "baseline teacher"),
     ("student training / baseline loop", "student", "baseline student"),
     ("KD, computing the logits / baseline KD loop", "KD, computing", "baseline KD"),
-    ("KD, logits at hand / baseline KD loop", "KD by kd", "baseline KD"),
-    ("KD, logits at hand / student without KD", "KD by kd", "student"),
+    ("KD, cached logits / baseline KD loop", "KD by kd", "baseline KD"),
+    ("KD, cached logits / student without KD", "KD by kd", "student"),
     *((f"the same, --loss {loss}", f"KD by {loss}", "student") for loss in LOSSES),
 )
 
@@ -169,10 +167,9 @@ def rows_table(rows: list[dict]) -> str:
     return table(["ours / theirs", "ours", "theirs", "unit", "ratio"], cells)
 
 
-def report(options: dict[str, config.TrainOptions], arguments) -> None:
+def report(options: config.TrainOptions, arguments) -> None:
     """Measure everything, print the table and write the rows."""
-    student = options["student"]
-    with start(student.device, student.precision, student.deterministic) as runtime:
+    with start(options.device, options.precision, options.deterministic) as runtime:
         rows = measure(Bench(options, runtime, arguments.quick))
         hardware = {"processor": processor(), "cores": os.cpu_count(), "device": device_title(runtime)}
     print(f"{hardware['processor']}, {hardware['cores']} cores; {hardware['device']}; torch {torch.__version__}\n")
@@ -189,8 +186,8 @@ def main() -> int:
     arguments, further = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         words = [*further, f"--weights_path={folder}", f"--plots_path={folder}"]
-        options = {"student": config.parse_train(words), "teacher": config.parse_train(["--tto", "True", *words])}
-        if options["student"].dataset != "cifar10":
+        options = config.parse_train(["--tto", "True", *words])  # refuses what only students can have
+        if options.dataset != "cifar10":
             parser.error("the images are CIFAR-10's: leave --dataset out")
         return exit_code(lambda: report(options, arguments))
 

@@ -209,8 +209,8 @@ def parse(argv: list[str] | None, folder: str) -> tuple:
     parser.add_argument("--json", type=file_name, help="file for the finished runs")
     parser.add_argument("--figure", type=file_name, help="file for the figure, .png")
     arguments, further = parser.parse_known_args(argv)
-    if any(word.startswith(SETTLED) for word in further):
-        parser.error("see --role, --lengths and --images, which replace options of train.py")
+    if fixed := [word for word in further if word.startswith(SETTLED)]:
+        parser.error(f"{fixed[0]} is set by this benchmark: leave it out")
     words = [*further, f"--tto={arguments.role == 'teacher'}", f"--weights_path={folder}", f"--plots_path={folder}"]
     arguments.lengths = sorted(set(arguments.lengths or (1, 2, 4, 8)))
     arguments.baseline_lr = arguments.baseline_lr or BASELINE_LR[arguments.role]

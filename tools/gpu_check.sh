@@ -21,14 +21,13 @@ within() { # SECONDS COMMAND...: SIGTERM, which train.py can resume from, after 
 
 train() { within "$1" $PYTHON train.py --data_path "$DATA" "${@:2}" $EXTRA; }
 
-kill_when_saved() { # FOLDER COMMAND...: SIGKILL a second after FOLDER has a student's resume state, or in a minute
+kill_when_saved() { # FOLDER COMMAND...: SIGKILL a second after FOLDER has a student's resume state, or after 60 s
   "${@:2}" &
   local pid=$! i
   for i in {1..120}; do
     sleep 0.5
     kill -0 $pid 2> /dev/null || break
-    # A run first tries whether it can save, and removes the file at once.
-    compgen -G "$1/*student*.last.pt" && sleep 1 && compgen -G "$1/*student*.last.pt" && break
+    compgen -G "$1/*student*.last.pt" && sleep 1 && break
   done > /dev/null
   kill -KILL $pid 2> /dev/null
   wait $pid

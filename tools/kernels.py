@@ -24,9 +24,9 @@ from runtime.processes import start
 
 def measure(role: str, words: list[str]) -> tuple[float, float, float]:
     """Images per second, kernels per step, and FLOP per image (2 per multiply-add) of train.py's loop."""
-    options = config.parse_train([f"--tto={role == 'teacher'}", *words])
+    options = config.parse_train(words)
     with start(options.device, options.precision) as runtime:
-        bench = Bench({"teacher": options, "student": options}, runtime, quick=False)
+        bench = Bench(options, runtime, quick=False)
         epoch = bench.ours(role)
         speed = max(epoch() for _ in range(3))
         with profile() as profiler:
