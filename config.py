@@ -28,14 +28,14 @@ class Options:
 
     tto: bool = option(WHAT, "train or evaluate only the teacher", boolean, False)
     kd: bool = option(WHAT, "the student with knowledge distillation (default: without)", boolean, False)
-    seed: int = option(WHAT, "seed of initial weights, image order and views", FROM_0, DEFAULT_SEED)
+    seed: int = option(WHAT, "seed of initial weights, image and view order", FROM_0, DEFAULT_SEED)
     student: str | None = option(WHAT, "your own student, MODULE:FUNCTION called with num_classes", FUNCTION)
     dataset: str = option(DATA, "cifar10, cifar100, digits (drawn, no download) or folder", str, "cifar10", DATA_SETS)
-    data_path: Path = option(DATA, "data folder; of your own pictures: train/<class>/*", folder_name, Path("data"))
+    data_path: Path = option(DATA, "data folder; your own pictures are in train/<class>/", folder_name, Path("data"))
     skip_broken: bool = option(DATA, "leave out pictures that can't be read (--dataset folder)", boolean, False)
-    size: int = option(DATA, "pixels along a side of an image (folder, digits): a multiple of 32", int, SIDE, SIZES)
+    size: int = option(DATA, "side of an image in pixels (folder, digits): 32, 64, ..., 224", int, SIDE, SIZES)
     subset: int | None = option(DATA, "a quick trial: the first N training images and N/5 test images", FROM_1)
-    holdout: int = option(DATA, "hold out the last N training images and evaluate on these", FROM_0, 0)
+    holdout: int = option(DATA, "hold out the last N training images and evaluate on them", FROM_0, 0)
     omit: tuple[str, ...] | None = option(DATA, "train the student without these classes (names or numbers)")
     student_images: tuple[int, ...] | None = option(DATA, "train the student on N images; --all: several", FROM_1)
     temp: tuple[float, ...] | None = option(KD, "temperature (default of kd: 5, CIFAR-100: 2); --all: several", TEMP)
@@ -49,8 +49,13 @@ class Options:
 
     @property
     def weights_folder(self) -> Path:
-        """Where the runs' checkpoints are; the students' teacher and its logits are in --weights_path itself."""
+        """Where the runs' checkpoints are."""
         return self.weights_path / (self.name or "")
+
+    def teacher_file(self, stem: str) -> Path:
+        """The teacher in the folder of --name or, if it has none, the one that all these folders share."""
+        own = self.weights_folder / f"{stem}.pt"
+        return own if own.exists() else self.weights_path / own.name
 
     @property
     def plots_folder(self) -> Path:
@@ -70,7 +75,7 @@ class TrainOptions(Options):
 
     all: bool = option(WHAT, "train the teacher and all students, evaluate them, write a table", boolean, False)
     seeds: int = option(WHAT, "with --all: number of seeds of the students", partial(number, int, 1, 1000), 1)
-    resume: bool = option(WHAT, "resume an unfinished run, skip a finished one; False: train anew", boolean, True)
+    resume: bool = option(WHAT, "resume an unfinished run, skip a finished one; False: restart", boolean, True)
     alpha: float | None = option(KD, f"weight of KL in --loss kd; cross-entropy has 1 - alpha (default: {ALPHA})", TO_1)
     kd_weight: tuple[float, ...] | None = option(KD, "weight of each soft term (default: docs/losses.md)", WEIGHT)
     ce_weight: float | None = option(KD, "weight of the cross-entropy (default: docs/losses.md)", WEIGHT)
@@ -80,7 +85,7 @@ class TrainOptions(Options):
     batch_size: int | None = option(RECIPE, "images per step, over all devices", FROM_1)
     lr: float | None = option(RECIPE, "peak learning rate", ABOVE_0)
     head_lr: float | None = option(RECIPE, "learning rate of the last layer, as a fraction of --lr", ABOVE_0)
-    norm_lr: float | None = option(RECIPE, "learning rate of batch norm, as a fraction of --lr", ABOVE_0)
+    norm_lr: float | None = option(RECIPE, "learning rate of batch norm and biases, as a fraction of --lr", ABOVE_0)
     weight_decay: float | None = option(RECIPE, "weight decay of the last layer; with sgd, of all matrices", WEIGHT)
     views: int | None = option(RECIPE, "how many random crops, mirrored or not, of each image are used", FROM_1)
     flip: bool | None = option(DATA, "mirror every other view; False for letters (default: by data set)", boolean)
@@ -101,16 +106,17 @@ class TestOptions(Options):
     """Evaluate what train.py trained."""
 
     checkpoint: Path | None = option(WHAT, "any checkpoint; its settings are read from the file", file_name)
-    compare: bool = option(WHAT, "one table of all checkpoints of the data set in --weights_path", boolean, False)
+    compare: bool = option(WHAT, "one table of all checkpoints on these images in --weights_path", boolean, False)
     image: tuple[Path, ...] | None = option(WHAT, "classify these pictures instead of the test images", file_name)
     soften: tuple[float, ...] | None = option(WHAT, "plot pictures' class probabilities at these temperatures", TEMP)
     json: Path | None = option(FILES, "also write the numbers of the report to this .json file", JSON)
     export: Path | None = option(FILES, "only export the model, as a torch.export program, .pt2", PT2)
 
 
-# An option requires one of those in NEEDS, and can't be combined with any of those in EXCLUDES.
+# An option requires one of those in its row of NEEDS, and can't be combined with any of those in EXCLUDES.
 NEEDS = {"temp": "kd all", "loss": "kd all", "alpha": "kd all", "kd_weight": "kd all", "ce_weight": "kd all"}
-NEEDS |= {"matched": "all", "seeds": "all"}
+NEEDS |= {"matched": "all", "seeds": "all", "teacher": "kd all"}  # of train.py
+TEST_NEEDS = {"temp": "kd", "loss": "kd"}
 EXCLUDES = {
     "tto": "kd all student omit student_images",
     "kd": "all",
@@ -124,9 +130,8 @@ EXCLUDES = {
 }
 
 
-def parse(script: str, options_class: type[Options], argv: list | None) -> tuple[Parser, Options]:
+def parse(script: str, options_class: type[Options], argv: list | None, needs: dict) -> tuple[Parser, Options]:
     """The parser of a script, for further errors, and its options from `argv` (None: the command line)."""
-    needs = NEEDS | ({"teacher": "kd all"} if script == "train.py" else {})
     parser, given = parse_words(script, options_class, argv, needs, EXCLUDES)
     for name in ("temp", "loss", "student_images"):
         values = given.get(name, ())
@@ -152,7 +157,7 @@ def classes_of(parser: Parser, words: tuple[str, ...], classes: tuple[str, ...])
     by_word = {str(i): name for i, name in enumerate(classes)} | {name: name for name in classes}
     for word in words:
         if word not in by_word:
-            parser.error(f"--omit: no class is called {word!r}: give one of {', '.join(classes[:10])}, or its number")
+            parser.error(f"--omit: no class {word!r}: give a name such as {', '.join(classes[:10])}, or a number")
     chosen = {by_word[word] for word in words}
     if len(chosen) == len(classes):
         parser.error("--omit names all classes: name fewer of them")
@@ -161,7 +166,7 @@ def classes_of(parser: Parser, words: tuple[str, ...], classes: tuple[str, ...])
 
 def parse_train(argv: list | None = None) -> TrainOptions:
     """The options of train.py from `argv` (None: the command line); a wrong one exits with code 2."""
-    parser, options = parse("train.py", TrainOptions, argv)
+    parser, options = parse("train.py", TrainOptions, argv, NEEDS)
     losses = options.loss or ("kd",)
     if options.alpha is not None and losses != ("kd",):
         parser.error("--alpha is for --loss kd: leave it out, or give --kd_weight and --ce_weight")
@@ -169,7 +174,7 @@ def parse_train(argv: list | None = None) -> TrainOptions:
         parser.error("--kd_weight and --ce_weight need a single --loss: give one, or leave them out")
     count = len(LOSS_DEFAULTS[losses[0]].kd_weights)
     if options.kd_weight and len(options.kd_weight) != count:
-        parser.error(f"--loss {losses[0]} takes {count} --kd_weight, not {len(options.kd_weight)}")
+        parser.error(f"--kd_weight: {losses[0]} has {count} terms, not {len(options.kd_weight)}")
     if options.kd_weight and options.ce_weight == 0 and not any(options.kd_weight):
         parser.error("--kd_weight and --ce_weight are all 0, which leaves no loss: give one above 0")
     if options.all and not options.resume:
@@ -188,7 +193,7 @@ def parse_train(argv: list | None = None) -> TrainOptions:
 
 def parse_test(argv: list | None = None) -> TestOptions:
     """The options of test.py from `argv` (None: the command line); a wrong one exits with code 2."""
-    parser, options = parse("test.py", TestOptions, argv)
+    parser, options = parse("test.py", TestOptions, argv, TEST_NEEDS)
     if options.soften and options.teacher and not options.tto:
         parser.error("--soften shows one model: give --tto True to show the teacher, or leave --teacher out")
     if options.tto and options.teacher and options.seed != DEFAULT_SEED:

@@ -53,13 +53,10 @@ def find_checkpoint(options: config.TestOptions, runtime: Runtime) -> dict:
     name = name_of(options)
     path = options.checkpoint or (options.teacher if options.tto else None)
     if path is None:
-        own = options.weights_folder / f"{name.stem}.pt"
-        shared = options.weights_path / own.name  # the teacher that all --name folders share
+        own = options.teacher_file(name.stem) if options.tto else options.weights_folder / f"{name.stem}.pt"
         published = PUBLISHED / options.dataset / own.name
         if own.exists():
             path = own
-        elif options.tto and shared.exists():
-            path = shared
         elif published.exists() and not options.changed("weights_path", "name"):
             path = published
             runtime.print(f"{own} does not exist: evaluating the published {published}")

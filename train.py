@@ -53,7 +53,7 @@ def train_epoch(run: Run, views: Views, rows: torch.Tensor, k: int, teacher_logi
     config, runtime = run.config, run.runtime
     order = epoch_order(rows, config.seed, run.epoch).to(views.storage)
     run.model.train()
-    run.clock = time.monotonic()  # not counted: the teacher's logits
+    run.clock = time.monotonic()  # untimed: the teacher's logits
     with Progress(f"epoch {run.epoch + 1}/{config.num_epochs}", run.steps, runtime.is_main, run.step) as progress:
         while run.step < run.steps:
             first = run.step * run.batch_size
@@ -75,7 +75,6 @@ def train_epoch(run: Run, views: Views, rows: torch.Tensor, k: int, teacher_logi
 
 def save_or_stop(run: Run) -> None:
     """Save the resume state if that is due; Stopped if a signal came to any process."""
-    run.count_time()
     if run.runtime.world_size > 1 and run.step % 4 and run.step < run.steps:
         return  # several processes, which wait for one another here, agree after every 4th step
     signal_number, save = run.runtime.agree(run.runtime.stop.number, run.save_is_due())
@@ -92,7 +91,6 @@ def progress_text(run: Run) -> str:
     run.check_finite()
     seen = run.step * run.batch_size / run.runtime.world_size  # by this process
     means = dict(zip(METRICS, (run.totals / seen).tolist(), strict=True))
-    run.count_time()
     speed = run.step * run.batch_size / run.seconds
     steps_left = run.total_steps - run.epoch * run.steps - run.step
     left = timedelta(seconds=int(steps_left * run.batch_size / speed))
@@ -179,10 +177,9 @@ def begin(run: Run, count: int, resume: bool) -> None:
         return runtime.barrier()  # before the first process can finish and remove what the others read
     recipe = ", ".join(f"{name} {getattr(config, name)}" for name in ("optimizer", *RECIPE_FIELDS, "seed"))
     runtime.print(f"{config.stem}: {count:,} images, {run.steps} steps per epoch, {device_title(runtime)}, {recipe}")
-    run.write_log(json.dumps(run.header() | {"split": config.split}) + "\n")
-    run.save()  # fail now if it can't be written
     if runtime.is_main:
-        remove(run.files.resume)  # an early failure must not rule out other options
+        remove(run.files.resume)  # of the run that --resume False replaces
+    run.write_log(json.dumps(run.header() | {"split": config.split}) + "\n")
 
 
 def train_all(options: TrainOptions) -> None:
@@ -220,7 +217,7 @@ def train_all(options: TrainOptions) -> None:
 def prepare_teacher(
     students: list[RunConfig], finished: dict, options, spec: DataSet, runtime: Runtime
 ) -> TeacherLogits:
-    """The teacher of all students, as its file has it; UserError if one does not fit it."""
+    """The teacher of all students, read from its file; UserError if one does not fit it."""
     teacher = load_teacher(students[0], options, spec, runtime)
     teacher.check_views(students[0].views)
     runtime.print(f"the teacher is {teacher.title}")
@@ -239,8 +236,8 @@ def prepare(options: TrainOptions, runtime: Runtime) -> tuple[Data, list[RunConf
     data = load_images(options.dataset, options.data_path, runtime, options.flip, options.skip_broken, options.size)
     runtime.print(*data.notes)
     runs = plan(options, data.spec, runtime.precision, runtime.world_size)
-    if options.all and not options.teacher and RunFiles(runs[0], options).checkpoint.exists():
-        runs = runs[1:]  # the teacher that is there is used, whatever its recipe
+    if options.all and not options.teacher and options.teacher_file(runs[0].stem).exists():
+        runs = runs[1:]  # an existing teacher is used, whatever its recipe
     if len(data.spec.classes) == 2 and any(run.loss == "ls" for run in runs):
         raise UserError("--loss ls standardises two logits to 1 and -1, which teaches nothing: leave it out")
     counts = [len(data.rows(run.subset, run.holdout, run.omit, run.student_images)) for run in runs]  # all are checked

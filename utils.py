@@ -84,7 +84,7 @@ class Data:
         for name in classes:
             if name not in self.spec.classes:
                 known = ", ".join(self.spec.classes[:10])
-                raise UserError(f"--omit: no class of {self.spec.name} is called {name!r}: give one of {known}")
+                raise UserError(f"--omit: {self.spec.name} has no class {name!r}: give a name such as {known}")
         return torch.tensor([self.spec.classes.index(name) for name in classes], dtype=torch.int64)
 
     def held_out(self, subset: int | None, holdout: int) -> Images:
@@ -264,16 +264,17 @@ def kd_loss(
 
 # ---------------------------------------------------------------------------------------------- metrics
 def topk_correct(logits: torch.Tensor, targets: torch.Tensor, ks: tuple[int, ...] = (1, 5)) -> torch.Tensor:
-    """How many of logits (B, C) have their target (B,) among the k highest, int64 (K,); ties and NaN count as wrong."""
+    """How many of logits (B, C) have their target (B,) among the k highest, int64 (K,); ties and NaN go against it."""
     of_target = logits.gather(1, targets[:, None])
     ahead = (~(logits < of_target)).sum(1) - 1  # ties and NaN are not less; the target is not ahead of itself
     return torch.stack([(ahead < k).sum() for k in ks])
 
 
-def accuracies(logits: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
-    """Top-1 and, of more than five classes, top-5 (0 to 1) of logits (B, C) and targets (B,)."""
+def loss_and_accuracies(logits: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
+    """Mean cross-entropy (nats), top-1 and, of more than five classes, top-5 (0 to 1) of logits (B, C)."""
+    loss = F.cross_entropy(logits.double(), targets).item()
     top1, top5 = (count / len(targets) for count in topk_correct(logits, targets).tolist())
-    return {"top1": top1} | ({"top5": top5} if logits.shape[1] > 5 else {})
+    return {"loss": loss, "top1": top1} | ({"top5": top5} if logits.shape[1] > 5 else {})
 
 
 @torch.no_grad()
@@ -302,7 +303,7 @@ def compute_logits(
     if signal_number := runtime.agree(runtime.stop.number)[0]:
         raise Stopped(int(signal_number))
     logits = runtime.total(logits)  # rows of other processes are zeros here
-    if not logits.isfinite().all():
+    if not logits.sum().isfinite():  # of infinities and NaN, too, without a copy
         raise UserError("the model's logits are not finite: train it again with a lower --lr")
     return logits
 
@@ -314,11 +315,10 @@ def held_out_logits(model: torch.nn.Module, images: Images, spec: DataSet, runti
 
 
 def evaluate(model: torch.nn.Module, images: Images, spec: DataSet, runtime: Runtime) -> dict[str, float]:
-    """Mean cross-entropy (nats), top-1 and, of more than five classes, top-5 (0 to 1); the model stays in eval mode."""
+    """`loss_and_accuracies` of a model on images as they are, not augmented; the model stays in eval mode."""
     model.eval()
     runtime.share_buffers(model)  # so that what is evaluated is what the first process saves
-    logits = held_out_logits(model, images, spec, runtime)
-    return {"loss": F.cross_entropy(logits, images.labels).item(), **accuracies(logits, images.labels)}
+    return loss_and_accuracies(held_out_logits(model, images, spec, runtime), images.labels)
 
 
 # ---------------------------------------------------------------------------------------------- curves

@@ -44,9 +44,9 @@ def read_torchvision(spec: DataSet, folder: Path) -> dict[str, tuple[np.ndarray,
 
 
 def as_arrays(found: torchvision.datasets.VisionDataset, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels (N, size, size, 3) uint8 and labels (N,) int64 of a data set of pictures and numbers of classes.
+    """Pixels (N, size, size, 3) uint8 and labels (N,) int64 of a data set of pictures and class numbers.
 
-    Those of other shapes come in a random order: some data sets are sorted by class, and --holdout takes the last ones.
+    Those of other shapes are shuffled (seed 0): some data sets are sorted by class, and --holdout takes the last ones.
     """
     pixels = getattr(found, "data", None)
     if isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.shape[1:] == (size, size, 3):

@@ -102,6 +102,8 @@ def files_by_class(folder: Path) -> dict[str, list[Path]]:
     for path in listed(folder):
         if path.is_dir():
             found.setdefault(unicodedata.normalize("NFC", path.name), []).extend(files_below(path))
+        elif not path.exists():
+            raise UserError(f"{path} is a broken link: mend it, or remove it")
     return found
 
 

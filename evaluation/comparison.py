@@ -76,11 +76,12 @@ def measure_all(
         if run.role == "teacher":
             numbers["fingerprint"] = checkpoint.fingerprint(content["model"])
             teachers[numbers["fingerprint"]] = logits
-        its_teachers = [run.teacher]
-        if not run.kd:  # that of the runs whose baseline it is, or of the table
-            its_teachers = list({other.teacher for other in runs if is_baseline_of(run, other)} or teachers)
-        if run.role == "student" and len(its_teachers) == 1 and its_teachers[0] in teachers:
-            numbers |= fidelity(logits, teachers[its_teachers[0]], images.labels)
+        else:
+            its_teachers = {run.teacher}
+            if not run.kd:  # that of the runs whose baseline it is, or of the table
+                its_teachers = {other.teacher for other in runs if is_baseline_of(run, other)} or {*teachers}
+            if len(its_teachers) == 1 and its_teachers <= teachers.keys():
+                numbers |= fidelity(logits, teachers[its_teachers.pop()], images.labels)
         if cost and runtime.is_main:
             numbers |= measure_cost(model, content["path"], its_runtime, run.size)
         shown.append(content | {"measured": numbers})

@@ -69,7 +69,7 @@ def class_ticks(classes: tuple[str, ...]) -> tuple[range, list[str], dict]:
 
 
 def drawable(names: Sequence[str], what: str, first: int = 0) -> list[str]:
-    """Names as the caller's next figure shows them, cut to 24 letters; `what` and a number for letters of no font."""
+    """Names as the caller's next figure shows them, cut to 24 letters; `what` and a number if no font has them."""
     missing = set("".join(names)) - letters_of(findfont(FontProperties()))
     for face in sorted(fontManager.ttflist, key=lambda face: face.name):
         is_regular = (face.style, face.weight) == ("normal", 400) and "LastResort" not in face.fname  # all boxes

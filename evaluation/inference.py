@@ -25,7 +25,7 @@ def count_parameters(model: torch.nn.Module) -> int:
 
 def count_macs(model: torch.nn.Module, size: int = SIDE) -> int:
     """Multiply-accumulates of one image, by torch's own count of the convolutions and matrix products."""
-    # With a gradient and this backend torch doesn't fuse attention, which it would not count.
+    # Fused attention is not counted: a gradient and this backend keep torch from fusing it.
     image = torch.zeros(1, 3, size, size, device=next(model.parameters()).device, requires_grad=True)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(image.clone())  # which a model may change in place
@@ -49,7 +49,7 @@ def pass_seconds(model: torch.nn.Module, batch: int, runtime: Runtime, size: int
 
 def measure_cost(model: torch.nn.Module, path: Path, runtime: Runtime, size: int = SIDE) -> dict[str, float]:
     """The cost of a model on images of a size: counts, bytes of the checkpoint, and what was timed on this device."""
-    batch = max(256 * SIDE**2 // size**2, 1)  # the memory of larger images is that of fewer
+    batch = max(256 * SIDE**2 // size**2, 1)  # fewer large images, in the same memory
     return {
         "parameters": count_parameters(model),
         "macs": count_macs(model, size),

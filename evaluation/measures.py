@@ -6,7 +6,7 @@ import statistics
 import torch
 import torch.nn.functional as F
 
-from utils import accuracies
+from utils import loss_and_accuracies
 
 BINS = 15  # of equal width, as in Guo et al. (2017)
 Z = statistics.NormalDist().inv_cdf(0.975)
@@ -46,7 +46,7 @@ def calibration_error(logits: torch.Tensor, labels: torch.Tensor) -> float:
 def measure(logits: torch.Tensor, labels: torch.Tensor) -> dict:
     """All that logits (N, C) and labels (N,) say of a model: fractions 0 to 1, nats, counts, as plain values."""
     count, classes = logits.shape
-    numbers = {"images": count, "loss": float(F.cross_entropy(logits.double(), labels)), **accuracies(logits, labels)}
+    numbers = {"images": count, **loss_and_accuracies(logits, labels)}
     numbers["top1_ci"] = list(wilson(round(numbers["top1"] * count), count))
     pairs = labels * classes + predictions(logits, labels)
     confusion = torch.bincount(pairs, minlength=classes**2).view(classes, classes).tolist()  # of label, prediction
@@ -55,9 +55,9 @@ def measure(logits: torch.Tensor, labels: torch.Tensor) -> dict:
 
 
 def fidelity(logits: torch.Tensor, teacher_logits: torch.Tensor, labels: torch.Tensor) -> dict:
-    """How often logits (N, C) agree in top-1 with the teacher's, and KL(teacher || student) at T = 1 in nats.
+    """Top-1 agreement of logits (N, C) with the teacher's, and KL(teacher || student) in nats (Stanton et al., 2021).
 
-    `contingency` counts images (Stanton et al., 2021): rows the teacher right, wrong; columns the student right, wrong.
+    `contingency` counts images: rows the teacher right, wrong; columns the student right, wrong.
     """
     student, teacher = predictions(logits, labels), predictions(teacher_logits, labels)
     log_p, log_q = (F.log_softmax(values.double(), 1) for values in (teacher_logits, logits))

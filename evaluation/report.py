@@ -27,7 +27,7 @@ NUMBERS = {  # beside accuracies: the title of a table's column, that of a row o
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table whose source is aligned, so that it is the text too; numbers to the right."""
+    """A Markdown table, its source aligned to be readable as plain text; numbers to the right."""
     first, *others = (max(map(len, column)) for column in zip(header, *rows, strict=True))
     row_format = f"| {{:<{first}}} |" + "".join(f" {{:>{width}}} |" for width in others)  # | {:<12} | {:>6} |
     rule = f"|:{'-' * (first + 1)}|" + "".join(f"{'-' * (width + 1)}:|" for width in others)

@@ -144,7 +144,7 @@ def results_text(results: dict) -> str:
         texts.append(f"Verdicts at the 5% level, with Holm's correction for {tested} comparison{'s' * (tested != 1)}.")
     for row in results["rows"]:
         if "machines" in row:
-            texts.append(f"{OTHER_MACHINES} {row['model']}: runs of different machines, {'; '.join(row['machines'])}")
+            texts.append(f"{OTHER_MACHINES} {row['model']}: runs on different machines, {'; '.join(row['machines'])}")
     return "\n\n".join(texts + results["notes"]) + "\n"
 
 

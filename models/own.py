@@ -35,7 +35,7 @@ def build_own(name: str, num_classes: int, size: int) -> nn.Module:
     except MODEL_ERRORS as error:
         called = f"num_classes={num_classes} and images {tuple(images.shape)}"
         raise UserError(f"--student {name} fails with {called}: {error}") from error
-    if not {*model.parameters()}.isdisjoint(other.parameters()):  # then a run would go on with those of the last one
+    if not {*model.parameters()}.isdisjoint(other.parameters()):  # a run would continue an earlier one's weights
         raise UserError(f"--student {name} returns the same weights in each call: make a new model")
     for output in outputs:
         found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__

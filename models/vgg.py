@@ -75,7 +75,7 @@ class VGG(nn.Module):
         self.features = make_layers(rows, bias=True)
         self.classifier = Float32Linear(rows[-1][-1], num_classes)
         initialise(self)
-        # Each convolution's first filters pass on its input channels at first (K. Jordan, 2024; docs/recipe.md).
+        # At first each convolution's first filters copy its input channels (K. Jordan, 2024; docs/recipe.md).
         for module in self.features:
             if isinstance(module, nn.Conv2d):
                 nn.init.dirac_(module.weight.data[: module.in_channels])

@@ -29,6 +29,7 @@ def load(path: Path, or_state_dict: bool = False) -> dict:
 
     With `or_state_dict` also a plain state dict with the teacher's keys, as `model` and `path` alone.
     """
+    advice = "give a state dict of our VGG19-BN, or logits (docs/own.md)" if or_state_dict else RETRAIN
     if path.is_dir():
         raise UserError(f"{path} is a folder, not a checkpoint: give a file")
     try:
@@ -43,14 +44,14 @@ def load(path: Path, or_state_dict: bool = False) -> dict:
     except OSError as error:
         raise UserError(f"can't read {path}: {reason(error)}") from error
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path} holds Python objects, not plain tensors and numbers: {RETRAIN}") from error
+        raise UserError(f"{path} holds Python objects, not plain tensors and numbers: {advice}") from error
     except UNREADABLE as error:
-        raise UserError(f"{path} is damaged or was not written by torch.save: {RETRAIN}") from error
+        raise UserError(f"{path} is damaged or was not written by torch.save: {advice}") from error
     content = content if isinstance(content, dict) else {}
     if or_state_dict and isinstance(content.get("classifier.weight"), torch.Tensor):
         return {"model": content, "path": path}
     if "run" not in content:
-        raise UserError(f"{path} is not a checkpoint of this project: {RETRAIN}")
+        raise UserError(f"{path} is not a checkpoint of this project: {advice}")
     return content | {"path": path}
 
 

@@ -96,9 +96,9 @@ def build_parser(script: str, options_class: type) -> Parser:
     return parser
 
 
-def parse_words(script: str, options: type, argv: list | None, needs: dict, excludes: dict) -> tuple[Parser, dict]:
+def parse_words(script: str, options_class, argv: list | None, needs: dict, excludes: dict) -> tuple[Parser, dict]:
     """The parser, for further errors, and what `argv` gives by name; exits with code 2 if that breaks a rule."""
-    parser = build_parser(script, options)
+    parser = build_parser(script, options_class)
     words = sys.argv[1:] if argv is None else [str(word) for word in argv]
     # --num-epochs is --num_epochs
     words = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), word) for word in words]
@@ -109,7 +109,7 @@ def parse_words(script: str, options: type, argv: list | None, needs: dict, excl
             if other in chosen:
                 parser.error(f"--{name} and --{other} can't be combined: leave one of them out")
     for name in given:
-        needed = [other for other in needs.get(name, "").split() if hasattr(options, other)]  # test.py has no --all
+        needed = needs.get(name, "").split()
         if needed and not any(other in chosen for other in needed):
             wanted = " or ".join(f"--{other} True" for other in needed)
             parser.error(f"--{name} requires {wanted}: add that, or leave --{name} out")

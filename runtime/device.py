@@ -48,10 +48,8 @@ class Runtime:
     @property
     def max_product_side(self) -> int:
         """The largest map side at which convolutions are faster as matrix products, for any batch (docs/speed.md)."""
-        if self.device.type != "cpu":
-            return 0
-        fast = {"bf16": has_fast_bf16(self.device), "fp32": "Intel" in processor()}
-        return 4 if fast.get(self.precision) else 0
+        is_faster = has_fast_bf16(self.device) if self.precision == "bf16" else "Intel" in processor()
+        return 4 if self.device.type == "cpu" and is_faster else 0
 
     def autocast(self) -> torch.autocast:
         """The context of every forward pass; a cache of cast weights would live as long as a caller's own autocast."""
@@ -119,7 +117,8 @@ def pick_device(word: str) -> torch.device:
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {word}: this machine has {torch.cuda.device_count()} CUDA devices; try --device cpu")
+        found = f"torch {torch.__version__} finds {torch.cuda.device_count()} CUDA devices"
+        raise UserError(f"--device {word}: {found}: install another torch (docs/commands.md), or try --device cpu")
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     devices = torch.cuda.device_count() if kind == "cuda" and not index else 1
     if kind != "cpu" and processes > devices:
@@ -191,7 +190,7 @@ def device_title(runtime: Runtime) -> str:
 
 
 def keep_freed_memory() -> None:
-    """Reuse freed memory: Linux would zero its pages again, a quarter of a student's time on a CPU (docs/speed.md)."""
+    """Reuse freed memory: Linux would zero its pages again, a quarter of a student's time on an Intel Xeon."""
     m_trim_threshold, m_mmap_threshold = -1, -3  # of glibc's malloc.h; mallopt(3) refuses the size before glibc 2.35
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt and mallopt(m_mmap_threshold, 1 << 30):  # a larger block is a data set, and no step's

@@ -9,7 +9,7 @@ import threading
 import traceback
 from collections.abc import Callable
 
-MEMORY = "not enough memory: give train.py a smaller --batch_size (--all: train the teacher first, with --tto True) or "
+MEMORY = "not enough memory: give train.py a smaller --batch_size (the teacher: with --tto True, not --all) or "
 MEMORY += "--size, or --device cpu if another device is full"
 FAILURES = {  # our message for a failure of the machine, by a part of torch's message
     "DefaultCPUAllocator": MEMORY,
@@ -66,7 +66,7 @@ def reason(error: Exception) -> str:
 
 
 def exit_code(main: Callable[[], None]) -> int:
-    """Call `main`: 0, or after one line on stderr 2 for what a user can fix, and 128 + its number for a signal."""
+    """Call `main`: 0; 2 for what a user can fix or 128 + N for signal N, each with one line on stderr."""
     try:
         with contextlib.suppress(AttributeError):  # a notebook's stream can't do this
             sys.stdout.reconfigure(errors="replace")  # an ASCII terminal prints ?, not a traceback

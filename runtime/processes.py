@@ -91,7 +91,7 @@ def process_group(runtime: Runtime, world_size: int):
         dist.init_process_group(backend, store=store, timeout=LONGEST_WAIT, rank=rank, world_size=world_size)
         yield replace(runtime, rank=rank, world_size=world_size)
     except Exception as error:
-        # All processes end with one error, or with the loss of a peer that has one: the first one reports it.
+        # All processes fail, by the same error or by losing a failed peer: the first one here reports it.
         own = 0 if isinstance(error, RuntimeError) and "gloo" in str(error) else 1  # the library that misses a peer
         reported_by_others = store.add("failed", own) - own
         if reported_by_others:

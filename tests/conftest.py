@@ -1,6 +1,5 @@
 """The real data, and the scripts as a user runs them: in processes of their own."""
 
-import ctypes
 import hashlib
 import multiprocessing
 import os
@@ -183,16 +182,6 @@ def run_together(count: int, name: str, words: Sequence[str], folder: Path, **ch
     return codes, out, err
 
 
-def without_override() -> None:
-    """Give up root's power over the modes of files, which no other user has (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH)."""
-    library = ctypes.CDLL(None)
-    header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()  # effective, permitted, inherited
-    library.capget(header, sets)
-    for i in (0, 1):
-        sets[i] &= ~(1 << 1 | 1 << 2)
-    library.capset(header, sets)
-
-
 def touch_curves(log: Path, folder: Path) -> list[Path]:
     """In place of plot_curves, which takes longer than a tiny run."""
     paths = [folder / f"{log.stem}_{name}.png" for name in ("accuracy", "loss")]
@@ -210,7 +199,6 @@ def run_as_main(name, words, folder, outputs, environment, tiny=False, stdout="k
     os.environ |= NO_NETWORK | ONE_THREAD | environment
     torch.set_num_threads(1)
     os.chdir(folder)
-    without_override()
     if stdout == "full":
         os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
     elif stdout == "gone":

@@ -51,7 +51,7 @@ def test_an_omitted_class_is_a_name_or_else_a_number():
     assert config.classes_of(None, ("1", "2"), ("2", "1", "x", "y")) == ("2", "1"), "a name is tried first"
 
 
-def test_what_belongs_together_is_accepted():
+def test_compatible_options_are_accepted():
     for command in (
         "train.py --kd True --loss dkd --kd_weight 0 0 --ce_weight 1",
         "train.py --tto True --kd False --flip False --views 81",

@@ -8,24 +8,25 @@ import re
 import resource
 import runpy
 import shlex
+import shutil
 import signal
-import socketserver
 import subprocess
 import sys
-import threading
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 from unittest.mock import Mock
 from urllib.error import HTTPError
 
 import pytest
 import torch
+import torchvision
 from conftest import REPOSITORY, assert_one_line, forked, snapshot
-from made_up import damaged, flip_bit, hostile
-from torchvision.datasets import CIFAR10
+from made_up import CPU, damaged, flip_bit, hostile
 
 import config
 from runtime.errors import StopSignal, UserError, exit_code, known_failure
+from utils import load_images
 
 
 def each(command: str, *options: str, tells: str = "") -> list:
@@ -57,8 +58,8 @@ WRONG_OPTIONS = [
     ("test.py --tto True --teacher my.pt --seed 7", "--teacher names the teacher to evaluate: leave --seed out"),
     *[(f"{script} --skip_broken", "--skip_broken requires --dataset folder") for script in ("train.py", "test.py")],
     # The student's images.
-    ("train.py --omit kat", "--omit: no class is called 'kat': give one of airplane, automobile, "),
-    ("test.py --dataset digits --omit 10", "--omit: no class is called '10': give one of 0, 1, 2"),
+    ("train.py --omit kat", "--omit: no class 'kat': give a name such as airplane, automobile, "),
+    ("test.py --dataset digits --omit 10", "--omit: no class '10': give a name such as 0, 1, 2"),
     ("train.py --dataset digits --omit 0 1 2 3 4 5 6 7 8 9", "--omit names all classes"),
     ("train.py --student_images 40 50", "--student_images takes one value without --all True, not 2"),
     # Losses and their weights.
@@ -67,7 +68,7 @@ WRONG_OPTIONS = [
     *[(f"train.py --all True --loss ls dkd --{weight}", "--kd_weight and --ce_weight need a single --loss") for weight
       in ("kd_weight 9", "ce_weight 1")],
     ("train.py --all True --loss kd ls --alpha 0.5", "--alpha is for --loss kd"),
-    ("train.py --kd True --loss dkd --kd_weight 9", "--loss dkd takes 2 --kd_weight, not 1"),
+    ("train.py --kd True --loss dkd --kd_weight 9", "--kd_weight: dkd has 2 terms, not 1"),
     ("train.py --kd True --loss dkd --kd_weight 0 0 --ce_weight 0", "--kd_weight and --ce_weight are all 0"),
     *[(f"train.py --all True --matched True{loss}", "--matched requires a --loss other than kd") for loss in (
         "", " --loss kd kd_as_ls")],
@@ -110,8 +111,6 @@ WRONG_INPUTS = {
     "device for --sync_bn": (f"{TRAIN} --sync_bn True", "--sync_bn True needs CUDA devices: leave it out"),
     "plots is a file": (TRAIN, "can't use plots as a folder: ", lambda at: (at / "plots").touch()),
     "plots of a test": ("test.py", "can't use plots as a folder: ", lambda at: (at / "plots").touch()),
-    "weights is read-only": (TRAIN, "can't write into weights: perm", lambda at: (at / "weights").mkdir(0o555)),
-    "weights is closed": (KD, "can't use weights/.*: permission", lambda at: (at / "weights").mkdir(0o600)),
     "no teacher": (f"{KD} --holdout 8 --weights_path w --seed 7",
                    "no teacher w/digits_teacher_subset40_holdout8.pt: train one with `python train.py --tto True "
                    "--dataset digits --subset 40 --holdout 8 --data_path .* --weights_path w`"),
@@ -140,23 +139,28 @@ def test_a_wrong_input_is_one_line_and_harms_nothing(name, digits, tmp_path):
     assert_refused(command.replace("{digits}", shlex.quote(str(digits))), tells, tmp_path)
 
 
-def link_data(folder: Path, cifar10: Path) -> Path:
-    """The real files, as links, in `folder`/data."""
-    batches = folder / "data" / "cifar-10-batches-py"
-    batches.mkdir(parents=True, exist_ok=True)
-    for file in (cifar10 / batches.name).iterdir():
-        (batches / file.name).symlink_to(file.resolve())
-    return batches
-
-
-@pytest.mark.parametrize("name, damage", [("data_batch_2", flip_bit), ("test_batch", Path.unlink)])
-def test_a_damaged_or_missing_file_of_the_data_is_one_line(name, damage, tmp_path, cifar10):
-    file = link_data(tmp_path, cifar10) / name
-    content = file.read_bytes()
-    file.unlink()
-    file.write_bytes(content)
-    damage(file)
+def test_damaged_data_are_one_line(tmp_path, cifar10):
+    batches = tmp_path / "data" / "cifar-10-batches-py"
+    shutil.copytree(cifar10 / batches.name, batches, copy_function=shutil.copyfile)
+    flip_bit(batches / "data_batch_2")
     assert_refused("train.py", NO_CIFAR10, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "error, tells",
+    [
+        (HTTPException("cut"), "no complete CIFAR10 in .* failed: cut; rerun"),
+        (EOFError(), "no complete CIFAR10 in .* failed: EOFError; rerun"),
+        (ImportError("No module named 'scipy'"), "CIFAR10 needs another package: No module named 'scipy'"),
+    ],
+)
+def test_data_that_cannot_be_read_or_downloaded_are_one_line(error, tells, tmp_path, monkeypatch):
+    def fail(root, train, download):
+        raise error
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", fail)
+    with pytest.raises(UserError, match=tells):
+        load_images("cifar10", tmp_path, CPU)
 
 
 def test_code_in_a_checkpoint_never_runs_in_a_process_that_a_user_starts(tmp_path):
@@ -169,35 +173,7 @@ def test_code_in_a_checkpoint_never_runs_in_a_process_that_a_user_starts(tmp_pat
     assert not (tmp_path / "hacked").exists()
 
 
-class BreaksOff(socketserver.StreamRequestHandler):
-    """Promise the archive, send a part of it and close the connection."""
-
-    def handle(self):
-        while self.rfile.readline().strip():
-            pass
-        self.wfile.write(b"HTTP/1.0 200 OK\r\nContent-Length: 170498071\r\n\r\n" + bytes(100_000))
-
-
-def test_a_download_that_breaks_off_leaves_no_data_and_a_later_run_recovers(tmp_path, cifar10):
-    command = ["train.py", "--subset=16", "--batch_size=8", "--num_epochs=1", "--device=cpu"]
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), BreaksOff) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_address[1]}/cifar-10-python.tar.gz"
-        done = forked(*command, folder=tmp_path, prepare=partial(setattr, CIFAR10, "url", url))
-        server.shutdown()
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    line = done.stderr.splitlines()[-1]
-    assert line.startswith(f"train.py: error: no complete CIFAR10 in data, and the download from {url} failed: ")
-    again = forked(*command, folder=tmp_path)
-    assert_one_line(again, "no complete CIFAR10 in data")  # the part that came is not taken for the data
-    assert not (tmp_path / "weights").exists()
-    link_data(tmp_path, cifar10)
-    done = forked(*command, folder=tmp_path, tiny=True)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "weights" / "student_subset16.pt").exists()
-
-
-@pytest.mark.parametrize("file_size, tells", [(5000, f"weights/{STEM}.last.pt"), (400, f"plots/{STEM}.jsonl")])
+@pytest.mark.parametrize("file_size, tells", [(5000, f"weights/{STEM}.pt"), (400, f"plots/{STEM}.jsonl")])
 def test_a_full_disk_leaves_all_files_as_they_were(file_size, tells, tmp_path, digits):
     words = shlex.split(QUICK.format(digits=shlex.quote(str(digits))))
     again = ["train.py", *words, "--lr=0.2", "--resume=False"]
@@ -224,14 +200,7 @@ def test_each_ending_has_its_exit_code_and_one_line(capsys):
         (KeyboardInterrupt(), 130, "interrupted; rerun the command (train.py resumes, without --resume False)\n"),
         (OSError(errno.ENAMETOOLONG, "File name too long", "w/a.pt"), 2, "can't use w/a.pt: File name too long; give"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."), 2, "a smaller --batch_size"),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `x`"), 2, "a smaller --batch_size"),
         (torch.AcceleratorError("CUDA error: no kernel image is available\nfor"), 2, "not support this GPU"),
-        (torch.AcceleratorError("CUDA error: CUDA-capable device(s) is/are busy or unavailable"), 2, "give another"),
-        (RuntimeError("Distributed package doesn't have NCCL built in"), 2, "this PyTorch lacks NCCL"),
-        (RuntimeError("torch.compile is not supported on Python 3.99+"), 2, "leave --compile out"),
-        (RuntimeError("Expected to have finished reduction in the prior iteration before"), 2, "gets no gradient"),
-        (RuntimeError("x_cuda does not have a deterministic implementation, but you"), 2, "leave --deterministic out"),
-        (RuntimeError("Deterministic behavior [...] set CUBLAS_WORKSPACE_CONFIG=:4096:8"), 2, "restart the notebook"),
         (MemoryError(), 2, "not enough memory"),
         (PermissionError(errno.EACCES, "Permission denied", "w/a.pt"), 2, "can't use w/a.pt: Permission denied; "),
     ):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -99,12 +100,12 @@ def test_an_own_student_at_an_own_size(mine, evaluate, digits):
     assert said["size"] == 64 and "shortest side to 64 " in said["pictures"]
     draw(Path("a.png"), seed=1)
     path = "weights/digits_student_my_models.net_kd_t5_size64_subset40.pt"
-    left_out = "is a student of my_models:net: give --student my_models:net to run that"
+    left_out = "is a model of my_models:net: give --student my_models:net to use it"
     assert left_out not in evaluate(data, *words, "--compare") and left_out in evaluate(data, *words[:3], "--compare")
     assert "Teacher" in evaluate(f"--checkpoint={path}", words[3], "--image=a.png")
     for command, tells in (
-        ([f"--checkpoint={path}"], "is a student of my_models:net: give --student my_models:net"),
-        ([f"--checkpoint={path}", "--student=my_models:other"], "is a student of my_models:net: give"),
+        ([f"--checkpoint={path}"], "is a model of my_models:net: give --student my_models:net"),
+        ([f"--checkpoint={path}", "--student=my_models:other"], "is a model of my_models:net: give"),
         (["--checkpoint=weights/digits_teacher_size64_subset40.pt", words[3]], "is not a student of your own"),
     ):
         assert tells in evaluate(data, *command, code=2)
@@ -125,7 +126,6 @@ UNUSABLE = {
     "my_models:no_view": r"and images \(2, 3, 32, 32\): .*Use .reshape",
     "my_models:no_weight_view": r"and images \(2, 3, 32, 32\): .*Use .reshape",
     "my_models:no_weight": "has no linear layer that can be trained",
-    "my_models:no_size": "list index out of range",
     "my_models:no_heads": "returns tuple for 2 images",
     "my_models:no_new_weights": "returns the same weights in each call: make a new model",
 }
@@ -149,6 +149,7 @@ def test_a_plain_state_dict_teaches_and_its_images_are_unknown(learn):
     for classes in (10, 7):
         torch.save(TinyTeacher(classes).state_dict(), f"state{classes}.pt")
     torch.save({"classifier.weight": torch.zeros(10, 4)}, "half.pt")
+    torch.save({"fc.weight": torch.zeros(10, 4)}, "resnet.pt")
     output = learn("--all", "--temp", "5", "--teacher=state10.pt")
     assert "Teacher (VGG19 with BN), subset 40, images unknown" in output
     assert "Student (with KD, Temp = 5), subset 40, teacher's images unknown gains" in output
@@ -156,6 +157,7 @@ def test_a_plain_state_dict_teaches_and_its_images_are_unknown(learn):
     for teacher, size, tells in (
         ("state7.pt", 32, "does not fit the model"),
         ("half.pt", 32, "does not fit the model"),
+        ("resnet.pt", 32, "of this project: give a state dict of our VGG19-BN, or logits (docs/own.md)"),
         ("weights/digits_teacher_subset40.pt", 64, "was trained on images of 32 x 32 pixels, not 64 x 64"),
     ):
         assert tells in learn("--kd", f"--size={size}", f"--teacher={teacher}", code=2)
@@ -232,6 +234,9 @@ def test_the_commands_work_and_only_training_needs_the_folder(root, train_on_pic
     assert told.startswith("test loss ") and "top5" not in told and "top-5" not in told
     assert all(name in told for name in CLASSES) and "top-1 agreement" in told
     assert "Student (with KD, Temp = 5)" in evaluate(*PICTURES, "--compare")
+    told = train_on_pictures("--seed=43", "--skip_broken", "--flip=False", "--weights_path=w w", "--name=a")
+    command = re.search("evaluate it with `python test.py (.*)`", told)[1]
+    assert evaluate(*shlex.split(command)).startswith("test loss ")
     root.rename(tmp_path / "elsewhere")
     student = "--checkpoint=weights/folder_student_kd_t5.pt"
     evaluate(student, "--data_path=elsewhere", "--json=r2.json")

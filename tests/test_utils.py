@@ -68,32 +68,18 @@ def by_definition(name: str, student, teacher, targets, temp: float) -> list[tor
     return [(weight * divergence(p, probabilities(student, 1.0))).mean()]
 
 
-@pytest.mark.parametrize("temp", [0.5, 4.0, 20.0])
-@pytest.mark.parametrize("name", LOSSES)
-def test_the_terms_of_a_loss_and_their_gradients_are_those_of_its_definition(name, temp):
-    student, teacher, targets = random_logits()
-    leaf, slow_leaf = student.clone().requires_grad_(), student.clone().requires_grad_()
-    terms = LOSSES[name](leaf, teacher, targets, temp)
-    expected = by_definition(name, slow_leaf, teacher, targets, temp)
-    assert all(term.shape == () and term.dtype == torch.float64 for term in terms)
-    for term, other in zip(terms, expected, strict=True):
-        torch.testing.assert_close(term, other, rtol=1e-9, atol=1e-12)
-        (found,) = torch.autograd.grad(term, leaf, retain_graph=True)
-        (wanted,) = torch.autograd.grad(other, slow_leaf, retain_graph=True)
-        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
-
-
 WEIGHTS = [(loss, row.kd_weights, row.ce_weight) for loss, row in LOSS_DEFAULTS.items()]
 WEIGHTS += [("kd", (0.0,), 1.0), ("kd", (1.0,), 0.0), ("dkd", (4.5, 4.5), 1.0)]
 
 
+@pytest.mark.parametrize("temp", [0.5, 4.0])
 @pytest.mark.parametrize("loss, weights, ce_weight", WEIGHTS)
-def test_the_training_loss_and_its_gradient_are_the_weighted_sum(loss, weights, ce_weight):
+def test_the_training_loss_and_its_gradient_are_the_weighted_sum_of_the_terms(loss, weights, ce_weight, temp):
     row, (student, teacher, targets) = LOSS_DEFAULTS[loss], random_logits(batch=20)
-    run = replace(run_of(f"--kd --loss {loss}"), temp=row.temps[0], kd_weights=weights, ce_weight=ce_weight)
+    run = replace(run_of(f"--kd --loss {loss}"), temp=temp, kd_weights=weights, ce_weight=ce_weight)
     leaf, slow_leaf = student.clone().requires_grad_(), student.clone().requires_grad_()
     total, ce, soft = training_loss(leaf, teacher, targets, run)
-    terms = by_definition(row.function, slow_leaf, teacher, targets, row.temps[0])
+    terms = by_definition(row.function, slow_leaf, teacher, targets, temp)
     slow_ce = -probabilities(slow_leaf, 1.0)[torch.arange(20), targets].log().mean()
     expected = sum(weight * term for weight, term in zip(weights, terms, strict=True)) + ce_weight * slow_ce
     assert total.dtype == torch.float32 and not ce.requires_grad and not soft.requires_grad
@@ -256,7 +242,7 @@ def test_a_student_sees_no_image_of_the_omitted_classes_and_the_first_of_each_ot
     for omit, count, tells in (
         (("a",), 2, "--student_images 2: give at least 3, one per class, and at most the 6 that are left"),
         ((), 11, "--student_images 11: give at least 4, one per class, and at most the 10"),
-        (("e",), None, "--omit: no class of cifar10 is called 'e': give one of a, b, c, d"),
+        (("e",), None, "--omit: cifar10 has no class 'e': give a name such as a, b, c, d"),
         (tuple("abcd"), None, "--omit a b c d leaves no training image"),
     ):
         with pytest.raises(UserError, match=tells):
@@ -292,7 +278,7 @@ def test_a_row_is_what_the_real_data_say_without_the_file_of_class_names(name, r
     for file in request.getfixturevalue(name).glob("cifar-*/*[!a]"):  # not batches.meta or meta
         (tmp_path / file.parent.name).mkdir(exist_ok=True)
         (tmp_path / file.parent.name / file.name).symlink_to(file.resolve())
-    data = load_images(name, tmp_path, CPU)
+    data = load_images(name, tmp_path / file.parent.name, CPU)
     mean, std = utils.pixel_statistics(data.train.pixels)
     assert data.spec.mean == pytest.approx(mean, abs=5e-4) and data.spec.std == pytest.approx(std, abs=5e-4)
     assert (len(data.train), len(data.test), data.spec.train_images) == (50_000, 10_000, 50_000)

@@ -113,7 +113,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
-        """One step of all groups. The gradients are used up."""
+        """One step of all groups, which overwrites the gradients."""
         moved = []  # each group that moves, with its weights that have a gradient
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The numbers of a training."""
+    """The hyperparameters of a training run."""
 
     num_epochs: int
     lr: float  # peak learning rate
@@ -47,7 +47,7 @@ def recipe_of(dataset: str, role: str, optimizer: str, train_images: int, studen
 
 
 def scale_recipe(recipe: Recipe, images: int, made_for: int = 50_000, most: float = 4) -> Recipe:
-    """A recipe for `images` images, not `made_for`: a model sees as many in all, in at most `most` times the epochs."""
+    """A recipe made for `made_for` images, scaled to `images`: as many seen in all, at most `most` times the epochs."""
     epochs = round(recipe.num_epochs * min(max(made_for / images, 0.25), most))
     power_of_two = 2 ** int(math.log2(max(images / 64, 1)))  # for 64 steps per epoch or more
     return replace(recipe, num_epochs=epochs, batch_size=min(max(power_of_two, 32), recipe.batch_size))
@@ -71,7 +71,7 @@ LOSS_DEFAULTS = {
     "ttm": LossDefaults("ttm", (10.0,), (45.0,), 1.0),
     "wttm": LossDefaults("wttm", (5.0,), (4.0,), 1.0),
 }
-# Plain KD at the temperature and total weight of another loss: does the loss help, or its weight?
+# Plain KD at the temperature and total weight of another loss.
 for name, row in [*LOSS_DEFAULTS.items()]:
     if name != "kd":
         LOSS_DEFAULTS[f"kd_as_{name}"] = replace(row, function="kd", kd_weights=(sum(row.kd_weights),))

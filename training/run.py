@@ -6,11 +6,9 @@ from dataclasses import asdict, replace
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from data_sets import DATA_SETS, PICTURES, DataSet
 from models import build_model_of
-from models.vgg import use_products
 from runtime import checkpoint
 from runtime.device import Runtime, machine
 from runtime.errors import UserError
@@ -50,10 +48,8 @@ def load_model(content: dict, runtime: Runtime, student: str | None = None) -> t
     """The model of a checkpoint, ready to evaluate on the device; UserError if its weights or `student` don't fit."""
     run = run_of(content)
     if run.student and run.student != student:  # a checkpoint alone must not decide which code is run
-        raise UserError(f"{content['path']} is a student of {run.student}: give --student {run.student} to run that")
-    model = checkpoint.load_weights(build_model_of(run), content)
-    use_products(model, 0 if run.compile else runtime.max_product_side)  # as in training
-    model = convert_conv2d_weight_memory_format(model.to(runtime.device), runtime.memory_format)
+        raise UserError(f"{content['path']} is a model of {run.student}: give --student {run.student} to use it")
+    model = checkpoint.load_weights(build_model_of(run, runtime), content)
     return model.eval().requires_grad_(False)
 
 
@@ -124,10 +120,9 @@ class Run:
         self.steps = count // self.batch_size  # of an epoch; its last, smaller batch is left out
         self.total_steps = self.steps * config.num_epochs
         torch.manual_seed(config.seed)  # of the initial weights
-        self.model = use_products(build_model_of(config), 0 if config.compile else runtime.max_product_side)
+        self.model = build_model_of(config, runtime)
         if config.sync_bn:
             self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
-        convert_conv2d_weight_memory_format(self.model.to(runtime.device), runtime.memory_format)
         self.forward = torch.compile(self.model) if config.compile else self.model
         if world > 1:
             self.forward = DistributedDataParallel(self.forward)
@@ -177,6 +172,7 @@ class Run:
         """Count a step: mean losses and correct predictions over `count` images; nothing waits for the device."""
         self.totals += torch.stack((loss.detach() * count, ce * count, kl * count, *correct))
         self.step += 1
+        self.count_time()
 
     def count_time(self) -> None:
         """Add the time since the last call to that of the epoch."""
@@ -190,7 +186,7 @@ class Run:
         if not math.isfinite(loss):
             how = "--tto True " if self.config.role == "teacher" else ""
             what = f"the loss of {self.config.stem} is {loss:g} in epoch {self.epoch + 1}"
-            advice = f"train it again with a lower rate: {how}--lr {self.config.lr / 10:.4g} --resume False"
+            advice = f"train it again with {how}--lr {self.config.lr / 10:.4g} --resume False (--all: with --name WORD)"
             raise UserError(f"{what}: {advice}")
 
     def header(self) -> dict:

@@ -38,9 +38,11 @@ class TeacherLogits:
 
     @property
     def title(self) -> str:
-        """The path, and the seed of a teacher that train.py trained."""
-        origin = "its training images are unknown" if self.images_unknown else f"seed {self.content['run']['seed']}"
-        return f"{self.path} ({origin})"
+        """The path, and how train.py trained the teacher."""
+        if self.images_unknown:
+            return f"{self.path} (its training images are unknown)"
+        run, top1 = self.content["run"], self.content["metrics"]["top1"]
+        return f"{self.path} (seed {run['seed']}, num_epochs {run['num_epochs']}, {top1:.2f}% top-1)"
 
     def record_in(self, run: RunConfig) -> RunConfig:
         """A run with KD, with this teacher recorded in it; a run without KD as it is."""
@@ -92,7 +94,7 @@ def read_logits(path: Path, key: str, count: int, classes: int) -> torch.Tensor:
     """Logits (N, classes) float16, N >= count, of a file; ValueError that says why not if it has none."""
     logits = load_arrays(path, key).get("logits", np.empty(0))
     if logits.dtype != np.float16 or logits.shape[1:] != (classes,) or not np.isfinite(logits).all():
-        raise ValueError("its logits are not finite numbers (images, classes) in float16")
+        raise ValueError("its logits are not finite float16 of shape (images, classes)")
     if len(logits) < count:
         raise ValueError(f"it has the logits of {len(logits)} images, not {count}")
     return torch.from_numpy(logits)
@@ -127,7 +129,7 @@ def read_key(folder: Path, spec: DataSet) -> str:
 def teacher_path(student: RunName, options) -> Path:
     """The path of a student's teacher; UserError if none is named and none was trained."""
     name = student.teacher_name
-    path = options.teacher or options.weights_path / f"{name.stem}.pt"
+    path = options.teacher or options.teacher_file(name.stem)
     if not (options.teacher or path.exists()):
         changed = options.changed("data_path", "skip_broken", "flip", "weights_path", "plots_path")
         train = name.command("train.py", **changed)

@@ -301,8 +301,16 @@ REFUSED = {  # by what is done to the folder
     "mkdir test/dog": "test/dog is not a class of .*/train: rename or remove it",
     "rm -r test/*": "test has no <class>/<pictures>: add some, or remove it",
     "rm -r test train/*/[1-9].bmp": "no picture is left to test on: put some into .*/test/<class>",
+    "ln -s raw/dog train/dog": "train/dog is a broken link",
     "ln -s .. train/ant/up": "up/ant is a link to a folder that contains it",
 }
+
+
+def test_pictures_that_do_not_fit_into_memory_are_refused_before_they_are_decoded(root, decoded, monkeypatch):
+    monkeypatch.setattr("data_sets.pictures.available_memory", lambda: 1)
+    with pytest.raises(UserError, match="images of 32 x 32 pixels need .* of memory"):
+        read_folder(root)
+    assert not decoded
 
 
 @pytest.mark.parametrize("command", REFUSED)

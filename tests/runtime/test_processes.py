@@ -129,6 +129,9 @@ def test_an_error_in_one_process_is_told_once_and_ends_all(error, code, tells, t
 def test_two_processes_make_the_table(tmp_path, options):
     codes, output, errors = pair(tmp_path, options(tmp_path, "--all", "--temp=5", "--num_epochs=1"))
     assert codes == [0, 0] and output.count("Gain of KD") == 1, errors
+    words = [word for word in options(tmp_path, "--kd") if not word.startswith(("--batch_size", "--num_epochs"))]
+    codes, output, errors = run_together(2, "test.py", words, tmp_path, tiny=True)
+    assert codes == [0, 0] and output.count("test loss ") == 1, errors
 
 
 def test_processes_that_have_seen_different_things_end():

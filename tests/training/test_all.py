@@ -32,7 +32,7 @@ def test_stopped_after_each_run_it_gives_the_same_table(learn, tmp_path, monkeyp
     words = [*ALL, "--seed=7", "--seeds=2"]
     output = learn(*words)
     assert output.startswith("5 runs, 0 of them finished\n") and "Gain of KD" in output
-    assert "the teacher is weights/digits_teacher_subset40.pt (seed 42)\n" in output
+    assert "the teacher is weights/digits_teacher_subset40.pt (seed 42, num_epochs " in output
     assert len(re.findall(r"img/s, about \d:\d\d:\d\d left for all runs\n", output)) == 3, "but the last run's"
     expected, weights = table_of(tmp_path), [checkpoint.fingerprint(load(name)["model"]) for name in RUNS]
     assert [row["seeds"] for row in expected["rows"]] == [[42], [7, 8], [7, 8]] and len(expected["gains"]) == 1
@@ -144,7 +144,7 @@ def test_it_distils_the_teacher_that_is_there_and_replaces_no_students_of_anothe
         checkpoint.save(state["path"].with_suffix(".last.pt"), {k: v for k, v in state.items() if k != "path"})
 
 
-def test_a_name_is_of_the_students_and_a_holdout_of_the_teacher_too(learn, tmp_path):
+def test_students_of_a_name_share_the_teacher_unless_the_folder_has_its_own(learn, tmp_path):
     learn(*ALL)
     before = snapshot(tmp_path)
     learn(*ALL, "--name=a05", "--alpha=0.5")
@@ -155,6 +155,9 @@ def test_a_name_is_of_the_students_and_a_holdout_of_the_teacher_too(learn, tmp_p
     assert Path("plots/a05/results_digits_subset40/results.md") in new
     teacher = checkpoint.fingerprint(load("teacher")["model"])
     assert load("student_kd_t5", folder="weights/a05")["run"]["teacher"] == teacher
+    learn("--tto", "--seed=42", "--lr=0.05", "--name=own")
+    assert "the teacher is weights/own/digits_teacher_subset40.pt (seed 42, num_epochs " in learn(*ALL, "--name=own")
+    named = snapshot(tmp_path)
     learn(*ALL, "--holdout=8")
     assert before.items() <= named.items() <= snapshot(tmp_path).items(), "what was there stays"
     teacher, student = (load(name, "_subset40_holdout8") for name in ("teacher", "student_kd_t5"))

@@ -76,14 +76,6 @@ def lr_scale_of(name: str, p: torch.Tensor) -> float:
     return 1.0 if p.numel() > len(p) else NORM_LR
 
 
-def test_a_model_of_a_single_linear_layer_has_an_optimizer():
-    for optimizer in OPTIMIZERS:
-        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 10, bias=False))
-        made = opt.make_optimizer(model, RUNS[optimizer], torch.float32)
-        assert [len(group["params"]) for group in made.param_groups] == [1]
-        take_steps(model, made, [0.1])
-
-
 class Layers(torch.nn.Module):
     """Layers with and without a batch norm after them, then the last layer; one gets no gradient and one is frozen."""
 
@@ -108,7 +100,7 @@ class Activated(torch.nn.BatchNorm2d):
         self.activation = torch.nn.ReLU()
 
 
-def test_only_a_batch_norm_of_batches_frees_a_scale_whatever_its_children():
+def test_only_a_batch_norm_in_train_mode_frees_a_scale_even_with_children():
     first, second = torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 4, 3)
     model = torch.nn.Sequential(first, Activated(), second, torch.nn.BatchNorm2d(4).eval())
     assert opt.weights_before_batch_norm(model) == {first.weight}

@@ -179,7 +179,7 @@ def test_a_run_that_fails_at_once_may_be_started_with_other_options(learn, monke
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_state(learn, tmp_path, monkeypatch):
     monkeypatch.setattr(Run, "save_is_due", lambda run: True)
-    tells = r".*the loss of digits_student.* is (?:nan|inf) in epoch 1: .* --lr 1e\+19 --resume False\n"
+    tells = r".*the loss of digits_student.* is (?:nan|inf) in epoch 1: .* --lr 1e\+19 --resume False .*\n"
     assert re.fullmatch(tells, error := learn("--lr=1e20", code=2)), error
     (path,) = (tmp_path / "weights").iterdir()
     state = checkpoint.load(path)

@@ -8,7 +8,7 @@ from dataclasses import asdict, fields, replace
 import pytest
 import torch
 import torch.distributed as dist
-from made_up import CPU, random_images, run_of, runs_of
+from made_up import CPU, run_of, runs_of
 
 import train
 import training.run
@@ -17,10 +17,10 @@ from config import parse_test, parse_train
 from data_sets import DATA_SETS
 from runtime.device import Runtime
 from runtime.errors import UserError
+from runtime.progress import Progress
 from training.recipes import CIFAR, LOSS_DEFAULTS, OPTIMIZERS, RECIPE_FIELDS, LossDefaults, recipe_of, scale_recipe
 from training.run import Run, RunFiles
 from training.runs import RunConfig, describe_differences, differences, is_baseline_of, is_kd_baseline_of, name_of, plan
-from utils import Data
 
 SPEC = replace(DATA_SETS["cifar10"], fingerprint="a" * 16, train_images=50_000)
 
@@ -52,20 +52,6 @@ def test_each_run_has_a_file_name_a_title_and_a_command_that_both_scripts_unders
         assert typed[:2] == ["python", script]
         options = parse(typed[2:])
         assert name_of(options) == name and str(options.weights_path) == "my weights"
-
-
-@pytest.mark.parametrize("options", ["--seed 7", "--dataset folder --skip_broken --name a", "--flip False"])
-def test_the_command_that_train_prints_evaluates_the_run(options, tmp_path, monkeypatch, capsys):
-    data, runs = Data(SPEC, random_images(40), random_images(8)), []
-    monkeypatch.setattr(train, "load_images", lambda *_: data)
-    monkeypatch.setattr(train, "train_run", lambda run, *_: runs.append(run) or {})
-    words = [*shlex.split(options), "--device=cpu", "--weights_path", tmp_path / "w w", "--plots_path", tmp_path]
-    assert train.main(words) == 0
-    (command,) = re.findall("evaluate it with `python test.py (.*)`", capsys.readouterr().out)
-    trained, tested = parse_train(words), parse_test(shlex.split(command))
-    assert name_of(tested) == name_of(trained) and tested.skip_broken == trained.skip_broken
-    assert (tested.weights_folder, tested.plots_folder) == (trained.weights_folder, trained.plots_folder)
-    assert runs[0].precision in ("bf16", "fp32"), "what --precision auto has chosen"
 
 
 def test_all_plans_every_run_once_and_in_order():
@@ -260,13 +246,13 @@ def test_the_progress_tells_loss_accuracy_speed_rate_and_the_time_left(make_run,
     assert train.progress_text(run) == "loss 2.000 top1 50.00% 2 img/s lr 0.1000 left 0:00:36"
 
 
-@pytest.mark.parametrize("bad", ["inf", "nan"])
-def test_a_loss_that_is_not_finite_is_an_error(bad, make_run):
-    run = make_run()
-    for loss in (1.0, 2.0, float(bad), 3.0):
-        run.record(torch.tensor(loss), *torch.zeros(2), torch.zeros(2), 8)
-    with pytest.raises(UserError, match=f"is {bad} in epoch 1: .* --lr 0.01 --resume False"):
-        run.check_finite()
+def test_progress_is_a_line_every_30_seconds(monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr("runtime.progress.time.monotonic", lambda: clock[0])
+    with Progress("epoch 1/2", 3, visible=True) as progress:
+        for clock[0] in (29.0, 31.0, 32.0):
+            progress.step(lambda: "loss 1")
+    assert capsys.readouterr().out == "epoch 1/2 2/3 loss 1\n"
 
 
 def test_several_processes_talk_after_every_4th_step_and_the_last_one_of_an_epoch(make_run, monkeypatch):
