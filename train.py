@@ -233,6 +233,8 @@ def prepare(options: TrainOptions, runtime: Runtime) -> tuple[Data, list[RunConf
         raise UserError("--sync_bn True needs CUDA devices: leave it out")
     if options.kd:
         teacher_path(name_of(options), options)  # fail before a download
+    if options.precision == "auto" and runtime.device.type == "cuda" and runtime.precision == "fp32":
+        runtime.print("this card has no fast bf16 and trains in fp32; try --precision fp16")
     data = load_images(options.dataset, options.data_path, runtime, options.flip, options.skip_broken, options.size)
     runtime.print(*data.notes)
     runs = plan(options, data.spec, runtime.precision, runtime.world_size)

@@ -199,7 +199,7 @@ class Views:
 
     def images(self, rows: torch.Tensor, k: int) -> torch.Tensor:
         """Image rows (B,) in their k-th view, normalised (B, 3, S, S) channels_last."""
-        rows = rows.to(self.storage)
+        rows = rows.to(self.storage, non_blocking=True)
         views = self.view_of(rows, k)
         offset, mirrored = views // 2, views % 2 == 1
         top, left = offset // self.offsets, offset % self.offsets

@@ -117,8 +117,10 @@ def pick_device(word: str) -> torch.device:
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        found = f"torch {torch.__version__} finds {torch.cuda.device_count()} CUDA devices"
-        raise UserError(f"--device {word}: {found}: install another torch (docs/commands.md), or try --device cpu")
+        count = torch.cuda.device_count()
+        advice = f"give a number below {count}" if count else "install another torch (docs/commands.md)"
+        found = f"torch {torch.__version__} finds {count} CUDA devices"
+        raise UserError(f"--device {word}: {found}: {advice}, or try --device cpu")
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     devices = torch.cuda.device_count() if kind == "cuda" and not index else 1
     if kind != "cpu" and processes > devices:

@@ -14,7 +14,9 @@ MEMORY += "--size, or --device cpu if another device is full"
 FAILURES = {  # our message for a failure of the machine, by a part of torch's message
     "DefaultCPUAllocator": MEMORY,
     "out of memory": MEMORY,  # of CUDA, MPS
-    "STATUS_ALLOC_FAILED": MEMORY,  # of cuBLAS, cuDNN
+    "STATUS_ALLOC_FAILED": MEMORY,  # of cuBLAS
+    "CUBLAS_STATUS_NOT_INITIALIZED": MEMORY,  # no memory for its handle
+    "DEVICE_ALLOCATION_FAILED": MEMORY,  # of cuDNN
     "no kernel image is available": "this PyTorch does not support this GPU: install another, or use --device cpu",
     "NVIDIA driver on your system is too old": "the NVIDIA driver is too old for this PyTorch: update one of them",
     "busy or unavailable": "another program has reserved the GPU: wait for it, or give another --device",

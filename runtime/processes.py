@@ -72,8 +72,6 @@ def start(device_name: str, precision: str, deterministic: bool = False, stop: S
             keep_freed_memory()
         if world_size > 1:
             runtime = stack.enter_context(process_group(runtime, world_size))
-        if precision == "auto" and device.type == "cuda" and runtime.precision == "fp32":
-            runtime.print("this card has no fast bf16 and computes in fp32; try --precision fp16")
         yield runtime
 
 

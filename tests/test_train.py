@@ -99,7 +99,7 @@ def test_images_have_the_devices_memory_format_and_convolutions_the_runs_precisi
 def test_with_compile_each_step_is_the_compiled_models_and_the_time_of_compiling_counts(learn, tmp_path, monkeypatch):
     clock, step_seconds = [0.0], chain([100.0], repeat(1.0))
 
-    def compiled(model):
+    def compiled(model, dynamic):
         def forward(images):
             clock[0] += next(step_seconds)
             return model(images)

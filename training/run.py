@@ -123,7 +123,8 @@ class Run:
         self.model = build_model_of(config, runtime)
         if config.sync_bn:
             self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
-        self.forward = torch.compile(self.model) if config.compile else self.model
+        # Not dynamic: else the kernels, and so the bits, depend on the batch sizes that this process compiled before.
+        self.forward = torch.compile(self.model, dynamic=False) if config.compile else self.model
         if world > 1:
             self.forward = DistributedDataParallel(self.forward)
             self.forward.broadcast_buffers = False  # shared once, before an evaluation; torch deprecates the argument

@@ -27,7 +27,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
         ("cpu", {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "9"}, "cpu"),
         ("cuda", {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "3"}, "3 processes need one device each.* has 2"),
         ("cuda:1", {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, "2 processes need one device each.* has 1"),
-        ("cuda:2", {}, "finds 2 CUDA devices"),
+        ("cuda:2", {}, "finds 2 CUDA devices: give a number below 2"),
         ("mps", {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, "2 processes need one device each.* has 1"),
     ],
 )
