@@ -112,6 +112,11 @@ class TestOptions(Options):
     json: Path | None = option(FILES, "also write the numbers of the report to this .json file", JSON)
     export: Path | None = option(FILES, "only export the model, as a torch.export program, .pt2", PT2)
 
+    @property
+    def weights_folder(self) -> Path:
+        """Where the checkpoint is, and its teacher if the folder has its own."""
+        return self.checkpoint.parent if self.checkpoint else super().weights_folder
+
 
 # An option requires one of those in its row of NEEDS, and can't be combined with any of those in EXCLUDES.
 NEEDS = {"temp": "kd all", "loss": "kd all", "alpha": "kd all", "kd_weight": "kd all", "ce_weight": "kd all"}

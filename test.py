@@ -22,11 +22,11 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-import config
+from config import TestOptions, parse_test
 from runtime.cli import answer_early, format_number
 
 if __name__ == "__main__":
-    answer_early(config.parse_test)  # --help and a wrong option answer here, before torch is imported
+    answer_early(parse_test)  # --help and a wrong option answer here, before torch is imported
 
 import torch
 
@@ -42,13 +42,13 @@ from runtime.files import make_folder, write_json
 from runtime.processes import start
 from training.run import data_mismatch, images_mismatch, load_model, require_finished, spec_of
 from training.runs import RunConfig, RunName, name_of, row_order, run_of
-from training.teacher_logits import TeacherLogits, load_teacher
-from utils import Images, held_out_logits, load_images
+from training.teacher_logits import Teacher, load_teacher
+from utils import Images, load_images, logits_of
 
 PUBLISHED = Path(__file__).resolve().parent / "results"
 
 
-def find_checkpoint(options: config.TestOptions, runtime: Runtime) -> dict:
+def find_checkpoint(options: TestOptions, runtime: Runtime) -> dict:
     """The checkpoint that the options name, or the published one of that name; UserError if it can't be evaluated."""
     name = name_of(options)
     path = options.checkpoint or (options.teacher if options.tto else None)
@@ -75,7 +75,7 @@ def find_checkpoint(options: config.TestOptions, runtime: Runtime) -> dict:
     return content
 
 
-def find_teacher(run: RunConfig, options, spec: DataSet, runtime: Runtime, tell: Callable) -> TeacherLogits | None:
+def find_teacher(run: RunConfig, options, spec: DataSet, runtime: Runtime, tell: Callable) -> Teacher | None:
     """A student's teacher, or None; `tell` is called with what is wrong with it; UserError if --teacher named it."""
     try:
         teacher = load_teacher(run, options, spec, runtime) if run.role == "student" else None
@@ -89,7 +89,7 @@ def find_teacher(run: RunConfig, options, spec: DataSet, runtime: Runtime, tell:
     return teacher
 
 
-def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
+def evaluate(options: TestOptions, runtime: Runtime) -> None:
     """Print the report of one checkpoint and write its figures."""
     content = find_checkpoint(options, runtime)
     run, path = run_of(content), content["path"]
@@ -137,14 +137,14 @@ def evaluate(options: config.TestOptions, runtime: Runtime) -> None:
     print(f"\nsaved {', '.join(map(str, saved))}")
 
 
-def figure_path(path: Path, options: config.TestOptions, name: str) -> Path:
+def figure_path(path: Path, options: TestOptions, name: str) -> Path:
     """A checkpoint's figure in --plots_path, in the subfolder that the checkpoint has in --weights_path."""
     folder, weights = path.parent.resolve(), options.weights_path.resolve()
     subfolder = folder.relative_to(weights) if folder.is_relative_to(weights) else Path()
     return options.plots_path / subfolder / f"{path.stem}_{name}.png"
 
 
-def export(options: config.TestOptions, runtime: Runtime) -> None:
+def export(options: TestOptions, runtime: Runtime) -> None:
     """Export the model of one checkpoint, for which no images are needed."""
     content = find_checkpoint(options, runtime)
     model = load_model(content, runtime, options.student)
@@ -153,7 +153,7 @@ def export(options: config.TestOptions, runtime: Runtime) -> None:
         print(f"saved {options.export} of {content['path']} (reloaded, its logits differ by at most {difference:.1g})")
 
 
-def compare(options: config.TestOptions, runtime: Runtime) -> None:
+def compare(options: TestOptions, runtime: Runtime) -> None:
     """Evaluate all finished checkpoints of the data set and write their table; UserError if there is none."""
     name = name_of(options)
     data = load_images(options.dataset, options.data_path, runtime, skip_broken=options.skip_broken, size=options.size)
@@ -161,19 +161,19 @@ def compare(options: config.TestOptions, runtime: Runtime) -> None:
     contents = find_checkpoints(options, name, runtime)
     shown = measure_all(contents, name, data, runtime, cost=True, student=options.student, precision=options.precision)
     if not shown:
-        command = name.command("train.py --all True", **options.changed())
+        command = name.command("train.py", all=True, **options.changed())
         where = f"{options.dataset} in {options.weights_folder}"
         raise UserError(f"no finished checkpoint of {where}: train some with `{command}`, or give --weights_path")
     if runtime.is_main:
-        results.publish(shown, options.plots_folder / f"comparison_{options.dataset}{name.images_suffix}")
+        results.write_table(shown, options.plots_folder / f"comparison_{options.dataset}{name.images_suffix}")
 
 
-def find_checkpoints(options: config.TestOptions, name: RunName, runtime: Runtime) -> list[dict]:
+def find_checkpoints(options: TestOptions, name: RunName, runtime: Runtime) -> list[dict]:
     """The finished checkpoints on the images of `name`, in a table's order."""
     contents, paths = [], {*options.weights_folder.rglob("*.pt")}
-    shared = options.weights_path / f"{name.teacher_name.stem}.pt"  # by all --name folders
-    if paths and shared.exists():  # alone it would make a table for a --name that was mistyped
-        paths.add(shared)
+    teacher = options.teacher_file(name.teacher_name.stem)
+    if paths and teacher.exists():  # alone it would make a table for a --name that was mistyped
+        paths.add(teacher)
     for path in sorted(paths):
         if path.name.endswith(".last.pt") or path.name.startswith("."):  # macOS keeps ._student.pt on foreign disks
             continue
@@ -186,7 +186,7 @@ def find_checkpoints(options: config.TestOptions, name: RunName, runtime: Runtim
     return sorted(contents, key=lambda content: row_order(run_of(content)))
 
 
-def classify(options: config.TestOptions, runtime: Runtime) -> None:
+def classify(options: TestOptions, runtime: Runtime) -> None:
     """Print and draw the classes of pictures by the model and its teacher, with --soften by the model at each T."""
     contents = [find_checkpoint(options, runtime)]
     run, spec = run_of(contents[0]), spec_of(contents[0])
@@ -200,7 +200,7 @@ def classify(options: config.TestOptions, runtime: Runtime) -> None:
         its_run = run_of(content)
         its_runtime = as_trained(runtime, its_run, options.precision)
         model = load_model(content, its_runtime, options.student)
-        logits = held_out_logits(model, images, spec_of(content), its_runtime)
+        logits = logits_of(model, images, spec_of(content), its_runtime)
         if options.soften:
             runtime.print(f"over {len(images):,} images:")
             for temp in options.soften:
@@ -216,7 +216,7 @@ def classify(options: config.TestOptions, runtime: Runtime) -> None:
         print(f"{report.pictures_text(names, probabilities, spec.classes)}\nsaved {path}{left_out}")
 
 
-def read_pictures(options: config.TestOptions, content: dict, runtime: Runtime) -> tuple[Images, list[int], list[str]]:
+def read_pictures(options: TestOptions, content: dict, runtime: Runtime) -> tuple[Images, list[int], list[str]]:
     """The images of --image, or the test images; the rows to show, all or one of each of four classes; their names."""
     run = run_of(content)
     if options.image:
@@ -235,11 +235,11 @@ def read_pictures(options: config.TestOptions, content: dict, runtime: Runtime) 
 
 def main(argv: list | None = None) -> int:
     """Run test.py with `argv` (None: the command line); the exit code."""
-    options = config.parse_test(argv)
+    options = parse_test(argv)
     return exit_code(lambda: run_task(options))
 
 
-def run_task(options: config.TestOptions) -> None:
+def run_task(options: TestOptions) -> None:
     """The table of all checkpoints, the classes of pictures, the export or the report of one checkpoint."""
     if options.compare:
         task = compare

@@ -33,7 +33,7 @@ from data_sets import DataSet
 from evaluation.comparison import measure_all
 from evaluation.measures import softness
 from evaluation.report import softness_text
-from evaluation.results import publish
+from evaluation.results import write_table
 from runtime import checkpoint
 from runtime.device import Runtime, device_title
 from runtime.errors import Stopped, StopSignal, UserError, exit_code, leave
@@ -44,7 +44,7 @@ from training.losses import training_loss
 from training.recipes import RECIPE_FIELDS
 from training.run import METRICS, Run, RunFiles, find_finished, require_same
 from training.runs import RunConfig, name_of, plan
-from training.teacher_logits import TeacherLogits, load_teacher, teacher_path
+from training.teacher_logits import Teacher, load_teacher, teacher_path
 from utils import Data, Images, Views, epoch_order, epoch_view, evaluate, load_images, plot_curves, topk_correct
 
 
@@ -53,20 +53,19 @@ def train_epoch(run: Run, views: Views, rows: torch.Tensor, k: int, teacher_logi
     config, runtime = run.config, run.runtime
     order = epoch_order(rows, config.seed, run.epoch).to(views.storage)
     run.model.train()
-    run.clock = time.monotonic()  # untimed: the teacher's logits
-    with Progress(f"epoch {run.epoch + 1}/{config.num_epochs}", run.steps, runtime.is_main, run.step) as progress:
-        while run.step < run.steps:
+    run.clock = time.monotonic()  # what came before (the teacher's logits) is not timed
+    with Progress(f"epoch {run.epoch + 1}/{config.num_epochs}", run.epoch_steps, runtime.is_main, run.step) as progress:
+        while run.step < run.epoch_steps:
             first = run.step * run.batch_size
             batch_rows = order[first : first + run.batch_size][runtime.rank :: runtime.world_size]  # of this process
             images = views.images(batch_rows, k).contiguous(memory_format=runtime.memory_format)
-            batch_rows = batch_rows.to(runtime.device)  # for MPS, views are made on the CPU
             labels = views.labels[batch_rows]
             batch_teacher_logits = teacher_logits[batch_rows] if config.kd else None
             run.seed_step()
             with runtime.autocast():
                 logits = run.forward(images)
             loss, ce, kl = training_loss(logits, batch_teacher_logits, labels, config)
-            run.update(loss)
+            run.backward_and_step(loss)
             run.record(loss, ce, kl, topk_correct(logits, labels), len(labels))
             progress.step(lambda: progress_text(run))
             save_or_stop(run)
@@ -74,12 +73,12 @@ def train_epoch(run: Run, views: Views, rows: torch.Tensor, k: int, teacher_logi
 
 
 def save_or_stop(run: Run) -> None:
-    """Save the resume state if that is due; Stopped if a signal came to any process."""
-    if run.runtime.world_size > 1 and run.step % 4 and run.step < run.steps:
+    """Save the resume state if that is due; Stopped, on which train_run saves, if a signal came to any process."""
+    if run.runtime.world_size > 1 and run.step % 4 and run.step < run.epoch_steps:
         return  # several processes, which wait for one another here, agree after every 4th step
     signal_number, save = run.runtime.agree(run.runtime.stop.number, run.save_is_due())
     if signal_number or save:
-        run.check_finite()
+        run.check_finite()  # a state with NaN must not replace an earlier one
     if signal_number:
         raise Stopped(int(signal_number))
     if save:
@@ -90,27 +89,28 @@ def progress_text(run: Run) -> str:
     """Loss, top-1, speed, learning rate and time left for the whole run, as shown while it runs; UserError if NaN."""
     run.check_finite()
     seen = run.step * run.batch_size / run.runtime.world_size  # by this process
-    means = dict(zip(METRICS, (run.totals / seen).tolist(), strict=True))
+    loss, _, _, top1, _ = (run.totals / seen).tolist()  # of METRICS
     speed = run.step * run.batch_size / run.seconds
-    steps_left = run.total_steps - run.epoch * run.steps - run.step
+    steps_left = run.total_steps - run.epoch * run.epoch_steps - run.step
     left = timedelta(seconds=int(steps_left * run.batch_size / speed))
-    return f"loss {means['loss']:.3f} top1 {100 * means['top1']:.2f}% {speed:,.0f} img/s lr {run.lr:.4f} left {left}"
+    return f"loss {loss:.3f} top1 {100 * top1:.2f}% {speed:,.0f} img/s lr {run.lr:.4f} left {left}"
 
 
-def end_epoch(run: Run, held_out: Images, softened: dict, epochs_after: int) -> None:
-    """Evaluate, log (with `softened`) and print the epoch, begin the next; `epochs_after` are those of later runs."""
+def end_epoch(run: Run, held_out: Images, teacher_softness: dict | None, epochs_after: int) -> None:
+    """Evaluate, log and print the epoch, begin the next; `epochs_after` are those of later runs."""
     config, runtime = run.config, run.runtime
-    count = run.steps * run.batch_size  # images
-    train = percent(dict(zip(METRICS, (runtime.total(run.totals) / count).tolist(), strict=True)))
-    run.count_time()  # total() has synchronised
+    seen = run.epoch_steps * run.batch_size  # images, by all processes
+    means = (runtime.total(run.totals) / seen).tolist()
+    run.count_time()  # after total(), which waits for the device
+    train = percent(dict(zip(METRICS, means, strict=True)))
     test = percent(evaluate(run.model, held_out, run.spec, runtime))
     epoch_seconds = run.seconds + time.monotonic() - run.clock  # with the evaluation
-    if not config.kd:
-        del train["kl"]
     if "top5" not in test:
         del train["top5"]
-    speed = round(count / max(run.seconds, 1e-9), 1)
-    line = {"epoch": run.epoch + 1, "train": train, config.split: test, "lr": run.lr, **softened}
+    speed = round(seen / max(run.seconds, 1e-9), 1)
+    line = {"epoch": run.epoch + 1, "train": train, config.split: test, "lr": run.lr, "teacher": teacher_softness}
+    if not config.kd:
+        del train["kl"], line["teacher"]
     line |= {"seconds": round(run.seconds, 3), "images_per_second": speed}
     run.write_log(f"{run.log}{json.dumps(line)}\n")
     top5 = f" top5 {test['top5']:.2f}%" if "top5" in test else ""
@@ -131,7 +131,7 @@ def percent(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def train_run(
-    config: RunConfig, data: Data, teacher: TeacherLogits | None, options, runtime: Runtime, epochs_after: int
+    config: RunConfig, data: Data, teacher: Teacher | None, options: TrainOptions, runtime: Runtime, epochs_after: int
 ) -> dict:
     """Do one run, new or resumed, and write its checkpoint, log and figures; the checkpoint's content."""
     views, files = Views(data.train, data.spec, runtime.device), RunFiles(config, options)
@@ -139,84 +139,81 @@ def train_run(
     held_out = data.held_out(config.subset, config.holdout)
     with locked(files.checkpoint) if runtime.is_main else contextlib.nullcontext():
         run = Run(config, runtime, data.spec, len(rows), files)
-        begin(run, len(rows), options.resume)
+        restore_or_begin(run, len(rows), options.resume)
         while run.epoch < config.num_epochs:
             k = epoch_view(config.views, config.flip, config.seed, run.epoch)
             try:
-                teacher_logits, softened = None, {}
+                teacher_logits = teacher_softness = None
                 if config.kd:
                     teacher_logits = teacher.view_logits(k, views, rows)
-                    softened["teacher"] = softness(teacher_logits[rows], config.temp)
+                    teacher_softness = softness(teacher_logits[rows], config.temp)
                     if run.epoch == 0:
-                        text = softness_text(softened["teacher"], config.temp, config.num_classes)
+                        text = softness_text(teacher_softness, config.temp, config.num_classes)
                         runtime.print(f"the teacher at {text}")
                 train_epoch(run, views, rows, k, teacher_logits)
-                end_epoch(run, held_out, softened, epochs_after)
+                end_epoch(run, held_out, teacher_softness, epochs_after)
                 save_or_stop(run)
             except Stopped:
                 run.save()
                 runtime.barrier()  # if the first process fails to save, that is told and not the stop
-                runtime.print(f"saved {files.resume} at {run.place}")
+                runtime.print(f"saved {files.unfinished} at {run.place}")
                 raise
         content = run.finished_state()
         if runtime.is_main:
             checkpoint.save(files.checkpoint, content)
             figures = plot_curves(files.log, files.log.parent)
-            remove(files.resume)
+            remove(files.unfinished)
             print(f"saved {files.checkpoint}, {files.log} and {', '.join(path.name for path in figures)}")
         runtime.barrier()
     return content | {"path": files.checkpoint}
 
 
-def begin(run: Run, count: int, resume: bool) -> None:
+def restore_or_begin(run: Run, count: int, resume: bool) -> None:
     """Restore an unfinished run, or start the log of a new one on `count` images."""
     config, runtime = run.config, run.runtime
-    exists = runtime.agree(run.files.resume.exists())[0]  # of all, before the first process writes or removes it
+    exists = runtime.agree(run.files.unfinished.exists())[0]  # of all, before the first process writes or removes it
     if exists and resume:
         run.restore()
         return runtime.barrier()  # before the first process can finish and remove what the others read
     recipe = ", ".join(f"{name} {getattr(config, name)}" for name in ("optimizer", *RECIPE_FIELDS, "seed"))
-    runtime.print(f"{config.stem}: {count:,} images, {run.steps} steps per epoch, {device_title(runtime)}, {recipe}")
-    if runtime.is_main:
-        remove(run.files.resume)  # of the run that --resume False replaces
+    size = f"{count:,} images, {run.epoch_steps} steps per epoch"
+    runtime.print(f"{config.stem}: {size}, {device_title(runtime)}, {recipe}")
     run.write_log(json.dumps(run.header() | {"split": config.split}) + "\n")
 
 
 def train_all(options: TrainOptions) -> None:
     """Train the run that the options name, or with --all every unfinished run, and then write the table."""
     with StopSignal() as stop, start(options.device, options.precision, options.deterministic, stop) as runtime:
-        data, runs = prepare(options, runtime)
-        finished = {run.stem: find_finished(run, options) for run in runs}
+        data, configs = prepare(options, runtime)
+        finished = {config.stem: find_finished(config, options) for config in configs}
         if options.all:
-            runtime.print(f"{len(runs)} runs, {sum(map(bool, finished.values()))} of them finished")
+            runtime.print(f"{len(configs)} runs, {sum(map(bool, finished.values()))} of them finished")
         teacher, contents = None, []
-        for i, planned in enumerate(runs):
-            if teacher is None and planned.role == "student" and (options.kd or options.all):
-                teacher = prepare_teacher(runs[i:], finished, options, data.spec, runtime)
-                contents = [teacher.content] if teacher.content else []
-            run = teacher.record_in(planned) if teacher else planned
-            content = finished[run.stem] or find_finished(run, options)  # which may have finished meanwhile
-            runtime.check_same(run, bool(content))
+        for i, config in enumerate(configs):
+            if teacher is None and config.role == "student" and (options.kd or options.all):
+                teacher = prepare_teacher(configs[i:], finished, options, data.spec, runtime)
+                contents = [teacher.content] if teacher.content else []  # in place of the one trained just now
+            config = teacher.record_in(config) if teacher else config
+            content = finished[config.stem] or find_finished(config, options)  # which may have finished meanwhile
+            runtime.check_same(config, bool(content))
             if content:
                 advice = "" if options.all else "; --resume False trains it again"
                 ended = f"already finished ({content['metrics']['top1']:.2f}% top-1), skipping"
-                runtime.print(f"{run.stem}: {ended}{advice}")
+                runtime.print(f"{config.stem}: {ended}{advice}")
             else:
-                later = runs[i + 1 :] if teacher else []  # a teacher's epochs take longer than the students'
+                later = configs[i + 1 :] if teacher else []  # a teacher's epochs take longer than the students'
                 epochs_after = sum(other.num_epochs for other in later if not finished[other.stem])
-                content = train_run(run, data, teacher, options, runtime, epochs_after)
+                content = train_run(config, data, teacher, options, runtime, epochs_after)
             contents.append(content)
         if options.all:
-            shown = measure_all(contents, runs[-1], data, runtime, teacher, student=options.student)
+            shown = measure_all(contents, configs[-1], data, runtime, teacher, student=options.student)
             if runtime.is_main:
-                publish(shown, options.table_folder)
+                write_table(shown, options.table_folder)
         else:
-            runtime.print(f"evaluate it with `{runs[-1].command('test.py', **options.changed())}`")
+            runtime.print(f"evaluate it with `{configs[-1].command('test.py', **options.changed())}`")
 
 
-def prepare_teacher(
-    students: list[RunConfig], finished: dict, options, spec: DataSet, runtime: Runtime
-) -> TeacherLogits:
+def prepare_teacher(students: list[RunConfig], finished: dict, options, spec: DataSet, runtime: Runtime) -> Teacher:
     """The teacher of all students, read from its file; UserError if one does not fit it."""
     teacher = load_teacher(students[0], options, spec, runtime)
     teacher.check_views(students[0].views)
@@ -237,17 +234,18 @@ def prepare(options: TrainOptions, runtime: Runtime) -> tuple[Data, list[RunConf
         runtime.print("this card has no fast bf16 and trains in fp32; try --precision fp16")
     data = load_images(options.dataset, options.data_path, runtime, options.flip, options.skip_broken, options.size)
     runtime.print(*data.notes)
-    runs = plan(options, data.spec, runtime.precision, runtime.world_size)
-    if options.all and not options.teacher and options.teacher_file(runs[0].stem).exists():
-        runs = runs[1:]  # an existing teacher is used, whatever its recipe
-    if len(data.spec.classes) == 2 and any(run.loss == "ls" for run in runs):
+    configs = plan(options, data.spec, runtime.precision, runtime.world_size)
+    if options.all and not options.teacher and options.teacher_file(configs[0].stem).exists():
+        configs = configs[1:]  # an existing teacher is used, whatever its recipe
+    if len(data.spec.classes) == 2 and any(config.loss == "ls" for config in configs):
         raise UserError("--loss ls standardises two logits to 1 and -1, which teaches nothing: leave it out")
-    counts = [len(data.rows(run.subset, run.holdout, run.omit, run.student_images)) for run in runs]  # all are checked
+    for config in configs:  # which checks all; the last one is needed below
+        count = len(data.rows(config.subset, config.holdout, config.omit, config.student_images))
     if options.all or options.student:  # make a student, to fail before the teacher is trained and not after it
-        model = Run(runs[-1], runtime, data.spec, counts[-1], RunFiles(runs[-1], options)).model
+        model = Run(config, runtime, data.spec, count, RunFiles(config, options)).model
         layers = checkpoint.fingerprint({}, [(name, tuple(t.shape)) for name, t in model.state_dict().items()])
-        runs = [replace(run, student_layers=layers) if run.student else run for run in runs]
-    return data, runs
+        configs = [replace(config, student_layers=layers) if config.student else config for config in configs]
+    return data, configs
 
 
 def main(argv: list | None = None) -> int:

@@ -308,7 +308,7 @@ def compute_logits(
     return logits
 
 
-def held_out_logits(model: torch.nn.Module, images: Images, spec: DataSet, runtime: Runtime) -> torch.Tensor:
+def logits_of(model: torch.nn.Module, images: Images, spec: DataSet, runtime: Runtime) -> torch.Tensor:
     """The logits (N, C) of images as they are, not augmented; see `compute_logits`."""
     normalise = Normaliser(spec, runtime.device)
     return compute_logits(model, lambda rows: normalise(images.pixels[rows]), len(images), len(spec.classes), runtime)
@@ -318,7 +318,7 @@ def evaluate(model: torch.nn.Module, images: Images, spec: DataSet, runtime: Run
     """`loss_and_accuracies` of a model on images as they are, not augmented; the model stays in eval mode."""
     model.eval()
     runtime.share_buffers(model)  # so that what is evaluated is what the first process saves
-    return loss_and_accuracies(held_out_logits(model, images, spec, runtime), images.labels)
+    return loss_and_accuracies(logits_of(model, images, spec, runtime), images.labels)
 
 
 # ---------------------------------------------------------------------------------------------- curves

@@ -14,8 +14,8 @@ from runtime.device import Runtime
 from runtime.errors import UserError
 from training.run import data_mismatch, images_mismatch, load_model, spec_of
 from training.runs import RunConfig, RunName, is_baseline_of, row_labels, run_of
-from training.teacher_logits import TeacherLogits
-from utils import Data, Images, held_out_logits
+from training.teacher_logits import Teacher
+from utils import Data, Images, logits_of
 
 CORRECTED = ("top1", "top1_omitted", "top1_others", "per_class")
 
@@ -32,14 +32,14 @@ def measure_checkpoint(
 ) -> tuple[torch.Tensor, dict]:
     """A checkpoint's logits (N, C) of images and their metrics; with omitted classes also top-1 on these and others."""
     run, spec, targets = run_of(content), spec_of(content), images.labels
-    logits = held_out_logits(model, images, spec, runtime)
+    logits = logits_of(model, images, spec, runtime)
     numbers = measure(logits, targets)
     omitted = data.numbers_of(run.omit).tolist()
     if omitted:
         numbers |= measure_omitted(logits, targets, omitted)
     if omitted and run.images == data.spec.fingerprint:  # the bias correction needs the student's training images
         train = data.train[: len(data.rows(run.subset, run.holdout))]  # all classes; a view, for a copy may not fit
-        offsets = bias_correction(held_out_logits(model, train, spec, runtime), train.labels, omitted)
+        offsets = bias_correction(logits_of(model, train, spec, runtime), train.labels, omitted)
         corrected = measure(logits + offsets, targets) | measure_omitted(logits + offsets, targets, omitted)
         numbers |= {f"corrected_{name}": corrected[name] for name in CORRECTED if name in corrected}
         numbers["bias"] = offsets[omitted].tolist()
@@ -47,7 +47,7 @@ def measure_checkpoint(
 
 
 def measure_all(
-    contents: list[dict], name: RunName, data: Data, runtime: Runtime, teacher: TeacherLogits | None = None,
+    contents: list[dict], name: RunName, data: Data, runtime: Runtime, teacher: Teacher | None = None,
     cost: bool = False, student: str | None = None, precision: str = "auto",
 ) -> list[dict]:  # fmt: skip
     """The checkpoints that fit the data, with what is `measured` on the images of the run `name`; others are named.

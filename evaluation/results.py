@@ -148,7 +148,7 @@ def results_text(results: dict) -> str:
     return "\n\n".join(texts + results["notes"]) + "\n"
 
 
-def publish(contents: list[dict], folder: Path) -> None:
+def write_table(contents: list[dict], folder: Path) -> None:
     """Write the table of measured checkpoints, its figures and its runs' logs into a folder, and print it."""
     results = collect(contents)
     text = results_text(results)

@@ -118,7 +118,7 @@ def pick_device(word: str) -> torch.device:
         kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
-        advice = f"give a number below {count}" if count else "install another torch (docs/commands.md)"
+        advice = f"give a number below {count}" if count else "check its driver and this torch (docs/commands.md)"
         found = f"torch {torch.__version__} finds {count} CUDA devices"
         raise UserError(f"--device {word}: {found}: {advice}, or try --device cpu")
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -109,7 +109,10 @@ NO_CIFAR10 = "no complete CIFAR10 in data, and the download from https://www.cs.
 # A command, a pattern that its error line must match, and what is done to its folder before.
 WRONG_INPUTS = {
     "device for --sync_bn": (f"{TRAIN} --sync_bn True", "--sync_bn True needs CUDA devices: leave it out"),
-    "plots is a file": (TRAIN, "can't use plots as a folder: ", lambda at: (at / "plots").touch()),
+    "plots is a file": (f"{TRAIN} --resume False", "can't use plots as a folder: ", lambda at: (at / "plots").touch(),
+                        lambda at: damaged(at / f"weights/{STEM}.last.pt")),
+    "a damaged teacher": (KD, "teacher_subset40.pt is damaged .*: train it again",
+                          lambda at: damaged(at / "weights/digits_teacher_subset40.pt")),
     "plots of a test": ("test.py", "can't use plots as a folder: ", lambda at: (at / "plots").touch()),
     "no teacher": (f"{KD} --holdout 8 --weights_path w --seed 7",
                    "no teacher w/digits_teacher_subset40_holdout8.pt: train one with `python train.py --tto True "

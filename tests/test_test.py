@@ -107,7 +107,10 @@ def test_report_of_a_student_and_its_fidelity_to_the_teacher(evaluate):
     evaluate("--kd", "--json=report.json")
     assert report()["loss"] != numbers["loss"], "normalised as in its training"
     copy = save("--kd", folder="weights/a05")
-    assert "saved plots/a05/student_kd_t5_confusion.png, " in evaluate(f"--checkpoint={copy}")
+    save("--tto", folder="weights/a05", weights=9)
+    output = evaluate(f"--checkpoint={copy}")
+    assert "saved plots/a05/student_kd_t5_confusion.png, " in output
+    assert "weights/a05/teacher.pt is not the teacher that this student learned from" in output
 
 
 def test_a_student_with_omitted_classes_is_reported_before_and_after_the_correction(evaluate, monkeypatch):
@@ -117,7 +120,7 @@ def test_a_student_with_omitted_classes_is_reported_before_and_after_the_correct
     def logits_that_never_favour_them(model, images, *_):
         return (4.0 * torch.eye(10)[images.labels] - 8.0 * torch.eye(10)[[3, 5]].sum(0)).double()
 
-    monkeypatch.setattr(comparison, "held_out_logits", logits_that_never_favour_them)
+    monkeypatch.setattr(comparison, "logits_of", logits_that_never_favour_them)
     output, numbers = evaluate(*words), report()
     corrected = {f"corrected_{name}" for name in ("top1", "top1_omitted", "top1_others", "per_class")}
     assert set(numbers) == KEYS | corrected | {"top1_omitted", "top1_others", "bias"}
@@ -167,7 +170,7 @@ def test_a_folder_of_logits_is_a_teacher_without_a_cost(evaluate):
     beside_its_model = report()
     model = TinyTeacher()
     model.load_state_dict(checkpoint.load(teacher)["model"])
-    logits = comparison.held_out_logits(model.eval(), DATA.test, DATA.spec, CPU)
+    logits = comparison.logits_of(model.eval(), DATA.test, DATA.spec, CPU)
     for folder, name, given in (("my_logits", "test", logits), ("few", "test", logits[:12]), ("none", "00", logits)):
         write_logits(Path(folder), f"{name}.npz", given, DATA.spec, "mine")
     output, beside_its_logits = evaluate("--kd", "--teacher=my_logits", "--json=report.json"), report()
@@ -198,11 +201,11 @@ def test_each_model_is_evaluated_in_the_precision_of_its_training(evaluate, monk
     monkeypatch.setattr(test_script, "start", lambda *_: contextlib.nullcontext(bf16))
     found = []
 
-    def held_out_logits(model, images, spec, runtime):
+    def logits_of(model, images, spec, runtime):
         found.append((type(model), runtime.precision))
         return torch.eye(10)[images.labels] + 0.0
 
-    monkeypatch.setattr(comparison, "held_out_logits", held_out_logits)
+    monkeypatch.setattr(comparison, "logits_of", logits_of)
     for words in (["--tto"], [], ["--compare"], ["--tto", "--precision=bf16"]):
         assert test_script.main(["--device=cpu", *words]) == 0
     assert found == 2 * [(TinyTeacher, "fp32"), (type(tiny_student()), "bf16")] + [(TinyTeacher, "bf16")]
@@ -367,6 +370,8 @@ def test_compare_shows_the_runs_of_the_folders_and_of_the_images_that_its_option
     save("--tto", weights=5)
     _, labels, output = compare("--name=a05")
     assert labels == [TEACHER, half] and f"{half}: its teacher is not in this table\n" in output
+    save("--tto", folder="weights/a05", weights=6)
+    assert compare("--name=a05")[1] == [TEACHER, half], "its own teacher, not that of all folders"
     assert "no finished checkpoint of cifar10 in weights/a50" in evaluate("--compare", "--name=a50", code=2)
 
 

@@ -95,9 +95,9 @@ class Muon(torch.optim.Optimizer):
     """SGD with orthogonalised steps, whose size does not depend on the gradient's (docs/recipe.md).
 
     A weight is viewed as a matrix, (out, in * 3 * 3) for a convolution, and its step is the nearest orthogonal matrix;
-    a depthwise convolution's step has norm 1 per filter. A weight before a batch norm, which cancels its scale, is
-    first scaled to norm sqrt(out). Where no batch norm follows, the step has the weight's initial norm. Steps of the
-    last layer and of vectors have root mean square 1. The learning rate multiplies all.
+    a depthwise convolution's step has norm 1 per filter. "keeps_norm": a weight before a batch norm, which cancels its
+    scale, is first scaled to norm sqrt(out). "relative": where no batch norm follows, the step has the weight's initial
+    norm. Steps of the last layer and of vectors have root mean square 1. The learning rate multiplies all.
     """
 
     def __init__(self, groups: list[dict], dtype: torch.dtype, lr: float) -> None:
@@ -164,7 +164,7 @@ def make_optimizer(model: nn.Module, config: RunConfig, dtype: torch.dtype) -> t
     trained = [p for p in model.parameters() if p.requires_grad]
     body = [p for p in trained if p is not head.weight and p is not head.bias]
     matrices = [p for p in body if not is_vector(p)]
-    decay = 0.0 if is_muon else config.weight_decay  # not of biases and batch norm (He et al., 2019, section 3.1)
+    decay = 0.0 if is_muon else config.weight_decay  # of matrices; vectors have none (He et al., 2019, section 3.1)
     groups = [
         {"params": [p for p in matrices if p in before_batch_norm], "weight_decay": decay, "keeps_norm": True},
         {"params": [p for p in body if is_vector(p)], "lr_scale": config.norm_lr},

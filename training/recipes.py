@@ -11,7 +11,7 @@ class Recipe:
     num_epochs: int
     lr: float  # peak learning rate
     head_lr: float = 1.0  # learning rate of the last layer, as a fraction of lr
-    norm_lr: float = 1.0  # of batch norm, as a fraction of lr
+    norm_lr: float = 1.0  # of batch norm and biases, as a fraction of lr
     batch_size: int = 256  # over all devices
     weight_decay: float = 0.0
     views: int | None = None  # augmented views per image; None: all

@@ -1,4 +1,4 @@
-"""The state of a training run: its model, optimizer, log and position; how it is saved and resumed."""
+"""A training run under way, saved and resumed; before it, what a checkpoint says of its run, model and data set."""
 
 import math
 import time
@@ -17,7 +17,7 @@ from training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from training.runs import UNKNOWN, RunConfig, RunName, describe_differences, run_of, saw_held_out
 from utils import parse_log, seed_of
 
-METRICS = ("loss", "ce", "kl", "top1", "top5")
+METRICS = ("loss", "ce", "kl", "top1", "top5")  # kl: the soft terms before weighting, whatever the loss
 
 
 class RunFiles:
@@ -27,7 +27,7 @@ class RunFiles:
         if options.all and run.role == "teacher":  # shared by all --name folders
             options = replace(options, name=None)
         self.checkpoint = options.weights_folder / f"{run.stem}.pt"
-        self.resume = options.weights_folder / f"{run.stem}.last.pt"
+        self.unfinished = options.weights_folder / f"{run.stem}.last.pt"
         self.log = options.plots_folder / f"{run.stem}.jsonl"
 
 
@@ -97,9 +97,9 @@ def require_same(content: dict, run: RunConfig) -> dict:
 def find_finished(run: RunConfig, options) -> dict | None:
     """The checkpoint of this run, None if it is unfinished or --resume False is given; UserError if of another run."""
     files = RunFiles(run, options)
-    is_unfinished = files.resume.exists()
+    is_unfinished = files.unfinished.exists()
     if is_unfinished and options.all:
-        require_same(checkpoint.load(files.resume), run)  # now, not when its turn comes
+        require_same(checkpoint.load(files.unfinished), run)  # now, not when its turn comes
     if is_unfinished or not (options.resume and files.checkpoint.exists()):
         return None
     return require_same(checkpoint.load(files.checkpoint), run)
@@ -117,8 +117,8 @@ class Run:
             why = f"a batch of {min(config.batch_size, count)} can't be split over {world} processes"
             how = "train it first, with --tto True and" if config.role == "teacher" else "give"
             raise UserError(f"{config.stem}: {why}: {how} a --batch_size that is a multiple of {world}, or more images")
-        self.steps = count // self.batch_size  # of an epoch; its last, smaller batch is left out
-        self.total_steps = self.steps * config.num_epochs
+        self.epoch_steps = count // self.batch_size  # of an epoch; its last, smaller batch is left out
+        self.total_steps = self.epoch_steps * config.num_epochs
         torch.manual_seed(config.seed)  # of the initial weights
         self.model = build_model_of(config, runtime)
         if config.sync_bn:
@@ -138,13 +138,13 @@ class Run:
     @property
     def lr(self) -> float:
         """The learning rate of the next step, or of the last one if none is left."""
-        step = min(self.epoch * self.steps + self.step, self.total_steps - 1)
+        step = min(self.epoch * self.epoch_steps + self.step, self.total_steps - 1)
         return learning_rate(step, self.total_steps, self.config.lr)
 
     @property
     def place(self) -> str:
         """The epoch and step in words."""
-        step = f"epoch {self.epoch + 1}, step {self.step}/{self.steps}"
+        step = f"epoch {self.epoch + 1}, step {self.step}/{self.epoch_steps}"
         return step if self.epoch < self.config.num_epochs else "the end of the last epoch"
 
     def begin_epoch(self, epoch: int) -> None:
@@ -161,7 +161,7 @@ class Run:
         if self.runtime.device.type != "cpu":
             torch.get_device_module(self.runtime.device).manual_seed(seed)
 
-    def update(self, loss: torch.Tensor) -> None:
+    def backward_and_step(self, loss: torch.Tensor) -> None:
         """One step of the optimizer, down the gradient of a loss."""
         set_learning_rate(self.optimizer, self.lr)
         self.optimizer.zero_grad()
@@ -224,13 +224,13 @@ class Run:
         if self.runtime.is_main:
             position = {"step": self.step, "seconds": self.seconds, "totals": totals}
             states = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
-            checkpoint.save(self.files.resume, self.state(**position, **states))
+            checkpoint.save(self.files.unfinished, self.state(**position, **states))
         self.saved_at = time.monotonic()
         self.save_seconds = self.saved_at - start
 
     def restore(self) -> None:
         """Continue where the resume state was saved; UserError if its run had other options, or it is damaged."""
-        state = require_same(checkpoint.load(self.files.resume), self.config)
+        state = require_same(checkpoint.load(self.files.unfinished), self.config)
         checkpoint.load_weights(self.model, state)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
@@ -244,4 +244,4 @@ class Run:
             if state["machine"][name] != value:
                 changes.append(f"{name} {state['machine'][name]}, not {value}")
         note = f"; it was saved with {'; '.join(changes)}: the result may differ" if changes else ""
-        self.runtime.print(f"resuming {self.files.resume} at {self.place}{note}")
+        self.runtime.print(f"resuming {self.files.unfinished} at {self.place}{note}")

@@ -163,7 +163,7 @@ def name_of(options) -> RunName:
     )  # fmt: skip
 
 
-def plan(options, data: DataSet, precision: str, processes: int) -> list[RunConfig]:
+def plan(options, spec: DataSet, precision: str, processes: int) -> list[RunConfig]:
     """The runs that the options of train.py ask for: one, or with --all the teacher, then the students of each seed."""
     first = name_of(options)
     names = [first]
@@ -179,22 +179,22 @@ def plan(options, data: DataSet, precision: str, processes: int) -> list[RunConf
                 for loss in dict.fromkeys(losses):  # each once, also one that was typed and is matched
                     for temp in options.temp or temps_of(options.dataset, loss):
                         names.append(replace(student, loss=loss, temp=temp))
-    return [resolve(name, options, data, precision, processes) for name in names]
+    return [resolve(name, options, spec, precision, processes) for name in names]
 
 
-def resolve(name: RunName, options, data: DataSet, precision: str, processes: int) -> RunConfig:
+def resolve(name: RunName, options, spec: DataSet, precision: str, processes: int) -> RunConfig:
     """One run of the plan: the recipe's values where nothing was typed."""
-    recipe = asdict(recipe_of(name.dataset, name.role, options.optimizer, data.train_images, name.student_images))
+    recipe = asdict(recipe_of(name.dataset, name.role, options.optimizer, spec.train_images, name.student_images))
     if not (options.all and name.role == "teacher"):  # with --all these options are the students'
         recipe |= {f: getattr(options, f) for f in RECIPE_FIELDS if getattr(options, f) is not None}
-    recipe["views"] = recipe["views"] or data.views
+    recipe["views"] = recipe["views"] or spec.views
     kd_weights, ce_weight = (), 1.0
     if name.kd:
         kd_weights = options.kd_weight or LOSS_DEFAULTS[name.loss].kd_weights
         ce_weight = LOSS_DEFAULTS[name.loss].ce_weight if options.ce_weight is None else options.ce_weight
     return RunConfig(
         **asdict(name), **recipe, kd_weights=kd_weights, ce_weight=ce_weight,
-        num_classes=len(data.classes), images=data.fingerprint, flip=data.flip, precision=precision,
+        num_classes=len(spec.classes), images=spec.fingerprint, flip=spec.flip, precision=precision,
         processes=processes, sync_bn=options.sync_bn and processes > 1,
         optimizer=options.optimizer, compile=options.compile, deterministic=options.deterministic,
     )  # fmt: skip

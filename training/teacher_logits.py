@@ -16,10 +16,10 @@ from runtime.errors import UserError
 from runtime.files import load_arrays, save_arrays, write_json
 from training.run import data_mismatch, describe_data, images_mismatch, load_model, require_finished
 from training.runs import UNKNOWN, RunConfig, RunName
-from utils import Images, Views, compute_logits, fingerprint_views, held_out_logits
+from utils import Images, Views, compute_logits, fingerprint_views, logits_of
 
 
-class TeacherLogits:
+class Teacher:
     """A teacher: a checkpoint, or a folder with the logits of any model."""
 
     def __init__(self, path: Path, spec: DataSet, runtime: Runtime, weights_path: Path, content: dict | None) -> None:
@@ -66,7 +66,7 @@ class TeacherLogits:
         """Logits (N, C) float64 on the CPU of test or held-out images; UserError if a folder of logits lacks them."""
         if holdout and self.model is None:
             raise UserError(f"{self.folder} has no logits of held-out images: give a checkpoint as --teacher")
-        compute = partial(held_out_logits, self.model, images, self.spec, self.runtime)
+        compute = partial(logits_of, self.model, images, self.spec, self.runtime)
         if holdout:  # not cached, for they depend on --subset, too, but rounded as if they were
             return compute().half().double()
         return self.cached("test.npz", len(images), compute).double()
@@ -137,11 +137,11 @@ def teacher_path(student: RunName, options) -> Path:
     return path
 
 
-def load_teacher(student: RunConfig, options, spec: DataSet, runtime: Runtime) -> TeacherLogits:
+def load_teacher(student: RunConfig, options, spec: DataSet, runtime: Runtime) -> Teacher:
     """A student's teacher, read from a checkpoint, a state dict or a folder of logits; UserError if it does not fit."""
     path, content = teacher_path(student, options), None
     if not path.is_dir():
-        content = checkpoint.load(path, or_state_dict=True)
+        content = checkpoint.load(path, or_state_dict=bool(options.teacher))
         if "run" not in content:
             content = complete_state_dict(content, student, spec)
         why = "is a student"
@@ -149,7 +149,7 @@ def load_teacher(student: RunConfig, options, spec: DataSet, runtime: Runtime) -
             why = data_mismatch(content, spec) or images_mismatch(content, student, spec)
         if why:
             raise UserError(f"the teacher {path} {why}: give another --teacher, or --weights_path and --plots_path")
-    return TeacherLogits(path, spec, runtime, options.weights_path, content)
+    return Teacher(path, spec, runtime, options.weights_path, content)
 
 
 def complete_state_dict(content: dict, student: RunConfig, spec: DataSet) -> dict:

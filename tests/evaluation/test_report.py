@@ -7,7 +7,7 @@ from made_up import KD, STUDENT, TEACHER, cells, content_of, run_of, tiny_studen
 from PIL import Image
 
 from evaluation import report
-from evaluation.results import collect, publish, results_text
+from evaluation.results import collect, results_text, write_table
 
 
 def content(command: str = "", top1: float = 70.0, path: str = "x.pt", device: str = "a CPU", **changes) -> dict:
@@ -20,13 +20,13 @@ def content(command: str = "", top1: float = 70.0, path: str = "x.pt", device: s
 MODEL = tiny_student()
 
 
-def test_publish_writes_the_table_its_numbers_the_figure_and_all_logs(tmp_path, capsys):
+def test_write_table_writes_the_table_its_numbers_the_figure_and_all_logs(tmp_path, capsys):
     contents = [content("--tto", 84.451)]
     for seed, without, with_kd in ((42, 70.0, 71.0), (43, 71.0, 74.0), (44, 70.0, 72.0)):
         contents += [content(f"--seed={seed}", without), content(f"--kd --seed={seed}", with_kd)]
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "omitted.png").write_text("of an earlier table")
-    publish(contents, tmp_path / "results")
+    write_table(contents, tmp_path / "results")
     files = {path.name for path in (tmp_path / "results").iterdir()}
     assert files == {"results.md", "results.json", "comparison.png", "runs.jsonl"}
     table = (tmp_path / "results" / "results.md").read_text()
@@ -54,7 +54,7 @@ def test_the_figure_shows_the_rows_of_the_table_and_a_copy_of_a_run_is_one(tmp_p
         content("--tto"), content(top1=60.0, path="a.pt"), content(top1=50.0, path="copy.pt"),
         content(top1=40.0, path="b.pt"), content("--seed=43", 70.0), content("--kd"), content("--kd --views=8"),
     ]  # fmt: skip
-    publish(contents, tmp_path)
+    write_table(contents, tmp_path)
     rows = {row["model"]: f"{row['top1']:.2f}" for row in json.loads((tmp_path / "results.json").read_text())["rows"]}
     labels = [label.removesuffix(" (mean of 2)").split(": ") for label in drawn[0].get_legend_handles_labels()[1]]
     assert dict(labels) == rows and len(labels) == 6

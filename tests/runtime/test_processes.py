@@ -52,7 +52,7 @@ def fail_in_one(error: Exception) -> None:
     """In a fork: the first step of the second process raises an error."""
     prepare(tiny_student)
     if os.environ["RANK"] == "1":
-        Run.update = Mock(side_effect=error)
+        Run.backward_and_step = Mock(side_effect=error)
 
 
 @pytest.fixture

@@ -172,7 +172,7 @@ def test_saving_takes_a_hundredth_of_the_time_and_happens_once_a_second_at_most(
 
 def test_a_run_that_fails_at_once_may_be_started_with_other_options(learn, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "update", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
+        patch.setattr(Run, "backward_and_step", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
         assert "give train.py a smaller --batch_size" in learn(code=2)
     learn("--batch_size=4")
 

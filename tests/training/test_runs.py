@@ -258,7 +258,7 @@ def test_progress_is_a_line_every_30_seconds(monkeypatch, capsys):
 def test_several_processes_talk_after_every_4th_step_and_the_last_one_of_an_epoch(make_run, monkeypatch):
     run, talks = make_run(2), []
     monkeypatch.setattr(Runtime, "agree", lambda *numbers: talks.append(run.step) or (0, False))
-    run.steps = 10
+    run.epoch_steps = 10
     for run.step in range(1, 11):
         train.save_or_stop(run)
     assert talks == [4, 8, 10]
@@ -268,7 +268,7 @@ def test_float16_skips_a_step_whose_gradients_overflow_and_its_scale_is_resumed(
     def train_step(run: Run, factor: float) -> list[torch.Tensor]:
         with run.runtime.autocast():
             logits = run.forward(torch.linspace(-1, 1, 8 * 3 * 32 * 32).view(8, 3, 32, 32))
-        run.update(logits.float().square().mean() * factor)
+        run.backward_and_step(logits.float().square().mean() * factor)
         rates = [group["lr"] for group in run.optimizer.param_groups]
         assert rates == pytest.approx([run.lr * group["lr_scale"] for group in run.optimizer.param_groups])
         run.step += 1

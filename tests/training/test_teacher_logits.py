@@ -20,7 +20,7 @@ from data_sets import DATA_SETS
 from runtime import checkpoint
 from runtime.device import Runtime
 from runtime.files import save_arrays
-from training.teacher_logits import TeacherLogits
+from training.teacher_logits import Teacher
 from utils import Normaliser, Views
 
 COUNT = 24
@@ -34,9 +34,9 @@ VIEWS = Views(IMAGES, SPEC, CPU.device)
 def make(tiny_models, tmp_path):
     """A function that makes a teacher's logits in the test's folder; its weights are drawn from a seed."""
 
-    def make(weights: int = 0, spec=SPEC, runtime=CPU) -> TeacherLogits:
+    def make(weights: int = 0, spec=SPEC, runtime=CPU) -> Teacher:
         content = content_of(run_of("--tto"), weights=weights)
-        return TeacherLogits(tmp_path / "teacher.pt", spec, runtime, tmp_path, content)
+        return Teacher(tmp_path / "teacher.pt", spec, runtime, tmp_path, content)
 
     return make
 
