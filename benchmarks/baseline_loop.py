@@ -1,7 +1,7 @@
 """What the benchmarks compare with: the training loop of the usual PyTorch tutorials.
 
-PIL transforms in a DataLoader, float32, SGD; momentum, weight decay and batch size as in kuangliu/pytorch-cifar and
-weiaicunzai/pytorch-cifar100.
+PIL transforms in a DataLoader, float32, SGD; momentum, weight decay and, for time to accuracy, batch size as in
+kuangliu/pytorch-cifar and weiaicunzai/pytorch-cifar100.
 """
 
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ class PilImages(Dataset):
 
 
 def baseline_batches(images: Images, spec: DataSet, batch_size: int, device: torch.device) -> Iterator[tuple]:
-    """Endless batches from a DataLoader of 2 workers that crop, flip and normalise image by image."""
+    """Endless batches from a DataLoader with 2 workers that crop, flip and normalise image by image."""
     steps = [transforms.RandomCrop(SIDE, padding=padding(SIDE))]
     steps += [transforms.RandomHorizontalFlip()] if spec.flip else []
     steps += [transforms.ToTensor(), transforms.Normalize(spec.mean, spec.std)]

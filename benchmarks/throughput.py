@@ -14,7 +14,6 @@ import itertools
 import os
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -38,7 +37,7 @@ from runtime.files import write_json
 from runtime.processes import start
 from train import train_epoch
 from training.losses import LOSSES
-from training.run import Run, RunFiles
+from training.run import Run
 from training.runs import RunConfig, plan
 from utils import EVALUATION_BATCH, Images, Views, compute_logits, epoch_order
 
@@ -71,7 +70,7 @@ class Bench:
         run_config, device = self.config(role, loss), self.runtime.device
         rows = torch.arange(self.steps[role] * self.batch_size) % IMAGES
         views = Views(self.images[: len(rows)], self.spec, device)
-        run = Run(run_config, self.runtime, self.spec, len(rows), RunFiles(run_config, self.options))
+        run = Run(run_config, self.runtime, self.spec, len(rows), files=None)
         run.saved_at = float("inf")  # no saves
         logits = torch.randn(len(rows), 10).half().to(device)
 
@@ -106,13 +105,17 @@ class Bench:
         model, optimizer = baseline_model(role, 10, device, lr=1e-4)
         teacher = build_model("teacher").to(device).eval() if kd else None
         train = partial(baseline_steps, model, optimizer, self.batches, device, steps, teacher)
-        return partial(self.rate, steps * self.batch_size, train)
+        return partial(self.baseline_rate, steps, train)
 
     def baseline_loader(self) -> float:
-        """A job: batches of the DataLoader; what its workers have prepared is taken first, untimed."""
-        list(itertools.islice(self.batches, 8))
+        """A job: batches of the DataLoader, images per second."""
         count = 5 * self.repeats
-        return self.rate(count * self.batch_size, lambda: list(itertools.islice(self.batches, count)))
+        return self.baseline_rate(count, lambda: list(itertools.islice(self.batches, count)))
+
+    def baseline_rate(self, steps: int, work: Callable[[], object]) -> float:
+        """Images per second of the baseline's work; what its workers have prepared is taken first, untimed."""
+        list(itertools.islice(self.batches, 8))
+        return self.rate(steps * self.batch_size, work)
 
     def rate(self, images: int, work: Callable[[], object]) -> float:
         """Images per second of some work."""
@@ -137,12 +140,12 @@ def measure(bench: Bench) -> list[dict]:
     """All rows."""
     rate = bench.medians({"loader": bench.loader(), "DataLoader": bench.baseline_loader})
     jobs = {"teacher": bench.ours("teacher"), "baseline teacher": bench.baseline("teacher")}
-    rate |= bench.medians(jobs | {"logits": bench.teacher_logits()})
+    rate |= bench.medians(jobs)
     jobs = {"student": bench.ours("student"), "baseline student": bench.baseline("student")}
-    jobs["baseline KD"] = bench.baseline("student", kd=True)
+    jobs |= {"baseline KD": bench.baseline("student", kd=True), "logits": bench.teacher_logits()}
     rate |= bench.medians(jobs | {f"KD by {loss}": bench.ours("student", loss) for loss in ("kd", *LOSSES)})
     rate["KD, computing"] = 1 / (1 / rate["logits"] + 1 / rate["KD by kd"])
-    rows = [{"name": name, "ours": rate[ours], "theirs": rate[theirs], "unit": "img/s"} for name, ours, theirs in ROWS]
+    rows = [{"name": name, "ours": rate[ours], "theirs": rate[theirs]} for name, ours, theirs in ROWS]
     return [row | {"ratio": row["ours"] / row["theirs"]} for row in rows]
 
 
@@ -160,11 +163,8 @@ ROWS = (
 
 def rows_table(rows: list[dict]) -> str:
     """The Markdown table of all rows."""
-    cells = []
-    for row in rows:
-        rates = [f"{row[side]:,.{0 if row[side] >= 1000 else 2}f}" for side in ("ours", "theirs")]
-        cells.append([row["name"], *rates, row["unit"], f"{row['ratio']:.3g}"])
-    return table(["ours / theirs", "ours", "theirs", "unit", "ratio"], cells)
+    cells = [[row["name"], f"{row['ours']:,.0f}", f"{row['theirs']:,.0f}", f"{row['ratio']:.2f}"] for row in rows]
+    return table(["ours / theirs", "ours, img/s", "theirs, img/s", "ratio"], cells)
 
 
 def report(options: config.TrainOptions, arguments) -> None:
@@ -172,10 +172,12 @@ def report(options: config.TrainOptions, arguments) -> None:
     with start(options.device, options.precision, options.deterministic) as runtime:
         rows = measure(Bench(options, runtime, arguments.quick))
         hardware = {"processor": processor(), "cores": os.cpu_count(), "device": device_title(runtime)}
-    print(f"{hardware['processor']}, {hardware['cores']} cores; {hardware['device']}; torch {torch.__version__}\n")
+    print(f"{hardware['processor']}, {hardware['cores']} cores; {hardware['device']}; torch {torch.__version__}")
+    print(f"ours in {runtime.precision}, the baseline loop in float32\n")
     print(rows_table(rows))
     if arguments.json:
-        write_json(arguments.json, {"rows": rows, "hardware": hardware, "torch": str(torch.__version__)})
+        about = {"hardware": hardware, "torch": str(torch.__version__), "precision": runtime.precision}
+        write_json(arguments.json, {"rows": rows} | about)
 
 
 def main() -> int:
@@ -184,12 +186,10 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a few minutes: few steps and repeats")
     parser.add_argument("--json", type=file_name, help="file for the rows, the hardware and the version of torch")
     arguments, further = parser.parse_known_args()
-    with tempfile.TemporaryDirectory() as folder:
-        words = [*further, f"--weights_path={folder}", f"--plots_path={folder}"]
-        options = config.parse_train(["--tto", "True", *words])  # refuses what only students can have
-        if options.dataset != "cifar10":
-            parser.error("the images are CIFAR-10's: leave --dataset out")
-        return exit_code(lambda: report(options, arguments))
+    options = config.parse_train(["--tto", "True", *further])  # refuses what only students can have
+    if options.dataset != "cifar10":
+        parser.error("the images are CIFAR-10's: leave --dataset out")
+    return exit_code(lambda: report(options, arguments))
 
 
 if __name__ == "__main__":

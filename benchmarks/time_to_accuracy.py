@@ -14,7 +14,6 @@ import itertools
 import json
 import math
 import sys
-import tempfile
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -34,14 +33,14 @@ from runtime.errors import UserError, exit_code
 from runtime.files import write_json
 from runtime.processes import start
 from train import train_epoch
-from training.run import Run, RunFiles
+from training.run import Run
 from training.runs import plan
 from utils import Views, epoch_view, evaluate, figure_style, load_images, new_panels, save_figure
 
-# Peak learning rates of which the best counts, and the share of the steps in which they rise: sixteen layers without
-# shortcuts learn nothing in few steps at a higher rate, or without a rise.
+# Peak learning rates, of which the best result counts, and the fraction of the steps for warm-up: VGG19, which has no
+# shortcuts, learns nothing in few steps at a higher rate or without warm-up.
 BASELINE_LR, BASELINE_WARM_UP = {"teacher": (0.01, 0.02), "student": (0.1, 0.2)}, {"teacher": 0.1, "student": 0.0}
-SETTLED = ("--tto", "--kd", "--all", "--nu", "--sub", "--hold", "--weights", "--plot", "--size", "--omit", "--student")
+SETTLED = ("--tto", "--kd", "--all", "--nu", "--sub", "--hold", "--size", "--omit", "--student", "--det")
 SIDES = {"ours": "ours", "baseline": "baseline loop"}
 
 
@@ -58,7 +57,7 @@ class Bench:
 
     def __init__(self, options: config.TrainOptions, count: int | None, runtime: Runtime) -> None:
         """Train on the first `count` images (None: all that are not held out)."""
-        self.runtime, self.options = runtime, options
+        self.runtime = runtime
         self.data = load_images(options.dataset, options.data_path, runtime, options.flip, options.skip_broken)
         whole = len(self.data.train)
         (self.run,) = plan(replace(options, holdout=whole // 10), self.data.spec, runtime.precision, 1)
@@ -87,7 +86,7 @@ class Bench:
     def train_ours(self, settings: dict) -> tuple[torch.nn.Module, float, Runtime]:
         """The model that train.py's loop trains, its seconds, and the runtime to evaluate it in."""
         config, seconds = replace(self.run, num_epochs=settings["num_epochs"]), 0.0
-        run = Run(config, self.runtime, self.data.spec, len(self.rows), RunFiles(config, self.options))
+        run = Run(config, self.runtime, self.data.spec, len(self.rows), files=None)
         run.saved_at = math.inf  # no resume state is saved
         views = Views(self.data.train, self.data.spec, self.runtime.device)
         while run.epoch < config.num_epochs:
@@ -199,8 +198,8 @@ def plot(best: dict[str, list[tuple]], title: str, path: Path) -> Path:
     return save_figure(axes, path)
 
 
-def parse(argv: list[str] | None, folder: str) -> tuple:
-    """This script's options and train.py's, whose files go to `folder`; exits with code 2 if one is wrong."""
+def parse(argv: list[str] | None) -> tuple:
+    """This script's options and train.py's; exits with code 2 if one is wrong."""
     parser = Parser("time_to_accuracy.py", allow_abbrev=False, description=__doc__.partition("\n")[0])
     parser.add_argument("--role", choices=tuple(BASELINE_LR), default="teacher", help="(default: teacher)")
     parser.add_argument("--lengths", type=config.FROM_1, nargs="+", help="epochs of the runs (default: 1 2 4 8)")
@@ -211,7 +210,7 @@ def parse(argv: list[str] | None, folder: str) -> tuple:
     arguments, further = parser.parse_known_args(argv)
     if fixed := [word for word in further if word.startswith(SETTLED)]:
         parser.error(f"{fixed[0]} is set by this benchmark: leave it out")
-    words = [*further, f"--tto={arguments.role == 'teacher'}", f"--weights_path={folder}", f"--plots_path={folder}"]
+    words = [*further, f"--tto={arguments.role == 'teacher'}"]
     arguments.lengths = sorted(set(arguments.lengths or (1, 2, 4, 8)))
     arguments.baseline_lr = arguments.baseline_lr or BASELINE_LR[arguments.role]
     return arguments, config.parse_train(words)
@@ -219,7 +218,7 @@ def parse(argv: list[str] | None, folder: str) -> tuple:
 
 def compare(arguments, options: config.TrainOptions) -> None:
     """Do the runs, print both tables and draw the figure."""
-    with start(options.device, options.precision, options.deterministic) as runtime:
+    with start(options.device, options.precision) as runtime:
         bench = Bench(options, arguments.images, runtime)
         sides = [("ours", None), *(("baseline", lr) for lr in arguments.baseline_lr)]
         # The sides take turns: other load on the machine affects both.
@@ -239,9 +238,8 @@ def compare(arguments, options: config.TrainOptions) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark with `argv` (None: the command line); the exit code."""
-    with tempfile.TemporaryDirectory() as folder:
-        arguments, options = parse(argv, folder)
-        return exit_code(lambda: compare(arguments, options))
+    arguments, options = parse(argv)
+    return exit_code(lambda: compare(arguments, options))
 
 
 if __name__ == "__main__":

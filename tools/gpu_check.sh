@@ -5,6 +5,7 @@
 #     DATA=/tmp/data bash tools/gpu_check.sh resume    some parts: resume, digits, cifar10, speed, cifar100
 #     EXTRA="--subset 500 --num_epochs 1" ...          a trial of the script itself, on a CPU
 #
+# It needs the packages of requirements.txt; with PEAK=989 (TFLOP/s), kernels.log has the share of that peak.
 # Logs and tables are written to $OUT: eight files, and two of digits, which needs no download and runs if named.
 # CIFAR must be unpacked in $DATA where there is no network.
 set -uo pipefail
@@ -16,7 +17,7 @@ mkdir -p "$OUT" "$RUNS"
 
 within() { # SECONDS COMMAND...: SIGTERM, which train.py can resume from, after SECONDS or at LIMIT
   local left=$((LIMIT - SECONDS < $1 ? LIMIT - SECONDS : $1))
-  timeout -s TERM -k 10 "$((left > 0 ? left : 1))" "${@:2}"
+  timeout --foreground -k 10 "$((left > 0 ? left : 1))" "${@:2}" # foreground: Ctrl-C reaches it, SIGTERM comes once
 }
 
 train() { within "$1" $PYTHON train.py --data_path "$DATA" "${@:2}" $EXTRA; }
@@ -42,7 +43,7 @@ resume() { # a student with KD, killed by SIGKILL under way and resumed, is bit-
       options="--kd True $options --num_epochs 40"
       [ $name = killed ] && kill_when_saved "$RUNS/killed" $PYTHON train.py --data_path "$DATA" $options $EXTRA
       train 90 $options
-    ) > "$RUNS/resume_$name.log" 2>&1 &
+    ) >> "$RUNS/resume_$name.log" 2>&1 &
   done
   wait
   tail -n +1 "$RUNS"/resume_*.log > "$OUT/resume.log"
@@ -61,9 +62,9 @@ END
 table() { # DATASET SECONDS: the teacher, then the students of three seeds at the same time, then the table
   local options="--dataset $1 --weights_path $RUNS/$1 --plots_path $RUNS/$1/plots" end=$((SECONDS + $2)) seed
   mkdir -p "$RUNS/$1"
-  train "$2" --tto True $options 2>&1 | tee "$OUT/$1.log"
+  train "$2" --tto True $options 2>&1 | tee -a "$OUT/$1.log"
   for seed in 42 43 44; do
-    train $((end - SECONDS)) --all True --seed $seed $options > "$RUNS/$1/seed$seed.log" 2>&1 &
+    train $((end - SECONDS)) --all True --seed $seed $options >> "$RUNS/$1/seed$seed.log" 2>&1 &
   done
   wait
   train 90 --all True --seeds 3 $options 2>&1 | tee -a "$OUT/$1.log"
@@ -99,7 +100,8 @@ for part in ${@:-resume cifar10 speed cifar100}; do
   case $part in
     cifar10) table cifar10 260 ;;
     cifar100) table cifar100 260 ;;
-    *) $part ;;
+    resume | digits | speed) $part ;;
+    *) echo "no part $part" ;;
   esac
 done
 echo "=== $SECONDS s: end"

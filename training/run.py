@@ -108,7 +108,7 @@ def find_finished(run: RunConfig, options) -> dict | None:
 class Run:
     """Model, optimizer, log and position of one training on `count` images."""
 
-    def __init__(self, config: RunConfig, runtime: Runtime, spec: DataSet, count: int, files: RunFiles) -> None:
+    def __init__(self, config: RunConfig, runtime: Runtime, spec: DataSet, count: int, files: RunFiles | None) -> None:
         """UserError if the processes can't share a batch."""
         self.config, self.runtime, self.spec, self.files = config, runtime, spec, files
         world = runtime.world_size
