@@ -45,7 +45,7 @@ CURVES = {
 }
 SECTIONS = TABLES | CURVES
 SECTIONS["cifar100_holdout"] = section("results.md", "### How to choose T")
-SECTIONS["cifar10_holdout"] = re.search(r"On CIFAR-10 \(`(.*)`", SECTIONS["cifar100_holdout"])[1]
+SECTIONS["cifar10_holdout"] = re.search(r"\(`(python train.*)`", SECTIONS["cifar100_holdout"])[1]
 SECTIONS["cifar100_e60"] = section("results.md", "### 60 epochs")
 
 
