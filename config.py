@@ -36,7 +36,7 @@ class Options:
     size: int = option(DATA, "side of an image in pixels (folder, digits): 32, 64, ..., 224", int, SIDE, SIZES)
     subset: int | None = option(DATA, "a quick trial: the first N training images and N/5 test images", FROM_1)
     holdout: int = option(DATA, "hold out the last N training images and evaluate on them", FROM_0, 0)
-    omit: tuple[str, ...] | None = option(DATA, "train the student without these classes (names or numbers)")
+    omit: tuple[str, ...] | None = option(DATA, "train the student without these classes")
     student_images: tuple[int, ...] | None = option(DATA, "train the student on N images; --all: several", FROM_1)
     temp: tuple[float, ...] | None = option(KD, "temperature (default of kd: 5, CIFAR-100: 2); --all: several", TEMP)
     loss: tuple[str, ...] | None = option(KD, "kd (default), ls, dkd, ttm, wttm; --all: several", choices=LOSS_DEFAULTS)
@@ -106,11 +106,11 @@ class TestOptions(Options):
     """Evaluate what train.py trained."""
 
     checkpoint: Path | None = option(WHAT, "any checkpoint; its settings are read from the file", file_name)
-    compare: bool = option(WHAT, "one table of all checkpoints on these images in --weights_path", boolean, False)
+    compare: bool = option(WHAT, "one table of all checkpoints in --weights_path for these images", boolean, False)
     image: tuple[Path, ...] | None = option(WHAT, "classify these pictures instead of the test images", file_name)
     soften: tuple[float, ...] | None = option(WHAT, "plot pictures' class probabilities at these temperatures", TEMP)
     json: Path | None = option(FILES, "also write the numbers of the report to this .json file", JSON)
-    export: Path | None = option(FILES, "only export the model, as a torch.export program, .pt2", PT2)
+    export: Path | None = option(FILES, "only export the model to this .pt2 file (torch.export)", PT2)
 
     @property
     def weights_folder(self) -> Path:

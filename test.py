@@ -40,8 +40,8 @@ from runtime.device import Runtime, device_title
 from runtime.errors import UserError, exit_code, leave
 from runtime.files import make_folder, write_json
 from runtime.processes import start
-from training.run import data_mismatch, images_mismatch, load_model, require_finished, spec_of
-from training.runs import RunConfig, RunName, name_of, row_order, run_of
+from training.run import data_mismatch, load_model, require_finished, spec_of, training_images_mismatch
+from training.runs import RunConfig, RunName, config_of, name_of, row_order
 from training.teacher_logits import Teacher, load_teacher
 from utils import Images, load_images, logits_of
 
@@ -64,7 +64,7 @@ def find_checkpoint(options: TestOptions, runtime: Runtime) -> dict:
             train = name.command("train.py", **options.changed())
             raise UserError(f"no checkpoint {own}: train it with `{train}`, or name its folder with --weights_path")
     content = require_finished(checkpoint.load(path))
-    run = run_of(content)
+    run = config_of(content)
     if options.checkpoint and options.student and not run.student:
         raise UserError(f"{path} is not a student of your own: leave --student out")
     if options.checkpoint and options.teacher and run.role == "teacher":
@@ -92,14 +92,14 @@ def find_teacher(run: RunConfig, options, spec: DataSet, runtime: Runtime, tell:
 def evaluate(options: TestOptions, runtime: Runtime) -> None:
     """Print the report of one checkpoint and write its figures."""
     content = find_checkpoint(options, runtime)
-    run, path = run_of(content), content["path"]
+    run, path = config_of(content), content["path"]
     runtime = as_trained(runtime, run, options.precision)
     model = load_model(content, runtime, options.student)
     data = load_images(run.dataset, options.data_path, runtime, run.flip, options.skip_broken, size=run.size)
     if why := data_mismatch(content, data.spec):
         raise UserError(f"{path} {why}")
     notes = list(data.notes)
-    if why := images_mismatch(content, run, data.spec):
+    if why := training_images_mismatch(content, run, data.spec):
         notes.append(f"{path} {why}")
     images = data.held_out(run.subset, run.holdout)
     logits, numbers = measure_checkpoint(model, content, images, data, runtime)
@@ -159,7 +159,9 @@ def compare(options: TestOptions, runtime: Runtime) -> None:
     data = load_images(options.dataset, options.data_path, runtime, skip_broken=options.skip_broken, size=options.size)
     runtime.print(*data.notes)
     contents = find_checkpoints(options, name, runtime)
-    shown = measure_all(contents, name, data, runtime, cost=True, student=options.student, precision=options.precision)
+    shown = measure_all(
+        contents, name, data, runtime, cost=True, allowed_student=options.student, precision=options.precision
+    )
     if not shown:
         command = name.command("train.py", all=True, **options.changed())
         where = f"{options.dataset} in {options.weights_folder}"
@@ -179,17 +181,17 @@ def find_checkpoints(options: TestOptions, name: RunName, runtime: Runtime) -> l
             continue
         try:
             content = require_finished(checkpoint.load(path))
-            if run_of(content).teacher_name == name.teacher_name:  # then the images are the same
+            if config_of(content).teacher_name == name.teacher_name:  # then the images are the same
                 contents.append(content)
         except UserError as error:
             runtime.print(f"left out: {error}")
-    return sorted(contents, key=lambda content: row_order(run_of(content)))
+    return sorted(contents, key=lambda content: row_order(config_of(content)))
 
 
 def classify(options: TestOptions, runtime: Runtime) -> None:
     """Print and draw the classes of pictures by the model and its teacher, with --soften by the model at each T."""
     contents = [find_checkpoint(options, runtime)]
-    run, spec = run_of(contents[0]), spec_of(contents[0])
+    run, spec = config_of(contents[0]), spec_of(contents[0])
     images, rows, names = read_pictures(options, contents[0], runtime)
     if options.teacher and options.teacher.is_dir():
         raise UserError(f"{options.teacher} holds logits, not a model: give a checkpoint")
@@ -197,7 +199,7 @@ def classify(options: TestOptions, runtime: Runtime) -> None:
         contents.append(teacher.content)
     probabilities = {}  # (B, C) of the pictures, by the title of each model, or of the model at each temperature
     for content in contents:
-        its_run = run_of(content)
+        its_run = config_of(content)
         its_runtime = as_trained(runtime, its_run, options.precision)
         model = load_model(content, its_runtime, options.student)
         logits = logits_of(model, images, spec_of(content), its_runtime)
@@ -218,7 +220,7 @@ def classify(options: TestOptions, runtime: Runtime) -> None:
 
 def read_pictures(options: TestOptions, content: dict, runtime: Runtime) -> tuple[Images, list[int], list[str]]:
     """The images of --image, or the test images; the rows to show, all or one of each of four classes; their names."""
-    run = run_of(content)
+    run = config_of(content)
     if options.image:
         pixels = torch.stack([torch.tensor(read_picture(path, run.size)) for path in options.image])
         labels = torch.zeros(len(pixels), dtype=torch.int64)  # not known, not used
@@ -234,7 +236,7 @@ def read_pictures(options: TestOptions, content: dict, runtime: Runtime) -> tupl
 
 
 def main(argv: list | None = None) -> int:
-    """Run test.py with `argv` (None: the command line); the exit code."""
+    """Run test.py with `argv` (None: the command line); return the exit code."""
     options = parse_test(argv)
     return exit_code(lambda: run_task(options))
 

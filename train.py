@@ -49,13 +49,14 @@ from utils import Data, Images, Views, epoch_order, epoch_view, evaluate, load_i
 
 
 def train_epoch(run: Run, views: Views, rows: torch.Tensor, k: int, teacher_logits: torch.Tensor | None) -> None:
-    """Finish the current epoch on image rows (N,) in their k-th views; teacher_logits[i] are of image i."""
+    """Train the rest of the current epoch on the k-th views of images `rows` (N,); teacher_logits[i] are image i's."""
     config, runtime = run.config, run.runtime
     order = epoch_order(rows, config.seed, run.epoch).to(views.storage)
     run.model.train()
     run.clock = time.monotonic()  # what came before (the teacher's logits) is not timed
-    with Progress(f"epoch {run.epoch + 1}/{config.num_epochs}", run.epoch_steps, runtime.is_main, run.step) as progress:
-        while run.step < run.epoch_steps:
+    title = f"epoch {run.epoch + 1}/{config.num_epochs}"
+    with Progress(title, run.steps_per_epoch, runtime.is_main, run.step) as progress:
+        while run.step < run.steps_per_epoch:
             first = run.step * run.batch_size
             batch_rows = order[first : first + run.batch_size][runtime.rank :: runtime.world_size]  # of this process
             images = views.images(batch_rows, k).contiguous(memory_format=runtime.memory_format)
@@ -74,7 +75,7 @@ def train_epoch(run: Run, views: Views, rows: torch.Tensor, k: int, teacher_logi
 
 def save_or_stop(run: Run) -> None:
     """Save the resume state if that is due; Stopped, on which train_run saves, if a signal came to any process."""
-    if run.runtime.world_size > 1 and run.step % 4 and run.step < run.epoch_steps:
+    if run.runtime.world_size > 1 and run.step % 4 and run.step < run.steps_per_epoch:
         return  # several processes, which wait for one another here, agree after every 4th step
     signal_number, save = run.runtime.agree(run.runtime.stop.number, run.save_is_due())
     if signal_number or save:
@@ -91,15 +92,15 @@ def progress_text(run: Run) -> str:
     seen = run.step * run.batch_size / run.runtime.world_size  # by this process
     loss, _, _, top1, _ = (run.totals / seen).tolist()  # of METRICS
     speed = run.step * run.batch_size / run.seconds
-    steps_left = run.total_steps - run.epoch * run.epoch_steps - run.step
+    steps_left = run.total_steps - run.epoch * run.steps_per_epoch - run.step
     left = timedelta(seconds=int(steps_left * run.batch_size / speed))
     return f"loss {loss:.3f} top1 {100 * top1:.2f}% {speed:,.0f} img/s lr {run.lr:.4f} left {left}"
 
 
-def end_epoch(run: Run, held_out: Images, teacher_softness: dict | None, epochs_after: int) -> None:
-    """Evaluate, log and print the epoch, begin the next; `epochs_after` are those of later runs."""
+def end_epoch(run: Run, held_out: Images, teacher_softness: dict | None, later_epochs: int) -> None:
+    """Evaluate, log and print the epoch, begin the next; `later_epochs` are the epochs of all later runs."""
     config, runtime = run.config, run.runtime
-    seen = run.epoch_steps * run.batch_size  # images, by all processes
+    seen = run.steps_per_epoch * run.batch_size  # images, by all processes
     means = (runtime.total(run.totals) / seen).tolist()
     run.count_time()  # after total(), which waits for the device
     train = percent(dict(zip(METRICS, means, strict=True)))
@@ -115,8 +116,8 @@ def end_epoch(run: Run, held_out: Images, teacher_softness: dict | None, epochs_
     run.write_log(f"{run.log}{json.dumps(line)}\n")
     top5 = f" top5 {test['top5']:.2f}%" if "top5" in test else ""
     ce = f" ce {train['ce']:.4f}" if config.kd else ""  # without KD, and on test images, it is the loss
-    left = timedelta(seconds=int((config.num_epochs - run.epoch - 1 + epochs_after) * epoch_seconds))
-    all_left = f", about {left} left for all runs" if epochs_after else ""
+    left = timedelta(seconds=int((config.num_epochs - run.epoch - 1 + later_epochs) * epoch_seconds))
+    all_left = f", about {left} left for all runs" if later_epochs else ""
     runtime.print(
         f"epoch {run.epoch + 1}/{config.num_epochs}: train loss {train['loss']:.4f}{ce} top1 {train['top1']:.2f}%, "
         f"{config.split} loss {test['loss']:.4f} top1 {test['top1']:.2f}%{top5}, "
@@ -131,9 +132,9 @@ def percent(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def train_run(
-    config: RunConfig, data: Data, teacher: Teacher | None, options: TrainOptions, runtime: Runtime, epochs_after: int
+    config: RunConfig, data: Data, teacher: Teacher | None, options: TrainOptions, runtime: Runtime, later_epochs: int
 ) -> dict:
-    """Do one run, new or resumed, and write its checkpoint, log and figures; the checkpoint's content."""
+    """Do one run, new or resumed, and write its checkpoint, log and figures; return the checkpoint's content."""
     views, files = Views(data.train, data.spec, runtime.device), RunFiles(config, options)
     rows = data.rows(config.subset, config.holdout, config.omit, config.student_images)
     held_out = data.held_out(config.subset, config.holdout)
@@ -151,11 +152,11 @@ def train_run(
                         text = softness_text(teacher_softness, config.temp, config.num_classes)
                         runtime.print(f"the teacher at {text}")
                 train_epoch(run, views, rows, k, teacher_logits)
-                end_epoch(run, held_out, teacher_softness, epochs_after)
+                end_epoch(run, held_out, teacher_softness, later_epochs)
                 save_or_stop(run)
             except Stopped:
                 run.save()
-                runtime.barrier()  # if the first process fails to save, that is told and not the stop
+                runtime.barrier()  # if the first process fails to save, that error is reported, not the stop
                 runtime.print(f"saved {files.unfinished} at {run.place}")
                 raise
         content = run.finished_state()
@@ -171,12 +172,13 @@ def train_run(
 def restore_or_begin(run: Run, count: int, resume: bool) -> None:
     """Restore an unfinished run, or start the log of a new one on `count` images."""
     config, runtime = run.config, run.runtime
-    exists = runtime.agree(run.files.unfinished.exists())[0]  # of all, before the first process writes or removes it
+    exists = runtime.agree(run.files.unfinished.exists())[0]  # for any process, before the first writes or removes it
     if exists and resume:
         run.restore()
-        return runtime.barrier()  # before the first process can finish and remove what the others read
+        runtime.barrier()  # before the first process can finish and remove what the others read
+        return
     recipe = ", ".join(f"{name} {getattr(config, name)}" for name in ("optimizer", *RECIPE_FIELDS, "seed"))
-    size = f"{count:,} images, {run.epoch_steps} steps per epoch"
+    size = f"{count:,} images, {run.steps_per_epoch} steps per epoch"
     runtime.print(f"{config.stem}: {size}, {device_title(runtime)}, {recipe}")
     run.write_log(json.dumps(run.header() | {"split": config.split}) + "\n")
 
@@ -192,8 +194,8 @@ def train_all(options: TrainOptions) -> None:
         for i, config in enumerate(configs):
             if teacher is None and config.role == "student" and (options.kd or options.all):
                 teacher = prepare_teacher(configs[i:], finished, options, data.spec, runtime)
-                contents = [teacher.content] if teacher.content else []  # in place of the one trained just now
-            config = teacher.record_in(config) if teacher else config
+                contents = [teacher.content] if teacher.content else []  # read from the file, also if just trained
+            config = teacher.added_to(config) if teacher else config
             content = finished[config.stem] or find_finished(config, options)  # which may have finished meanwhile
             runtime.check_same(config, bool(content))
             if content:
@@ -202,11 +204,11 @@ def train_all(options: TrainOptions) -> None:
                 runtime.print(f"{config.stem}: {ended}{advice}")
             else:
                 later = configs[i + 1 :] if teacher else []  # a teacher's epochs take longer than the students'
-                epochs_after = sum(other.num_epochs for other in later if not finished[other.stem])
-                content = train_run(config, data, teacher, options, runtime, epochs_after)
+                later_epochs = sum(other.num_epochs for other in later if not finished[other.stem])
+                content = train_run(config, data, teacher, options, runtime, later_epochs)
             contents.append(content)
         if options.all:
-            shown = measure_all(contents, configs[-1], data, runtime, teacher, student=options.student)
+            shown = measure_all(contents, configs[-1], data, runtime, teacher, allowed_student=options.student)
             if runtime.is_main:
                 write_table(shown, options.table_folder)
         else:
@@ -220,7 +222,7 @@ def prepare_teacher(students: list[RunConfig], finished: dict, options, spec: Da
     runtime.print(f"the teacher is {teacher.title}")
     for student in students:
         if finished[student.stem]:  # check all now, not each when its turn comes
-            require_same(finished[student.stem], teacher.record_in(student))
+            require_same(finished[student.stem], teacher.added_to(student))
     return teacher
 
 
@@ -239,17 +241,16 @@ def prepare(options: TrainOptions, runtime: Runtime) -> tuple[Data, list[RunConf
         configs = configs[1:]  # an existing teacher is used, whatever its recipe
     if len(data.spec.classes) == 2 and any(config.loss == "ls" for config in configs):
         raise UserError("--loss ls standardises two logits to 1 and -1, which teaches nothing: leave it out")
-    for config in configs:  # which checks all; the last one is needed below
-        count = len(data.rows(config.subset, config.holdout, config.omit, config.student_images))
+    counts = [len(data.rows(c.subset, c.holdout, c.omit, c.student_images)) for c in configs]  # or UserError
     if options.all or options.student:  # make a student, to fail before the teacher is trained and not after it
-        model = Run(config, runtime, data.spec, count, RunFiles(config, options)).model
+        model = Run(configs[-1], runtime, data.spec, counts[-1], files=None).model
         layers = checkpoint.fingerprint({}, [(name, tuple(t.shape)) for name, t in model.state_dict().items()])
         configs = [replace(config, student_layers=layers) if config.student else config for config in configs]
     return data, configs
 
 
 def main(argv: list | None = None) -> int:
-    """Run train.py with `argv` (None: the command line); the exit code."""
+    """Run train.py with `argv` (None: the command line); return the exit code."""
     options = parse_train(argv)
     return exit_code(lambda: train_all(options))
 

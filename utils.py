@@ -63,7 +63,7 @@ class Data:
         if holdout >= count:
             raise UserError(f"--holdout {holdout} leaves none of the {count} training images: give a smaller number")
         all_labels = self.train.labels[: count - holdout]
-        rows = (~torch.isin(all_labels, self.numbers_of(omit))).nonzero()[:, 0]
+        rows = (~torch.isin(all_labels, self.class_indices(omit))).nonzero()[:, 0]
         if not len(rows):
             raise UserError(f"--omit {' '.join(omit)} leaves no training image: omit fewer classes")
         if student_images is None:
@@ -79,7 +79,7 @@ class Data:
         balanced = earlier.argsort(stable=True)  # the first of each class, then the second of each, ...
         return rows[balanced[:student_images]].sort().values
 
-    def numbers_of(self, classes: tuple[str, ...]) -> torch.Tensor:
+    def class_indices(self, classes: tuple[str, ...]) -> torch.Tensor:
         """The numbers (K,) of classes; UserError if there is no such class."""
         for name in classes:
             if name not in self.spec.classes:
@@ -150,10 +150,10 @@ def epoch_order(rows: torch.Tensor, seed: int, epoch: int) -> torch.Tensor:
 
 
 def epoch_view(count: int, flip: bool, seed: int, epoch: int) -> int:
-    """Which of its `count` views each image shows in an epoch: all once, in random order, before one comes again."""
+    """The k of an epoch's views, 0 <= k < count: all k in random order, then again in another random order."""
     cycle, place = divmod(epoch, count)
     views = torch.randperm(count, generator=seeded_generator("views", seed, cycle))
-    if flip:  # even and odd views by turns: with an even count, an image is mirrored in every other epoch
+    if flip:  # even and odd k alternate: with an even count, an image is mirrored in every other epoch
         even, odd = views[views % 2 == 0], views[views % 2 == 1]
         views[0::2], views[1::2] = even, odd
     return int(views[place])
@@ -190,7 +190,7 @@ class Views:
 
     def view_of(self, rows: torch.Tensor, k: int) -> torch.Tensor:
         """The k-th view (B,) of image rows (B,): every other k mirrored, all different until all are used."""
-        if self.flip:  # plain and mirrored views by turns
+        if self.flip:  # plain and mirrored views alternate
             mirrored, turn = (self.mirrored_first[rows] + k) % 2, k // 2
         else:
             mirrored, turn = torch.zeros_like(rows), k
@@ -303,7 +303,7 @@ def compute_logits(
     if signal_number := runtime.agree(runtime.stop.number)[0]:
         raise Stopped(int(signal_number))
     logits = runtime.total(logits)  # rows of other processes are zeros here
-    if not logits.sum().isfinite():  # of infinities and NaN, too, without a copy
+    if not logits.sum().isfinite():  # the sum is not if one logit is not
         raise UserError("the model's logits are not finite: train it again with a lower --lr")
     return logits
 

@@ -74,7 +74,8 @@ def find_files(root: Path) -> tuple[tuple[str, ...], list[File], list[str]]:
     classes = tuple(sorted(found["train"]))
     if len(classes) < 2:
         raise UserError(f"{train} must have two or more class folders and has {', '.join(classes) or 'none'}: {LAYOUT}")
-    test = next((root / name for name in TEST_FOLDERS if (root / name).is_dir()), None)
+    test, *unused = [root / name for name in TEST_FOLDERS if (root / name).is_dir()] or [None]
+    notes += [f"{folder} is not used: {test} is the test set" for folder in unused]
     if test:
         found["test"] = files_by_class(test)
         if test.name != "test":

@@ -1,6 +1,5 @@
 """Finished checkpoints evaluated side by side on the images of one data set."""
 
-import contextlib
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +11,8 @@ from evaluation.measures import bias_correction, fidelity, measure, measure_omit
 from runtime import checkpoint
 from runtime.device import Runtime
 from runtime.errors import UserError
-from training.run import data_mismatch, images_mismatch, load_model, spec_of
-from training.runs import RunConfig, RunName, is_baseline_of, row_labels, run_of
+from training.run import data_mismatch, load_model, spec_of, training_images_mismatch
+from training.runs import RunConfig, RunName, config_of, is_baseline_of, row_labels
 from training.teacher_logits import Teacher
 from utils import Data, Images, logits_of
 
@@ -21,9 +20,9 @@ CORRECTED = ("top1", "top1_omitted", "top1_others", "per_class")
 
 
 def as_trained(runtime: Runtime, run: RunConfig, precision: str = "auto") -> Runtime:
-    """The runtime in the precision of a run's training, so that a checkpoint repeats its log, or in --precision's."""
-    if precision != "auto" or run.precision == "bf16":  # bf16 only where the runtime has chosen it
-        return runtime
+    """The runtime in the precision that a run was trained in, to repeat its logged accuracy; --precision overrides."""
+    if precision != "auto" or run.precision == "bf16":
+        return runtime  # which --precision has set; a bf16 run is evaluated in bf16 only where that is fast
     return replace(runtime, precision=run.precision if runtime.device.type == "cuda" else "fp32")
 
 
@@ -31,14 +30,14 @@ def measure_checkpoint(
     model: torch.nn.Module, content: dict, images: Images, data: Data, runtime: Runtime
 ) -> tuple[torch.Tensor, dict]:
     """A checkpoint's logits (N, C) of images and their metrics; with omitted classes also top-1 on these and others."""
-    run, spec, targets = run_of(content), spec_of(content), images.labels
+    run, spec, targets = config_of(content), spec_of(content), images.labels
     logits = logits_of(model, images, spec, runtime)
     numbers = measure(logits, targets)
-    omitted = data.numbers_of(run.omit).tolist()
+    omitted = data.class_indices(run.omit).tolist()
     if omitted:
         numbers |= measure_omitted(logits, targets, omitted)
     if omitted and run.images == data.spec.fingerprint:  # the bias correction needs the student's training images
-        train = data.train[: len(data.rows(run.subset, run.holdout))]  # all classes; a view, for a copy may not fit
+        train = data.train[: len(data.rows(run.subset, run.holdout))]  # all classes; a slice, as a copy may not fit
         offsets = bias_correction(logits_of(model, train, spec, runtime), train.labels, omitted)
         corrected = measure(logits + offsets, targets) | measure_omitted(logits + offsets, targets, omitted)
         numbers |= {f"corrected_{name}": corrected[name] for name in CORRECTED if name in corrected}
@@ -47,30 +46,33 @@ def measure_checkpoint(
 
 
 def measure_all(
-    contents: list[dict], name: RunName, data: Data, runtime: Runtime, teacher: Teacher | None = None,
-    cost: bool = False, student: str | None = None, precision: str = "auto",
+    contents: list[dict], run_name: RunName, data: Data, runtime: Runtime, teacher: Teacher | None = None,
+    cost: bool = False, allowed_student: str | None = None, precision: str = "auto",
 ) -> list[dict]:  # fmt: skip
-    """The checkpoints that fit the data, with what is `measured` on the images of the run `name`; others are named.
+    """The checkpoints that fit the data, each with its metrics as `measured`; the others are printed as left out.
 
-    `teacher` matters if it is a folder of logits. With `cost` all models are timed. `student` is what --student says.
+    All are evaluated on the images that `run_name` is evaluated on. `teacher` is used only if it is a folder of
+    logits. With `cost` all models are timed. `allowed_student` is the value of --student.
     """
-    images = data.held_out(name.subset, name.holdout)
-    runs = [run_of(content) for content in contents]
+    images = data.held_out(run_name.subset, run_name.holdout)
+    runs = [config_of(content) for content in contents]
     runtime.check_same(data.spec.fingerprint, runs)
     shown, teachers = [], {}  # the logits of each teacher, by its fingerprint
     if teacher and teacher.model is None:  # a teacher with a model is among the checkpoints
-        with contextlib.suppress(UserError):  # a folder of logits may have none of the test images
-            teachers[teacher.fingerprint] = teacher.test_logits(images, name.holdout)
+        try:
+            teachers[teacher.fingerprint] = teacher.test_logits(images, run_name.holdout)
+        except UserError as error:  # a folder of logits may have none of the test images
+            runtime.print(f"no student is compared with the teacher: {error}")
     for run, content in zip(runs, contents, strict=True):
         try:
-            if why := data_mismatch(content, data.spec) or images_mismatch(content, name, data.spec):
+            if why := data_mismatch(content, data.spec) or training_images_mismatch(content, run_name, data.spec):
                 raise UserError(f"{content['path']} {why}")
             its_runtime = as_trained(runtime, run, precision)
-            model = load_model(content, its_runtime, student)
+            model = load_model(content, its_runtime, allowed_student)
             logits, numbers = measure_checkpoint(model, content, images, data, its_runtime)
         except UserError as error:
-            names_it = str(content["path"]) in str(error)
-            runtime.print(f"left out: {error}" if names_it else f"left out: {content['path']}: {error}")
+            prefix = "" if str(content["path"]) in str(error) else f"{content['path']}: "
+            runtime.print(f"left out: {prefix}{error}")
             continue
         numbers |= {"parameters": count_parameters(model), "seconds": content["seconds"]}
         if run.role == "teacher":
@@ -78,7 +80,7 @@ def measure_all(
             teachers[numbers["fingerprint"]] = logits
         else:
             its_teachers = {run.teacher}
-            if not run.kd:  # that of the runs whose baseline it is, or of the table
+            if not run.kd:  # that of the students whose baseline it is, else the table's
                 its_teachers = {other.teacher for other in runs if is_baseline_of(run, other)} or {*teachers}
             if len(its_teachers) == 1 and its_teachers <= teachers.keys():
                 numbers |= fidelity(logits, teachers[its_teachers.pop()], images.labels)
@@ -93,7 +95,7 @@ def rows_of(contents: list[dict]) -> dict[str, list[dict]]:
     rows: dict[tuple, list[dict]] = {}
     copies: Counter[tuple] = Counter()  # how often a run was found in a folder
     for content in contents:
-        run, folder = run_of(content), Path(content["path"]).parent  # a folder of --name may be of other code
+        run, folder = config_of(content), Path(content["path"]).parent  # a folder of --name may be of other code
         row_key = replace(run, seed=0), folder, copies[run, folder]
         rows.setdefault(row_key, []).append(content)
         copies[run, folder] += 1

@@ -16,7 +16,7 @@ from matplotlib.font_manager import FontProperties, findfont, fontManager, get_f
 
 from evaluation.comparison import rows_of
 from evaluation.measures import BINS, reliability
-from training.runs import run_of
+from training.runs import config_of
 from utils import figure_style, new_panels, parse_log, save_figure
 
 PICTURES_SHOWN = 12  # in one figure: more make it too tall
@@ -112,7 +112,7 @@ def plot_pictures(pixels: list, names: list[str], answers: dict, classes: tuple[
 @figure_style
 def plot_comparison(contents: list[dict], path: Path) -> Path:
     """Draw top-1 (%) and cross-entropy (nats) over the epochs of a table's runs, seeds as a mean in a band."""
-    last = run_of(contents[-1])
+    last = config_of(contents[-1])
     selection = last.subset, last.holdout
     # Left out: a teacher without a log (a plain state dict), or with one of other images than its students'.
     shown = [c for c in contents if c["log"] and (c["run"]["subset"], c["run"]["holdout"]) == selection]
@@ -146,7 +146,7 @@ def plot_omitted(contents: list[dict], path: Path) -> Path | None:
     figure = Figure((7 if len(classes) <= FEW_CLASSES else 14, 1 + 1.5 * len(rows)))
     panels = figure.subplots(len(rows), sharex=True, squeeze=False)[:, 0]
     for axes, (title, row) in zip(panels, rows, strict=True):
-        omitted = np.isin(classes, run_of(row[0]).omit)
+        omitted = np.isin(classes, config_of(row[0]).omit)
         for i, (when, key) in enumerate({"uncorrected": "per_class", "corrected": "corrected_per_class"}.items()):
             shares = 100 * np.array([content["measured"][key] for content in row], dtype=float).mean(axis=0)
             for which, colour, places in (("seen", "C0", ~omitted), ("never seen", "C1", omitted)):

@@ -9,7 +9,7 @@ from evaluation.figures import plot_comparison, plot_images, plot_omitted, plot_
 from evaluation.measures import holm, paired_gain
 from evaluation.report import NUMBERS, table
 from runtime.files import write_json, writing
-from training.runs import is_baseline_of, is_kd_baseline_of, run_of, why_no_baseline
+from training.runs import config_of, is_baseline_of, is_kd_baseline_of, why_no_baseline
 from utils import parse_log
 
 OTHER_MACHINES = "†"
@@ -24,7 +24,7 @@ def collect(contents: list[dict]) -> dict:
     results = {"rows": [], "gains": [], "gains_over_kd": [], "notes": []}
     rows = rows_of(contents)
     for label, row in rows.items():
-        runs = [run_of(content) for content in row]
+        runs = [config_of(content) for content in row]
         numbers = {"model": label, "epochs": runs[0].num_epochs, "seeds": [run.seed for run in runs]}
         if runs[0].student_images:
             numbers["student_images"] = runs[0].student_images
@@ -49,7 +49,7 @@ def collect(contents: list[dict]) -> dict:
             if gains := paired_differences(row, contents, is_baseline_of):
                 results["gains"].append({"model": label, **paired_gain(gains)})
             else:
-                why = why_no_baseline(runs[0], [run_of(content) for content in contents])
+                why = why_no_baseline(runs[0], [config_of(content) for content in contents])
                 results["notes"].append(f"{label}: no baseline, {why}")
         for other_label, others in rows.items():
             if gains := paired_differences(row, others, is_kd_baseline_of):
@@ -64,12 +64,12 @@ def collect(contents: list[dict]) -> dict:
 
 def table_notes(rows: dict[str, list[dict]]) -> list[str]:
     """The files of several teachers with their hashes; whether the rows of students have different seeds."""
-    teachers = [content for row in rows.values() for content in row if run_of(content).role == "teacher"]
-    students = [row for row in rows.values() if run_of(row[0]).role == "student"]
+    teachers = [content for row in rows.values() for content in row if config_of(content).role == "teacher"]
+    students = [row for row in rows.values() if config_of(row[0]).role == "student"]
     notes = []
     if len(teachers) > 1:
         notes += [f"teacher {content['measured']['fingerprint'][:8]}: {content['path']}" for content in teachers]
-    if len({tuple(run_of(content).seed for content in row) for row in students}) > 1:
+    if len({tuple(config_of(content).seed for content in row) for row in students}) > 1:
         notes.append("The rows have different seeds: compare only rows of the same seeds.")
     return notes
 
@@ -78,8 +78,8 @@ def paired_differences(row: list[dict], others: list[dict], are_paired: Callable
     """The differences in top-1 (points) between the runs of a row and their partners among `others`."""
     found = []
     for content in row:
-        run, folder = run_of(content), Path(content["path"]).parent
-        partners = [other for other in others if are_paired(run_of(other), run)]
+        run, folder = config_of(content), Path(content["path"]).parent
+        partners = [other for other in others if are_paired(config_of(other), run)]
         partner = min(partners, key=lambda other: Path(other["path"]).parent != folder, default=None)
         if partner:
             found.append(100 * (content["measured"]["top1"] - partner["measured"]["top1"]))
@@ -103,10 +103,8 @@ def pairs_text(gain: dict) -> str:
 
 
 def gain_text(gain: dict) -> str:
-    """A gain of KD in a sentence."""
+    """A gain of KD with its interval in a sentence."""
     text = f"{gain['model']} gains {mean_text(gain)} points of top-1 over the same-seed baseline without KD"
-    if "ci" not in gain:
-        return f"{text} ({pairs_text(gain)}, no interval: more --seeds give one)"
     low, high = gain["ci"]
     text += f" (n = {gain['pairs']}, sd {gain['sd']:.2f}, 95% interval {low:+.2f} to {high:+.2f})"
     return text + (", within seed noise" if low <= 0 <= high else "")
@@ -136,12 +134,17 @@ def results_text(results: dict) -> str:
             cells[title] = form(numbers[key]) if is_known else ""
         models.append(cells)
     titles = [title for title in models[0] if any(cells[title] for cells in models)]  # no empty columns
-    texts = [table(titles, [[cells[title] for title in titles] for cells in models]), *map(gain_text, results["gains"])]
+    texts = [table(titles, [[cells[title] for title in titles] for cells in models])]
+    texts += [gain_text(gain) for gain in results["gains"] if "ci" in gain]
+    if any("ci" not in gain for gain in results["gains"]):
+        texts.append("A gain without an interval needs more --seeds.")
     if results["gains_over_kd"]:
         tested = sum("p" in gain for gain in results["gains_over_kd"])
         losses = [[gain["model"], gain["over"], points(gain), verdict(gain)] for gain in results["gains_over_kd"]]
         texts.append(table(["Loss", "Over plain KD, same seeds", "Top 1, points", "Verdict"], losses))
-        texts.append(f"Verdicts at the 5% level, with Holm's correction for {tested} comparison{'s' * (tested != 1)}.")
+        if tested:
+            comparisons = f"{tested} comparison{'s' * (tested != 1)}"
+            texts.append(f"Verdicts at the 5% level, with Holm's correction for {comparisons}.")
     for row in results["rows"]:
         if "machines" in row:
             texts.append(f"{OTHER_MACHINES} {row['model']}: runs on different machines, {'; '.join(row['machines'])}")

@@ -46,12 +46,13 @@ def load(path: Path, or_state_dict: bool = False) -> dict:
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} holds Python objects, not plain tensors and numbers: {advice}") from error
     except UNREADABLE as error:
-        raise UserError(f"{path} is damaged or was not written by torch.save: {advice}") from error
+        raise UserError(f"{path} is damaged or was not written by torch.save since PyTorch 1.6: {advice}") from error
     content = content if isinstance(content, dict) else {}
     if or_state_dict and isinstance(content.get("classifier.weight"), torch.Tensor):
         return {"model": content, "path": path}
     if "run" not in content:
-        raise UserError(f"{path} is not a checkpoint of this project: {advice}")
+        found = f" (its first key is {next(iter(content))!r})" if content else ""
+        raise UserError(f"{path} is not a checkpoint of this project{found}: {advice}")
     return content | {"path": path}
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from runtime.errors import leave, report
 
-METAVARS = {"bool": "True|False", "int": "N", "float": "X", "Path": "PATH"}  # of an option in the help, by its type
+METAVARS = {"bool": "BOOL", "int": "N", "float": "X", "Path": "PATH", "str": "NAME"}  # in the help, by type
 LARGEST = 2**31 - 1  # of all whole numbers, so that arithmetic on them does not overflow
 
 
@@ -87,7 +87,7 @@ def build_parser(script: str, options_class: type) -> Parser:
     for f in fields(options_class):
         field_type, metadata = str(f.type), f.metadata
         keywords = {"type": metadata["parse"], "choices": metadata["choices"], "help": metadata["help"]}
-        keywords["metavar"] = next((METAVARS[name] for name in METAVARS if name in field_type), f.name.upper())
+        keywords["metavar"] = next(METAVARS[name] for name in METAVARS if name in field_type)
         if "tuple" in field_type:
             keywords["nargs"] = "+"
         elif "bool" in field_type:  # --kd alone is --kd True
@@ -119,6 +119,8 @@ def parse_words(script: str, options_class, argv: list | None, needs: dict, excl
 def answer_early(parse) -> None:
     """Parse the command line, so that --help and a wrong option answer at once; then check the slow imports."""
     parse()
+    with contextlib.suppress(AttributeError):  # a notebook's stream can't do this
+        sys.stdout.reconfigure(errors="replace")  # an ASCII terminal prints ?, not a traceback
     if "IPython" not in sys.modules:
         os.environ.pop("MPLBACKEND", None)  # a notebook's own, for its shell, which may not be installed here
     try:

@@ -70,8 +70,6 @@ def reason(error: Exception) -> str:
 def exit_code(main: Callable[[], None]) -> int:
     """Call `main`: 0; 2 for what a user can fix or 128 + N for signal N, each with one line on stderr."""
     try:
-        with contextlib.suppress(AttributeError):  # a notebook's stream can't do this
-            sys.stdout.reconfigure(errors="replace")  # an ASCII terminal prints ?, not a traceback
         main()
         sys.stdout.flush()
     except UserError as error:
@@ -79,10 +77,10 @@ def exit_code(main: Callable[[], None]) -> int:
     except SystemExit as ended:  # another process reports the error
         return ended.code
     except KeyboardInterrupt:
-        print("interrupted; rerun the command (train.py resumes, without --resume False)", file=sys.stderr)
+        print("interrupted; rerun the command (train.py resumes unless --resume False is given)", file=sys.stderr)
         return 128 + signal.SIGINT
     except Stopped as stop:
-        print("stopped; rerun the command to resume (without --resume False)", file=sys.stderr)
+        print("stopped; rerun the command, without --resume False, to resume", file=sys.stderr)
         return 128 + stop.args[0]
     except BrokenPipeError:  # the reader of stdout, perhaps `head`, wants no more
         discard_output()

@@ -1,6 +1,7 @@
 """The options: how they may be typed, and what answers before torch is imported. Wrong ones: tests/test_errors.py."""
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -66,11 +67,14 @@ def test_compatible_options_are_accepted():
 def test_help_tells_every_option_and_default_and_needs_no_torch_nor_does_a_wrong_option(script, options):
     for word, code in (("--help", 0), ("--x", 2)):
         # Python itself lists on stderr what it imports: a sure sign, where a stopwatch is not.
-        command, wide = [sys.executable, "-X", "importtime", script, word], {**os.environ, "COLUMNS": "1000"}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=REPOSITORY, env=wide)
+        command, environment = [sys.executable, "-X", "importtime", script, word], {**os.environ, "COLUMNS": "80"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=REPOSITORY, env=environment)
         imports = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
         imported = {line.rpartition("|")[2].strip() for line in imports}
         assert done.returncode == code and "training.runs" in imported and not imported & SLOW
+        entries = re.findall(r"^  --.*\n(?: {24}.*\n)*", done.stdout, re.MULTILINE)
+        assert all(entry.count("\n") <= 2 for entry in entries)
+        assert len(entries) == (len(fields(options)) if word == "--help" else 0)
         for f in fields(options) if word == "--help" else ():
             meaning, default = f.metadata["help"], f" (default: {f.default})"
             assert f"--{f.name} " in done.stdout and meaning in " ".join(done.stdout.split())

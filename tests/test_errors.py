@@ -200,7 +200,7 @@ def test_a_full_disk_leaves_all_files_as_they_were(file_size, tells, tmp_path, d
 def test_each_ending_has_its_exit_code_and_one_line(capsys):
     for error, code, tells in (
         (UserError("one\n  line"), 2, "error: one line\n"),
-        (KeyboardInterrupt(), 130, "interrupted; rerun the command (train.py resumes, without --resume False)\n"),
+        (KeyboardInterrupt(), 130, "interrupted; rerun the command (train.py resumes unless --resume False is given)"),
         (OSError(errno.ENAMETOOLONG, "File name too long", "w/a.pt"), 2, "can't use w/a.pt: File name too long; give"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."), 2, "a smaller --batch_size"),
         (torch.AcceleratorError("CUDA error: no kernel image is available\nfor"), 2, "not support this GPU"),

@@ -19,7 +19,7 @@ from runtime import checkpoint
 from runtime.cli import typed
 from training.recipes import LOSS_DEFAULTS
 from training.run import load_model, spec_of
-from training.runs import RunConfig, is_baseline_of, run_of
+from training.runs import RunConfig, config_of, is_baseline_of
 from training.teacher_logits import Teacher
 from utils import Views, evaluate, kd_loss, load_images, loss_and_accuracies
 
@@ -69,7 +69,7 @@ def logs_of(dataset: str) -> dict[RunConfig, list[dict]]:
     runs = {}
     for line in map(json.loads, (RESULTS / dataset / "runs.jsonl").read_text().splitlines()):
         if "run" in line:
-            run = run_of(line)
+            run = config_of(line)
             assert (line["title"], line["split"], [*line["machine"]]) == (run.title, run.split, ["torch", "device"])
             runs[run] = []
         else:
@@ -152,7 +152,7 @@ def test_the_times_and_accuracies_in_the_text_are_those_of_the_logs():
     teacher, *students = ({"of_seed_42": row.get("top1_of_seeds", [row["top1"]])[0]} | row for row in held_out["rows"])
     without_kd, *with_kd = (row for row in students if " KL" not in row["model"])
     without_kd = without_kd["of_seed_42"]
-    assert f"a teacher of {teacher['top1']:.2f} %, {without_kd:.2f} % without KD" in page
+    assert f"(teacher {teacher['top1']:.2f} %, student without KD {without_kd:.2f} %)" in page
     gains = [points(gain) if "ci" in gain else f"{gain['mean']:+.2f}" for gain in held_out["gains"]]
     assert f"T = 2 gains {gains[4]} points and T = 1.5 {gains[1]}." in page
     assert f"alpha 0.5 gains {gains[2]} points and alpha 1 (no labels) {gains[3]}: no clear difference." in page
@@ -175,7 +175,7 @@ def test_the_published_students_are_as_accurate_as_their_logs_say(cifar10):
     logs, data = (RESULTS / "cifar10" / "runs.jsonl").read_text(), load_images("cifar10", cifar10, CPU)
     for name in ("student", "student_kd_t5", "student_kd_t20"):
         content = checkpoint.load(RESULTS / "cifar10" / f"{name}.pt")
-        assert run_of(content).stem == name and content["log"] in logs
+        assert config_of(content).stem == name and content["log"] in logs
         assert json.loads(content["log"].splitlines()[-1])["test"] == content["metrics"]
         assert content["run"]["images"] == data.spec.fingerprint
         found = evaluate(load_model(content, CPU), data.test[:400], spec_of(content), CPU)

@@ -69,7 +69,7 @@ def training_loss(
     teacher_logits = teacher_logits.float()
     function = LOSS_DEFAULTS[config.loss].function
     if function == "kd":
-        total = config.kd_weights[0] + config.ce_weight  # not 1 for kd_as_dkd, say; kd_loss needs weights that sum to 1
+        total = config.kd_weights[0] + config.ce_weight  # kd_loss has weights that sum to 1; those of kd_as_dkd don't
         alpha = config.kd_weights[0] / total
         loss = total * utils.kd_loss(student_logits, teacher_logits, targets, config.temp, alpha)
         soft = utils.soft_target_loss(student_logits.detach(), teacher_logits, config.temp)  # again, for the log

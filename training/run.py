@@ -1,4 +1,4 @@
-"""A training run under way, saved and resumed; before it, what a checkpoint says of its run, model and data set."""
+"""What a checkpoint says of its run, model and data set; a training run (`Run`), saved and resumed."""
 
 import math
 import time
@@ -14,7 +14,7 @@ from runtime.device import Runtime, machine
 from runtime.errors import UserError
 from runtime.files import writing
 from training.optimizer import learning_rate, make_optimizer, set_learning_rate
-from training.runs import UNKNOWN, RunConfig, RunName, describe_differences, run_of, saw_held_out
+from training.runs import UNKNOWN, RunConfig, RunName, config_of, describe_differences, saw_held_out
 from utils import parse_log, seed_of
 
 METRICS = ("loss", "ce", "kl", "top1", "top5")  # kl: the soft terms before weighting, whatever the loss
@@ -23,12 +23,12 @@ METRICS = ("loss", "ce", "kl", "top1", "top5")  # kl: the soft terms before weig
 class RunFiles:
     """The files of a run: its checkpoint, its log, and the resume state while it is unfinished."""
 
-    def __init__(self, run: RunName, options) -> None:
-        if options.all and run.role == "teacher":  # shared by all --name folders
+    def __init__(self, config: RunName, options) -> None:
+        if options.all and config.role == "teacher":  # shared by all --name folders
             options = replace(options, name=None)
-        self.checkpoint = options.weights_folder / f"{run.stem}.pt"
-        self.unfinished = options.weights_folder / f"{run.stem}.last.pt"
-        self.log = options.plots_folder / f"{run.stem}.jsonl"
+        self.checkpoint = options.weights_folder / f"{config.stem}.pt"
+        self.unfinished = options.weights_folder / f"{config.stem}.last.pt"
+        self.log = options.plots_folder / f"{config.stem}.jsonl"
 
 
 def describe_data(spec: DataSet) -> dict:
@@ -40,69 +40,69 @@ def describe_data(spec: DataSet) -> dict:
 def spec_of(content: dict) -> DataSet:
     """The data set as a checkpoint describes it: classes, normalisation, flip and size."""
     described = {name: tuple(content["data"][name]) for name in ("classes", "mean", "std")}
-    run = run_of(content)
-    return replace(DATA_SETS[run.dataset], **described, flip=run.flip, size=run.size)
+    config = config_of(content)
+    return replace(DATA_SETS[config.dataset], **described, flip=config.flip, size=config.size)
 
 
-def load_model(content: dict, runtime: Runtime, student: str | None = None) -> torch.nn.Module:
-    """The model of a checkpoint, ready to evaluate on the device; UserError if its weights or `student` don't fit."""
-    run = run_of(content)
-    if run.student and run.student != student:  # a checkpoint alone must not decide which code is run
-        raise UserError(f"{content['path']} is a model of {run.student}: give --student {run.student} to use it")
-    model = checkpoint.load_weights(build_model_of(run, runtime), content)
+def load_model(content: dict, runtime: Runtime, allowed_student: str | None = None) -> torch.nn.Module:
+    """The model of a checkpoint, ready to evaluate; UserError if its weights don't fit or its code is not allowed."""
+    config = config_of(content)
+    if config.student and config.student != allowed_student:  # a checkpoint alone must not decide which code is run
+        raise UserError(f"{content['path']} is a model of {config.student}: give --student {config.student} to use it")
+    model = checkpoint.load_weights(build_model_of(config, runtime), content)
     return model.eval().requires_grad_(False)
 
 
 def data_mismatch(content: dict, spec: DataSet) -> str:
-    """Why a checkpoint's model can't be used on a data set, or ""."""
-    run, classes = run_of(content), content["data"]["classes"]
+    """Why a checkpoint's model can't be used on a data set (other classes or image size), or ""."""
+    config, classes = config_of(content), content["data"]["classes"]
     if tuple(classes) != spec.classes:
         return f"has {len(classes)} classes ({', '.join(classes[:3])}, ...) that are not those of {spec.name}"
-    if run.size != spec.size:
-        return f"was trained on images of {run.size} x {run.size} pixels, not {spec.size} x {spec.size}"
+    if config.size != spec.size:
+        return f"was trained on images of {config.size} x {config.size} pixels, not {spec.size} x {spec.size}"
     return ""
 
 
-def images_mismatch(content: dict, name: RunName, spec: DataSet) -> str:
-    """Why a checkpoint was trained on other images than a data set's, or on some that `name` holds out, or ""."""
-    run = run_of(content)
-    if spec.fingerprint and run.images not in (spec.fingerprint, UNKNOWN):
+def training_images_mismatch(content: dict, name: RunName, spec: DataSet) -> str:
+    """Why a checkpoint's training images forbid its use: other images, or some that `name` holds out; or ""."""
+    config = config_of(content)
+    if spec.fingerprint and config.images not in (spec.fingerprint, UNKNOWN):
         return f"was trained on other images than those of {spec.name} here"
-    if spec.fingerprint and saw_held_out(run, name, spec.train_images):
+    if spec.fingerprint and saw_held_out(config, name, spec.train_images):
         return f"was trained on images that --holdout {name.holdout} holds out"
     return ""
 
 
 def require_finished(content: dict) -> dict:
     """The same checkpoint; UserError if other code saved it, or its run is unfinished."""
-    run_of(content)
+    config_of(content)
     if "metrics" not in content:
         raise UserError(f"{content['path']} is an unfinished run: rerun its command to finish it")
     return content
 
 
-def require_same(content: dict, run: RunConfig) -> dict:
-    """The same content; UserError if it is of another run than `run`, whose teacher may not be known yet."""
+def require_same(content: dict, config: RunConfig) -> dict:
+    """The same content; UserError if it is of another run than `config`, whose teacher may not be known yet."""
     kind = "a finished run" if "metrics" in content else "an unfinished run"
-    ignoring = set() if run.teacher else {"teacher", "teacher_unknown"}
+    ignoring = set() if config.teacher else {"teacher", "teacher_unknown"}
     if "metrics" not in content:  # another number of processes may resume it, and sync_bn needs several
         ignoring |= {"processes", "sync_bn"}
-    if why := describe_differences(run_of(content), run, ignoring):
-        how = "with --tto True, " if run.role == "teacher" else ""  # --name and --resume False of --all don't reach it
+    if why := describe_differences(config_of(content), config, ignoring):
+        how = "with --tto True, " if config.role == "teacher" else ""  # which --name of --all doesn't reach
         advice = f"{how}repeat its options, keep both with --name WORD, or replace it with --resume False (not --all)"
         raise UserError(f"{content['path']} is {kind} with {why}: {advice}")
     return content
 
 
-def find_finished(run: RunConfig, options) -> dict | None:
+def find_finished(config: RunConfig, options) -> dict | None:
     """The checkpoint of this run, None if it is unfinished or --resume False is given; UserError if of another run."""
-    files = RunFiles(run, options)
+    files = RunFiles(config, options)
     is_unfinished = files.unfinished.exists()
     if is_unfinished and options.all:
-        require_same(checkpoint.load(files.unfinished), run)  # now, not when its turn comes
+        require_same(checkpoint.load(files.unfinished), config)  # now, not when its turn comes
     if is_unfinished or not (options.resume and files.checkpoint.exists()):
         return None
-    return require_same(checkpoint.load(files.checkpoint), run)
+    return require_same(checkpoint.load(files.checkpoint), config)
 
 
 class Run:
@@ -117,9 +117,9 @@ class Run:
             why = f"a batch of {min(config.batch_size, count)} can't be split over {world} processes"
             how = "train it first, with --tto True and" if config.role == "teacher" else "give"
             raise UserError(f"{config.stem}: {why}: {how} a --batch_size that is a multiple of {world}, or more images")
-        self.epoch_steps = count // self.batch_size  # of an epoch; its last, smaller batch is left out
-        self.total_steps = self.epoch_steps * config.num_epochs
-        torch.manual_seed(config.seed)  # of the initial weights
+        self.steps_per_epoch = count // self.batch_size  # of an epoch; its last, smaller batch is left out
+        self.total_steps = self.steps_per_epoch * config.num_epochs
+        torch.default_generator.manual_seed(config.seed)  # of the initial weights; torch.manual_seed seeds GPUs, too
         self.model = build_model_of(config, runtime)
         if config.sync_bn:
             self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
@@ -138,13 +138,13 @@ class Run:
     @property
     def lr(self) -> float:
         """The learning rate of the next step, or of the last one if none is left."""
-        step = min(self.epoch * self.epoch_steps + self.step, self.total_steps - 1)
+        step = min(self.epoch * self.steps_per_epoch + self.step, self.total_steps - 1)
         return learning_rate(step, self.total_steps, self.config.lr)
 
     @property
     def place(self) -> str:
         """The epoch and step in words."""
-        step = f"epoch {self.epoch + 1}, step {self.step}/{self.epoch_steps}"
+        step = f"epoch {self.epoch + 1}, step {self.step}/{self.steps_per_epoch}"
         return step if self.epoch < self.config.num_epochs else "the end of the last epoch"
 
     def begin_epoch(self, epoch: int) -> None:
@@ -170,7 +170,7 @@ class Run:
         self.scaler.update()
 
     def record(self, loss, ce, kl, correct, count: int) -> None:
-        """Count a step: mean losses and correct predictions over `count` images; nothing waits for the device."""
+        """Add a step to the epoch's sums: mean losses over `count` images and correct predictions, on the device."""
         self.totals += torch.stack((loss.detach() * count, ce * count, kl * count, *correct))
         self.step += 1
         self.count_time()
@@ -182,7 +182,7 @@ class Run:
         self.clock = now
 
     def check_finite(self) -> None:
-        """UserError if a loss of this epoch, and so their sum, is NaN or infinite; earlier saves are kept."""
+        """UserError if a loss of this epoch was NaN or infinite, which makes their sum so."""
         loss = self.totals[METRICS.index("loss")].item()
         if not math.isfinite(loss):
             how = "--tto True " if self.config.role == "teacher" else ""
@@ -238,7 +238,7 @@ class Run:
         # The saved sums are those of all processes: each takes an equal share, so that the total stays the same.
         self.totals += (state["totals"] / self.runtime.world_size).to(self.totals)
         self.write_log(state["log"])  # whatever became of the file meanwhile
-        before = run_of(state)
+        before = config_of(state)
         changes = [describe_differences(before, self.config)] if before != self.config else []
         for name, value in machine(self.runtime).items():
             if state["machine"][name] != value:

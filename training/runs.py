@@ -14,7 +14,7 @@ from runtime.errors import UserError
 from training.recipes import LOSS_DEFAULTS, RECIPE_FIELDS, Recipe, recipe_of, temps_of
 
 DEFAULT_SEED = 42
-LONGEST_WORDS = 80  # bytes of the omitted classes in a file name
+MAX_OMITTED_BYTES = 80  # bytes of the omitted classes in a file name
 UNKNOWN = "unknown"  # the images of a teacher that is a plain state dict
 
 
@@ -33,7 +33,7 @@ class RunName:
     student_images: int | None = None  # how many training images a student sees; None: all
     student: str | None = None  # MODULE:FUNCTION of the user's own; None: ours, or a teacher
     size: int = SIDE  # of the images, in pixels
-    weights_title = ""  # a RunConfig knows the weights of its loss
+    weights_title = ""  # no field; overridden by RunConfig, which has the weights of the loss
 
     @property
     def kd(self) -> bool:
@@ -54,7 +54,7 @@ class RunName:
     def omitted(self) -> str:
         """The omitted classes in words, or if there are many, their number and a hash of their names."""
         words = " ".join(self.omit)
-        if len(words.encode()) <= LONGEST_WORDS:
+        if len(words.encode()) <= MAX_OMITTED_BYTES:
             return words
         return f"{len(self.omit)} classes {hashlib.sha256(words.encode()).hexdigest()[:8]}"
 
@@ -183,7 +183,7 @@ def plan(options, spec: DataSet, precision: str, processes: int) -> list[RunConf
 
 
 def resolve(name: RunName, options, spec: DataSet, precision: str, processes: int) -> RunConfig:
-    """One run of the plan: the recipe's values where nothing was typed."""
+    """The RunConfig of a RunName: what was typed, and the recipe's values where nothing was typed."""
     recipe = asdict(recipe_of(name.dataset, name.role, options.optimizer, spec.train_images, name.student_images))
     if not (options.all and name.role == "teacher"):  # with --all these options are the students'
         recipe |= {f: getattr(options, f) for f in RECIPE_FIELDS if getattr(options, f) is not None}
@@ -200,9 +200,9 @@ def resolve(name: RunName, options, spec: DataSet, precision: str, processes: in
     )  # fmt: skip
 
 
-def run_of(content: dict) -> RunConfig:
+def config_of(content: dict) -> RunConfig:
     """The run of a checkpoint, or of a log's header; UserError if other code saved it."""
-    with suppress(TypeError, AttributeError):  # a field is missing, or unknown, or it is no dict
+    with suppress(TypeError, AttributeError):  # a field is missing, or unknown, or it is not a dict
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in content["run"].items()}
         run = RunConfig(**values)
         if run.dataset in DATA_SETS and run.loss in (None, *LOSS_DEFAULTS):

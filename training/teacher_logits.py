@@ -14,13 +14,13 @@ from runtime import checkpoint
 from runtime.device import Runtime
 from runtime.errors import UserError
 from runtime.files import load_arrays, save_arrays, write_json
-from training.run import data_mismatch, describe_data, images_mismatch, load_model, require_finished
+from training.run import data_mismatch, describe_data, load_model, require_finished, training_images_mismatch
 from training.runs import UNKNOWN, RunConfig, RunName
 from utils import Images, Views, compute_logits, fingerprint_views, logits_of
 
 
 class Teacher:
-    """A teacher: a checkpoint, or a folder with the logits of any model."""
+    """A teacher: a checkpoint, or a folder with the logits of any model (`model` and `content` are then None)."""
 
     def __init__(self, path: Path, spec: DataSet, runtime: Runtime, weights_path: Path, content: dict | None) -> None:
         """`content` is the teacher's checkpoint, None if `path` is a folder. UserError if it can't teach on `spec`."""
@@ -44,16 +44,19 @@ class Teacher:
         run, top1 = self.content["run"], self.content["metrics"]["top1"]
         return f"{self.path} (seed {run['seed']}, num_epochs {run['num_epochs']}, {top1:.2f}% top-1)"
 
-    def record_in(self, run: RunConfig) -> RunConfig:
-        """A run with KD, with this teacher recorded in it; a run without KD as it is."""
-        return replace(run, teacher=self.fingerprint, teacher_unknown=self.images_unknown) if run.kd else run
+    def added_to(self, config: RunConfig) -> RunConfig:
+        """A copy of a run with KD that names this teacher; a run without KD as it is."""
+        return replace(config, teacher=self.fingerprint, teacher_unknown=self.images_unknown) if config.kd else config
 
     def check_views(self, count: int) -> None:
-        """UserError if a folder of logits lacks one of the first `count` views, before hours of training."""
-        missing = [k for k in range(count) if not (self.folder / f"{k:02}.npz").exists()]
-        if self.model is None and missing:
-            lacks = f"lacks the logits of {len(missing)} of {count} views (first: {missing[0]:02}.npz)"
-            raise UserError(f"{self.folder} {lacks}: write them (docs/own.md), or give a smaller --views")
+        """UserError if a folder of logits can't give one of the first `count` views, before hours of training."""
+        if self.model is not None:
+            return
+        for k in range(count):
+            try:
+                self.cached(f"{k:02}.npz", 1, None)
+            except UserError as error:
+                raise UserError(f"{error}, or a smaller --views") from error
 
     def view_logits(self, k: int, views: Views, rows: torch.Tensor) -> torch.Tensor:
         """Logits (N, C) float16 on the device: row i is training image i in its k-th view, for all i in `rows`."""
@@ -78,7 +81,8 @@ class Teacher:
             logits = read_logits(path, self.key, count, len(self.spec.classes))
         except ValueError as error:
             if self.model is None:
-                raise UserError(f"can't use {path}: {error}; write it again, or give another --teacher") from error
+                advice = "write it (docs/own.md), or give another --teacher"
+                raise UserError(f"can't use {path}: {error}; {advice}") from error
             logits = None
         if self.runtime.agree(logits is None)[0]:  # if one process lacks them, all compute
             logits = compute().half()
@@ -144,9 +148,10 @@ def load_teacher(student: RunConfig, options, spec: DataSet, runtime: Runtime) -
         content = checkpoint.load(path, or_state_dict=bool(options.teacher))
         if "run" not in content:
             content = complete_state_dict(content, student, spec)
-        why = "is a student"
-        if require_finished(content)["run"]["role"] == "teacher":
-            why = data_mismatch(content, spec) or images_mismatch(content, student, spec)
+        if require_finished(content)["run"]["role"] == "student":
+            why = "is a student"
+        else:
+            why = data_mismatch(content, spec) or training_images_mismatch(content, student, spec)
         if why:
             raise UserError(f"the teacher {path} {why}: give another --teacher, or --weights_path and --plots_path")
     return Teacher(path, spec, runtime, options.weights_path, content)

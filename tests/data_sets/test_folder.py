@@ -221,7 +221,8 @@ def test_a_validation_folder_is_the_test_set_only_without_a_test_folder(root, na
     assert read_folder(root)[2][1:] == [f"no folder {test}: {root / name} is the test set"]
     assert contents(root) == before
     draw(test / "ant" / "0.bmp", seed=1000)
-    assert not read_folder(root)[2][1:] and len(contents(root)["test"]) == 1
+    assert read_folder(root)[2][1:] == [f"{root / name} is not used: {test} is the test set"]
+    assert len(contents(root)["test"]) == 1
 
 
 def test_without_a_test_folder_a_tenth_of_each_class_is_held_out(root):

@@ -1,5 +1,6 @@
 """The device of each process, what the processes share, and the host's settings, which are restored."""
 
+import os
 import platform
 import resource
 from concurrent.futures import ProcessPoolExecutor
@@ -101,6 +102,7 @@ def settings() -> dict:
         "dtype": torch.get_default_dtype(), "device": torch.get_default_device().type,
         "products": torch.get_float32_matmul_precision(), "gradients": torch.is_grad_enabled(),
         "inference": torch.is_inference_mode_enabled(), "autocast": torch.is_autocast_enabled("cpu"),
+        "cuBLAS": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
     }  # fmt: skip
 
 

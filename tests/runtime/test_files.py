@@ -151,8 +151,9 @@ def test_no_flipped_bit_of_a_checkpoint_goes_unseen(tmp_path):
 
 
 STATE = tiny_student().state_dict()
-DAMAGED = "is damaged or was not written by torch.save: train it again with --resume False, or give another file"
-FOREIGN = "file.pt is not a checkpoint of this project: train it again with --resume False, or give another file"
+ADVICE = ": train it again with --resume False, or give another file"
+DAMAGED = "is damaged or was not written by torch.save since PyTorch 1.6" + ADVICE
+FOREIGN = r"file.pt is not a checkpoint of this project \(its first key is '\S+'\)" + ADVICE
 WRONG = {
     "missing": (lambda at: None, "no checkpoint .*file.pt"),
     "a folder": (lambda at: at.mkdir(), "file.pt is a folder, not a checkpoint: give a file"),

@@ -154,7 +154,7 @@ def test_a_run_that_torchrun_stops_is_saved_and_says_where(tmp_path, options):
         process.send_signal(signal.SIGTERM)
     output, errors = process.communicate(timeout=240)
     assert process.returncode and output.count("saved ") == 1, output + errors
-    assert errors.count("stopped; rerun the command to resume") == 1
+    assert errors.count("stopped; rerun the command, without --resume False, to resume") == 1
     state = torch.load(tmp_path / f"{STEM}.last.pt", weights_only=True)
     where = f"{STEM}.last.pt at epoch {state['epoch'] + 1}, step {state['step']}/5"
     assert output.endswith(f"{where}\n") and not (tmp_path / f"{STEM}.pt").exists()

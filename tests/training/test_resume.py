@@ -127,7 +127,7 @@ def test_an_interrupted_run_resumes_bit_exactly(processes, moment, number, run, 
         assert codes[0] == -KILL and not any(code == 0 for code in codes)
     else:
         assert codes == [-INT if number == INT else 128 + number] * processes, "a shell stops its loop then"
-        assert errors == "stopped; rerun the command to resume (without --resume False)\n"
+        assert errors == "stopped; rerun the command, without --resume False, to resume\n"
         where = re.search(rf"saved (weights/{STEM}\.last\.pt at epoch \d, step \d/5)\n$", output)[1]
     assert (tmp_path / "weights" / f"{STEM}.pt").exists() == (moment == "end")
     codes, again, errors = run(tmp_path, processes)

@@ -258,7 +258,7 @@ def test_progress_is_a_line_every_30_seconds(monkeypatch, capsys):
 def test_several_processes_talk_after_every_4th_step_and_the_last_one_of_an_epoch(make_run, monkeypatch):
     run, talks = make_run(2), []
     monkeypatch.setattr(Runtime, "agree", lambda *numbers: talks.append(run.step) or (0, False))
-    run.epoch_steps = 10
+    run.steps_per_epoch = 10
     for run.step in range(1, 11):
         train.save_or_stop(run)
     assert talks == [4, 8, 10]

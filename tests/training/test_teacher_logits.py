@@ -176,8 +176,8 @@ def describe(folder: Path, **changes) -> None:
 
 
 WRONG = {
-    "lacks the logits of 1 of 2 views (first: 01.npz)": lambda folder: (folder / "01.npz").unlink(),
-    "00.npz: it is damaged; write it again": lambda folder: flip_bit(folder / "00.npz", 300),
+    "give another --teacher, or a smaller --views": lambda folder: (folder / "01.npz").unlink(),
+    "01.npz: it is damaged; write it": lambda folder: flip_bit(folder / "01.npz", 300),
     "00.npz: it has the logits of 24 images, not 40": lambda at: save_arrays(at / "00.npz", "resnet18-1", logits=ONES),
     "it has another key": lambda folder: describe(folder, key="resnet18-2"),
     "here (other classes)": lambda folder: describe(folder, classes=["cat", "dog"]),
