@@ -77,7 +77,7 @@ def logs_of(dataset: str) -> dict[RunConfig, list[dict]]:
     return runs
 
 
-@pytest.mark.parametrize("name", [*(f"{name}/results" for name in SECTIONS), "losses/digits"])
+@pytest.mark.parametrize("name", [*(f"{name}/results" for name in SECTIONS), "losses/digits", "losses/cifar100"])
 def test_a_published_table_shows_its_numbers(name):
     assert (RESULTS / f"{name}.md").read_text() == results_text(published(name))
 
@@ -193,15 +193,23 @@ def test_the_published_logits_are_the_published_teachers(cifar10):
 
 
 def test_the_comparison_of_losses_is_the_published_one():
-    text, known = section("losses.md", "## Digits"), table((RESULTS / "losses" / "digits.md").read_text())
+    text, known = one_line(section("losses.md", "## Results")), table((RESULTS / "losses" / "digits.md").read_text())
     teacher, without_kd, *others = known.items()
     assert f"a teacher of {teacher[1]['Top 1 Accuracy'][:-1]} %" in text
-    assert f"without KD the student has {without_kd[1]['Top 1 Accuracy'].partition('%')[0]} %" in one_line(text)
+    assert f"without KD the student has {without_kd[1]['Top 1 Accuracy'].partition('%')[0]} %" in text
     assert len(others) == 10
     over_kd = published("losses/digits")["gains_over_kd"]
     assert not any(gain["significant"] and gain["mean"] > 0 for gain in over_kd), "no loss is better than plain KD"
-    (said,) = re.findall(r"([\d.]+) points \(([-+][\d.]+) to ([-+][\d.]+)\)", one_line(text))
+    (said,) = re.findall(r"([\d.]+) points \(([-+][\d.]+) to ([-+][\d.]+)\)", text)
     assert "+{} ({} to {})".format(*said) in map(points, over_kd)
+    cifar100 = published("losses/cifar100")
+    tops = {row["model"]: f"{row['top1']:.2f} %" for row in cifar100["rows"]}
+    _, without_kd, kd, *_ = tops
+    assert kd.endswith("Temp = 2)") and f"reaches {tops[kd]} (one seed; {tops[without_kd]} without KD" in text
+    matched = {gain["model"]: gain["over"] for gain in cifar100["gains_over_kd"]}  # the last one of each loss
+    for loss, over in matched.items():
+        name = loss.split("with ")[1].split(",")[0]
+        assert re.search(rf"{name} {tops[loss]} \((its matched KD )?{tops[over]}\)", text)
 
 
 def test_the_table_of_losses_has_their_defaults():
