@@ -37,9 +37,12 @@ def change_settings(stack: contextlib.ExitStack, deterministic: bool) -> None:
     torch.set_default_device(None)
     torch.set_float32_matmul_precision("highest")
     torch.use_deterministic_algorithms(deterministic)
-    if deterministic and "CUBLAS_WORKSPACE_CONFIG" not in os.environ:
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-        stack.callback(os.environ.pop, "CUBLAS_WORKSPACE_CONFIG", None)
+    if deterministic:
+        name = "CUBLAS_WORKSPACE_CONFIG"
+        before = {name: os.environ[name]} if name in os.environ else {}
+        stack.callback(os.environ.update, before)  # after the next line's
+        stack.callback(os.environ.pop, name, None)
+        os.environ[name] = ":4096:8"
     cudnn.benchmark, cudnn.deterministic = not deterministic, deterministic
     cudnn.allow_tf32 = False
     for operator in FLOAT32_OPERATORS:

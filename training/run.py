@@ -88,7 +88,7 @@ def require_same(content: dict, config: RunConfig) -> dict:
     if "metrics" not in content:  # another number of processes may resume it, and sync_bn needs several
         ignoring |= {"processes", "sync_bn"}
     if why := describe_differences(config_of(content), config, ignoring):
-        how = "with --tto True, " if config.role == "teacher" else ""  # which --name of --all doesn't reach
+        how = "with --tto True, " if config.role == "teacher" else ""  # with --all, --name doesn't reach the teacher
         advice = f"{how}repeat its options, keep both with --name WORD, or replace it with --resume False (not --all)"
         raise UserError(f"{content['path']} is {kind} with {why}: {advice}")
     return content

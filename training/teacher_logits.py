@@ -49,14 +49,14 @@ class Teacher:
         return replace(config, teacher=self.fingerprint, teacher_unknown=self.images_unknown) if config.kd else config
 
     def check_views(self, count: int) -> None:
-        """UserError if a folder of logits can't give one of the first `count` views, before hours of training."""
+        """UserError if a folder lacks the logits of one of the first `count` views, or they are damaged."""
         if self.model is not None:
             return
         for k in range(count):
             try:
                 self.cached(f"{k:02}.npz", 1, None)
             except UserError as error:
-                raise UserError(f"{error}, or a smaller --views") from error
+                raise UserError(f"{error}, or --views {k}" if k else str(error)) from error
 
     def view_logits(self, k: int, views: Views, rows: torch.Tensor) -> torch.Tensor:
         """Logits (N, C) float16 on the device: row i is training image i in its k-th view, for all i in `rows`."""

@@ -168,6 +168,9 @@ def test_a_folder_of_logits_teaches_like_the_checkpoint(mine, learn, monkeypatch
     learn("--all", "--temp", "5", f"--teacher={mine}", "--name=all")
     rows = json.loads(Path("plots/all/results_digits_subset40/results.json").read_text())["rows"]
     assert len(rows) == 2 and all("agreement" in row for row in rows)
+    (mine / "test.npz").unlink()
+    output = learn("--all", "--temp", "5", f"--teacher={mine}", "--name=all")
+    assert f"\nno student is compared with the teacher: can't use {mine / 'test.npz'}: No such file" in output
 
 
 def describe(folder: Path, **changes) -> None:
@@ -176,8 +179,9 @@ def describe(folder: Path, **changes) -> None:
 
 
 WRONG = {
-    "give another --teacher, or a smaller --views": lambda folder: (folder / "01.npz").unlink(),
-    "01.npz: it is damaged; write it": lambda folder: flip_bit(folder / "01.npz", 300),
+    "01.npz: No such file or directory; write it (docs/own.md)": lambda folder: (folder / "01.npz").unlink(),
+    "damaged; write it (docs/own.md), or give another --teacher, or --views 1": lambda at: flip_bit(at / "01.npz", 300),
+    "00.npz: it is damaged; write it": lambda folder: flip_bit(folder / "00.npz", 300),
     "00.npz: it has the logits of 24 images, not 40": lambda at: save_arrays(at / "00.npz", "resnet18-1", logits=ONES),
     "it has another key": lambda folder: describe(folder, key="resnet18-2"),
     "here (other classes)": lambda folder: describe(folder, classes=["cat", "dog"]),
