@@ -46,7 +46,6 @@ class Net(nn.Module):
 
 same = net(10)
 no_new_weights = lambda num_classes: same
-no_size = lambda num_classes: [][num_classes]
 
 class Lazy(nn.Sequential):
     def __init__(self, num_classes):
@@ -199,6 +198,7 @@ def test_a_row_as_the_docs_show_it_is_all_that_a_new_data_set_takes(tiny_models,
     order = np.random.default_rng(0).permutation(60)
     assert images.labels.tolist() == drawn.labels[order].tolist(), "SVHN's labels are not sorted, others' are"
     assert np.array_equal(images.pixels, drawn.data.transpose(0, 2, 3, 1)[order])
+    assert load_images("svhn", tmp_path, CPU, size=64).test.pixels.shape == (60, 64, 64, 3)
 
 
 # ---------------------------------------------------------------------------------------------- own pictures
@@ -234,9 +234,11 @@ def test_the_commands_work_and_only_training_needs_the_folder(root, train_on_pic
     assert told.startswith("test loss ") and "top5" not in told and "top-5" not in told
     assert all(name in told for name in CLASSES) and "top-1 agreement" in told
     assert "Student (with KD, Temp = 5)" in evaluate(*PICTURES, "--compare")
+    (root / "train" / CLASSES[0] / "broken.png").write_text("no picture")
     told = train_on_pictures("--seed=43", "--skip_broken", "--flip=False", "--weights_path=w w", "--name=a")
     command = re.search("evaluate it with `python test.py (.*)`", told)[1]
     assert evaluate(*shlex.split(command)).startswith("test loss ")
+    (root / "train" / CLASSES[0] / "broken.png").unlink()
     root.rename(tmp_path / "elsewhere")
     student = "--checkpoint=weights/folder_student_kd_t5.pt"
     evaluate(student, "--data_path=elsewhere", "--json=r2.json")
@@ -256,7 +258,6 @@ def test_a_changed_picture_is_another_run_and_other_classes_are_an_error(root, t
     for word, tells in (
         ("--kd", "folder_student_kd_t5.pt is a finished run with images [0-9a-f]{8}, not "),
         ("--kd --temp=7", "folder_teacher.pt was trained on other images than those of folder here"),
-        ("--kd=False", "folder_student.pt is a finished run with images [0-9a-f]{8}, not "),
         ("--all", "folder_student.pt is a finished run with images [0-9a-f]{8}, not "),
     ):
         assert re.search(tells, train_on_pictures(*word.split(), code=2)) and snapshot(tmp_path / "weights") == before

@@ -13,6 +13,7 @@ from conftest import REPOSITORY
 from made_up import CPU, cells, runs_of
 
 import config
+import test
 from evaluation.measures import paired_gain
 from evaluation.results import points, results_text
 from runtime import checkpoint
@@ -174,7 +175,7 @@ def test_the_times_and_accuracies_in_the_text_are_those_of_the_logs():
 def test_the_published_students_are_as_accurate_as_their_logs_say(cifar10):
     logs, data = (RESULTS / "cifar10" / "runs.jsonl").read_text(), load_images("cifar10", cifar10, CPU)
     for name in ("student", "student_kd_t5", "student_kd_t20"):
-        content = checkpoint.load(RESULTS / "cifar10" / f"{name}.pt")
+        content = checkpoint.load(test.PUBLISHED / "cifar10" / f"{name}.pt")
         assert config_of(content).stem == name and content["log"] in logs
         assert json.loads(content["log"].splitlines()[-1])["test"] == content["metrics"]
         assert content["run"]["images"] == data.spec.fingerprint

@@ -1,7 +1,6 @@
 """train.py with tiny models: the loss of the loop, the files it writes, and which runs are resumed or skipped."""
 
 import re
-import shlex
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, repeat
@@ -138,25 +137,11 @@ def test_a_run_in_a_thread_works_and_the_hosts_settings_are_restored(learn, monk
     assert during == [True] * 10
 
 
-def test_the_advice_to_train_a_teacher_leads_to_one_that_fits(learn):
-    words = ["--flip=True", "--weights_path=my weights"]
-    advice = re.search("`python train.py (.*?)`", learn("--kd", *words, code=2))[1]
-    learn(*shlex.split(advice))
-    learn("--kd", *words)
-
-
-def test_a_finished_run_even_of_another_machine_is_skipped(learn, tmp_path):
+def test_a_finished_run_is_skipped_even_of_another_machine_and_not_overwritten_with_other_options(learn, tmp_path):
     learn()
     change(tmp_path / "weights" / f"{STEM}.pt", "machine", torch="2.11.0", device="another processor, 96 threads")
-    before = snapshot(tmp_path)
-    output = learn()
-    assert re.search(f"{STEM}: already finished .*skipping", output) and "evaluate it with `python test.py" in output
-    assert "--resume False" in output and snapshot(tmp_path) == before
-
-
-def test_a_finished_run_with_other_options_is_not_overwritten(learn, tmp_path):
-    learn()
-    before = snapshot(tmp_path)
+    before, output = snapshot(tmp_path), learn()
+    assert re.search(f"{STEM}: already finished .*skipping; --resume False", output) and snapshot(tmp_path) == before
     error = learn("--lr=0.3", "--num_epochs=2", code=2)
     assert "finished run with num_epochs 1, not 2; lr 0.1, not 0.3" in error
     assert "--name" in error and "--resume False" in error and snapshot(tmp_path) == before

@@ -118,8 +118,8 @@ def uninterrupted(run, tmp_path_factory) -> dict[int, Path]:
 
 @pytest.mark.parametrize(
     "processes, moment, number",
-    [*((1, moment, KILL) for moment in ("save", "log line", "end", "epoch", "view")), (1, "epoch", TERM),
-     (1, "epoch", INT), (1, "view", TERM), (2, "epoch", KILL), (2, "epoch", TERM), (2, "view", TERM)],
+    [*((1, moment, KILL) for moment in ("save", "log line", "end", "view")), (1, "epoch", TERM), (1, "epoch", INT),
+     *((2, moment, number) for moment in ("epoch", "view") for number in (KILL, TERM))],
 )  # fmt: skip
 def test_an_interrupted_run_resumes_bit_exactly(processes, moment, number, run, uninterrupted, tmp_path):
     codes, output, errors = run(tmp_path, processes, moment, number)

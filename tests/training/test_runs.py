@@ -191,9 +191,9 @@ def make_run(tiny_models, tmp_path, monkeypatch):
     """A function that makes a run of 5 steps per epoch, as the first of a number of processes that are all alike."""
     monkeypatch.setattr(training.run, "DistributedDataParallel", lambda model, **_: model)
 
-    def make(world_size: int = 1, command: str = "", precision: str = "fp32") -> Run:
+    def make(world_size: int = 1, command: str = "", precision: str = "fp32", **changes) -> Run:
         monkeypatch.setattr(dist, "all_reduce", lambda values: values.mul_(world_size))
-        config = run_of(f"--batch_size=8 --num_epochs=2 --lr=0.1 {command}", processes=world_size)
+        config = run_of(f"--batch_size=8 --num_epochs=2 --lr=0.1 {command}", processes=world_size, **changes)
         runtime = Runtime(CPU.device, precision, 0, world_size)
         options = parse_train([f"--weights_path={tmp_path}", f"--plots_path={tmp_path}"])
         return Run(config, runtime, SPEC, 40, RunFiles(config, options))
@@ -236,6 +236,8 @@ def test_processes_must_share_a_batch_evenly(make_run):
     with pytest.raises(UserError, match="over 3 processes: train it first, with --tto True and a --batch_size that is"):
         make_run(3, "--tto")
     assert make_run(4).batch_size == 8 and make_run(1, "--batch_size=64").batch_size == 40
+    synchronised = make_run(4, sync_bn=True).model
+    assert any(isinstance(module, torch.nn.SyncBatchNorm) for module in synchronised.modules())
 
 
 def test_the_progress_tells_loss_accuracy_speed_rate_and_the_time_left(make_run, monkeypatch):
