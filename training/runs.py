@@ -250,9 +250,9 @@ def why_no_baseline(run: RunConfig, others: list[RunConfig]) -> str:
 
 
 def is_kd_baseline_of(run: RunConfig, other: RunConfig) -> bool:
-    """Whether `run`, with plain KD at default or matched weights, is the baseline of `other`, with another loss."""
-    same_weights = (sum(run.kd_weights), run.ce_weight) == (sum(other.kd_weights), other.ce_weight)
-    is_plain_kd = run.is_default_kd or (run.loss == f"kd_as_{other.loss}" and same_weights)
+    """Whether `run`, plain KD at default weights or matched to `other`, is the baseline of `other`, another loss."""
+    matched = (run.temp, sum(run.kd_weights), run.ce_weight) == (other.temp, sum(other.kd_weights), other.ce_weight)
+    is_plain_kd = run.is_default_kd or (run.loss == f"kd_as_{other.loss}" and matched)
     has_other_loss = other.kd and LOSS_DEFAULTS[other.loss].function != "kd"
     return is_plain_kd and has_other_loss and not differences(run, other, LOSS_FIELDS)
 
@@ -271,11 +271,14 @@ def row_order(run: RunName) -> tuple:
 
 
 def row_labels(runs: list[RunConfig]) -> list[str]:
-    """A label for each of a table's rows: its run's title, and the fields in which others of that title differ."""
+    """A label for each of a table's rows: its run's title, and the fields in which others of that title differ.
+
+    Runs that differ in T and in other fields get these fields, too: a figure over T joins rows by their labels.
+    """
     labels = []
     for run in runs:
-        namesakes = [other for other in runs if other.title == run.title]
-        names = [name for other in namesakes for name in differences(run, other, {"seed"})]
+        namesakes = [other for other in runs if replace(other, temp=run.temp).title == run.title]
+        names = [name for other in namesakes for name in differences(run, other, {"seed", "temp"})]
         values = [f"{f.name} {value_text(run, f.name)}" for f in fields(RunConfig) if f.name in names]
         labels.append(", ".join([run.title, *values]))
     return labels

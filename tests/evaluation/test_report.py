@@ -80,10 +80,12 @@ def test_runs_of_another_folder_are_another_row_with_its_own_baseline():
 def test_only_the_same_seed_and_options_are_paired_and_each_teachers_students_have_a_gain():
     kd = [content(f"--kd --seed={seed}", 72.0 + seed) for seed in (3, 1, 2)]
     others = [content("--seed=1", 70.0), content("--seed=2", 71.5), content("--seed=3 --num_epochs=10", 60.0)]
-    found = collect([*others, *kd, content("--kd --seed=1", 69.0, teacher="1f3a" * 4)])
+    found = collect([*others, *kd, content("--kd --temp=20 --seed=1", 69.0, teacher="1f3a" * 4)])
     first, second = found["gains"]
     assert first["pairs"] == 2 and first["mean"] == pytest.approx((3 + 2.5) / 2)
-    assert second == {"model": f"{KD}, teacher 1f3a1f3a", "pairs": 1, "mean": pytest.approx(-1)}
+    labels = f"{KD}, teacher bbbbbbbb", "Student (with KD, Temp = 20), teacher 1f3a1f3a"
+    assert (first["model"], second["model"]) == labels, "a figure over T must not join them"
+    assert (second["pairs"], second["mean"]) == (1, pytest.approx(-1))
     assert [len(row["seeds"]) for row in found["rows"]] == [2, 1, 3, 1]
 
 
