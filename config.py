@@ -7,6 +7,7 @@ from pathlib import Path
 
 from data_sets import DATA_SETS, SIDE, SIZES
 from runtime.cli import LARGEST, Parser, boolean, file_name, folder_name, matching, number, option, parse_words
+from runtime.errors import UserError
 from training.recipes import ALPHA, LOSS_DEFAULTS, OPTIMIZERS
 from training.runs import DEFAULT_SEED, name_of
 
@@ -53,9 +54,12 @@ class Options:
         return self.weights_path / (self.name or "")
 
     def teacher_file(self, stem: str) -> Path:
-        """The teacher in the folder of --name or, if it has none, the one that all these folders share."""
-        own = self.weights_folder / f"{stem}.pt"
-        return own if own.exists() else self.weights_path / own.name
+        """The teacher in the folder of --name, or else the shared one; UserError if the former is unfinished."""
+        own, shared = self.weights_folder / f"{stem}.pt", self.weights_path / f"{stem}.pt"
+        unfinished = own.with_suffix(".last.pt")
+        if own != shared and unfinished.exists() and not own.exists():
+            raise UserError(f"{unfinished} is an unfinished teacher: rerun its command (--tto True), or remove it")
+        return own if own.exists() else shared
 
     @property
     def plots_folder(self) -> Path:

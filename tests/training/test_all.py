@@ -156,6 +156,11 @@ def test_students_of_a_name_share_the_teacher_unless_the_folder_has_its_own(lear
     teacher = checkpoint.fingerprint(load("teacher")["model"])
     assert load("student_kd_t5", folder="weights/a05")["run"]["teacher"] == teacher
     learn("--tto", "--seed=42", "--lr=0.05", "--name=own")
+    own = Path("weights/own/digits_teacher_subset40.pt")
+    own.rename(own.with_suffix(".last.pt"))  # as if it were unfinished
+    for words in (["--kd"], ALL):
+        assert "own/digits_teacher_subset40.last.pt is an unfinished teacher: " in learn(*words, "--name=own", code=2)
+    own.with_suffix(".last.pt").rename(own)
     assert "the teacher is weights/own/digits_teacher_subset40.pt (seed 42, num_epochs " in learn(*ALL, "--name=own")
     named = snapshot(tmp_path)
     learn(*ALL, "--holdout=8")
