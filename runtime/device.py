@@ -163,7 +163,8 @@ def has_fast_bf16(device: torch.device) -> bool:
     """Whether this run's device multiplies bfloat16 matrices faster than float32: on CPUs AMX and AMD's AVX512-BF16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    amx, avx512 = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
+    has = torch.cpu.get_capabilities()
+    amx, avx512 = has.get("amx_tile", False), has.get("avx512_bf16", False)  # which ARM lacks
     return device.type == "cpu" and (amx or (avx512 and "Intel" not in processor()))
 
 

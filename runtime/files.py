@@ -6,11 +6,11 @@ import json
 import os
 import struct
 import time
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from tempfile import mktemp
 from typing import IO
 
 import numpy as np
@@ -19,7 +19,7 @@ from runtime.errors import UserError, reason
 
 # What reading a damaged or foreign .npz, .pt or picture raises, in zipfile, numpy, torch and Pillow.
 UNREADABLE = (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, RuntimeError, SyntaxError)
-UNREADABLE += (zipfile.BadZipFile, zlib.error, struct.error)
+UNREADABLE += (zipfile.BadZipFile, zlib.error, struct.error, tokenize.TokenError)
 
 
 @contextlib.contextmanager
@@ -27,7 +27,7 @@ def writing(path: Path) -> Iterator[Path]:
     """Yield a temporary path that replaces `path`, whole, if the block succeeds; UserError leaves the old file."""
     target = Path(os.path.realpath(path))  # of a link, the file it leads to
     make_folder(path.parent)
-    temporary = Path(mktemp(".tmp", ".", target.parent))  # other functions restrict who may read the file
+    temporary = target.parent / f".{os.urandom(8).hex()}.tmp"
     try:
         yield temporary
         with open(temporary, "r+b") as file:  # Windows flushes only what it may write to

@@ -134,8 +134,8 @@ def test_the_users_matplotlib_style_changes_no_figure_and_is_not_changed(tmp_pat
 
     expected, style = drawn_bytes(), {"axes.facecolor": "red", "font.family": "no such font", "savefig.bbox": "tight"}
     with matplotlib.rc_context(style | {"font.size": 30, "lines.linewidth": 9, "backend": "pdf"}):
-        before = dict.copy(matplotlib.rcParams)
-        assert drawn_bytes() == expected and dict.copy(matplotlib.rcParams) == before
+        before = matplotlib.rcParams.copy()
+        assert drawn_bytes() == expected and matplotlib.rcParams == before
 
 
 @pytest.mark.parametrize("count, named, numbers", [(20, 20, 400), (21, 21, 0), (1000, 100, 0)])

@@ -163,7 +163,6 @@ def test_only_maps_up_to_the_limit_are_products(monkeypatch):
     ],
 )
 def test_where_products_are_used(monkeypatch, kind, precision, amx, name, side):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_tile": amx, "avx512_bf16": True})
     monkeypatch.setattr(device, "processor", lambda: name)
     assert device.Runtime(torch.device(kind), precision).max_product_side == side

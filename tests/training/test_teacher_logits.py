@@ -73,6 +73,7 @@ def test_the_key_changes_with_all_that_logits_depend_on(make, monkeypatch, real=
 ONES = np.ones((COUNT, 10), np.float16)
 FOREIGN = {
     "a bit flipped": lambda path, key: flip_bit(path, 300),
+    "a bit of the header": lambda path, key: save_arrays(path, key, logits=ONES.repeat(99)) or flip_bit(path, 70),
     "an array": lambda path, key: np.lib.format.open_memmap(path, "w+", np.float16, (COUNT, 10)),
     "another key": lambda path, key: save_arrays(path, "other", logits=ONES),
     "other classes": lambda path, key: save_arrays(path, key, logits=ONES[:, :9]),
