@@ -91,7 +91,7 @@ class TrainOptions(Options):
     head_lr: float | None = option(RECIPE, "learning rate of the last layer, as a fraction of --lr", ABOVE_0)
     norm_lr: float | None = option(RECIPE, "learning rate of batch norm and biases, as a fraction of --lr", ABOVE_0)
     weight_decay: float | None = option(RECIPE, "weight decay of the last layer; with sgd, of all matrices", WEIGHT)
-    views: int | None = option(RECIPE, "how many random crops, mirrored or not, of each image are used", FROM_1)
+    views: int | None = option(RECIPE, "number of random views (crop, mirrored or not) of each image", FROM_1)
     flip: bool | None = option(DATA, "mirror every other view; False for letters (default: by data set)", boolean)
     sync_bn: bool = option(MACHINE, "batch norm over the global batch on several CUDA devices", boolean, False)
     compile: bool = option(MACHINE, "torch.compile the model; pays off in long runs", boolean, False)

@@ -26,7 +26,7 @@ from config import TestOptions, parse_test
 from runtime.cli import answer_early, format_number
 
 if __name__ == "__main__":
-    answer_early(parse_test)  # --help and a wrong option answer here, before torch is imported
+    answer_early(parse_test)  # --help and option errors exit here, before torch is imported
 
 import torch
 
@@ -76,7 +76,7 @@ def find_checkpoint(options: TestOptions, runtime: Runtime) -> dict:
 
 
 def find_teacher(run: RunConfig, options, spec: DataSet, runtime: Runtime, tell: Callable) -> Teacher | None:
-    """A student's teacher, or None; `tell` is called with what is wrong with it; UserError if --teacher named it."""
+    """A student's teacher, or None; problems are passed to `tell`, or raised as UserError if --teacher was given."""
     try:
         teacher = load_teacher(run, options, spec, runtime) if run.role == "student" else None
     except UserError as error:
@@ -103,11 +103,11 @@ def evaluate(options: TestOptions, runtime: Runtime) -> None:
         notes.append(f"{path} {why}")
     images = data.held_out(run.subset, run.holdout)
     logits, numbers = measure_checkpoint(model, content, images, data, runtime)
-    imitation = {}
+    fidelity_numbers = {}
     teacher = find_teacher(run, options, data.spec, runtime, notes.append)
     if teacher:
         try:
-            imitation = fidelity(logits, teacher.test_logits(images, run.holdout), images.labels)
+            fidelity_numbers = fidelity(logits, teacher.test_logits(images, run.holdout), images.labels)
         except UserError as error:  # a folder of logits may have none of these images
             notes.append(f"not compared with the teacher: {error}")
     if not runtime.is_main:
@@ -123,7 +123,7 @@ def evaluate(options: TestOptions, runtime: Runtime) -> None:
     if "bias" in numbers:
         saved.append(figures.plot_omitted([content | {"measured": numbers}], figure_path(path, options, "omitted")))
     if options.json:
-        values = {"checkpoint": str(path), "role": run.role, "run": asdict(run), **numbers, **cost, **imitation}
+        values = {"checkpoint": str(path), "role": run.role, "run": asdict(run), **numbers, **cost, **fidelity_numbers}
         values |= {"notes": notes, "device": device_title(runtime), "precision": runtime.precision}
         saved.append(write_json(options.json, values))
     tops = " ".join(f"{name} {100 * numbers[name]:.2f}%" for name in report.TOPS if name in numbers)
@@ -132,7 +132,7 @@ def evaluate(options: TestOptions, runtime: Runtime) -> None:
     print(report.accuracy_text(numbers, classes))
     if run.omit:
         print(f"\n{report.bias_text(numbers, run.omit)}")
-    print(f"\n{report.fidelity_text(imitation)}\n" if imitation else "")
+    print(f"\n{report.fidelity_text(fidelity_numbers)}\n" if fidelity_numbers else "")
     print(report.cost_text(cost, teacher_cost))
     print(f"\nsaved {', '.join(map(str, saved))}")
 
@@ -189,7 +189,7 @@ def find_checkpoints(options: TestOptions, name: RunName, runtime: Runtime) -> l
 
 
 def classify(options: TestOptions, runtime: Runtime) -> None:
-    """Print and draw the classes of pictures by the model and its teacher, with --soften by the model at each T."""
+    """Classify pictures with the model and its teacher, or with --soften the model at each T; print and draw this."""
     contents = [find_checkpoint(options, runtime)]
     run, spec = config_of(contents[0]), spec_of(contents[0])
     images, rows, names = read_pictures(options, contents[0], runtime)
@@ -199,17 +199,17 @@ def classify(options: TestOptions, runtime: Runtime) -> None:
         contents.append(teacher.content)
     probabilities = {}  # (B, C) of the pictures, by the title of each model, or of the model at each temperature
     for content in contents:
-        its_run = config_of(content)
-        its_runtime = as_trained(runtime, its_run, options.precision)
-        model = load_model(content, its_runtime, options.student)
-        logits = logits_of(model, images, spec_of(content), its_runtime)
+        model_run = config_of(content)
+        model_runtime = as_trained(runtime, model_run, options.precision)
+        model = load_model(content, model_runtime, options.student)
+        logits = logits_of(model, images, spec_of(content), model_runtime)
         if options.soften:
             runtime.print(f"over {len(images):,} images:")
             for temp in options.soften:
                 runtime.print(report.softness_text(softness(logits, temp), temp, len(spec.classes)))
-                probabilities[f"{its_run.title}, T = {format_number(temp)}"] = (logits[rows] / temp).softmax(1)
+                probabilities[f"{model_run.title}, T = {format_number(temp)}"] = (logits[rows] / temp).softmax(1)
         else:
-            probabilities[its_run.title] = logits[rows].softmax(1)
+            probabilities[model_run.title] = logits[rows].softmax(1)
     if runtime.is_main:
         path = figure_path(contents[0]["path"], options, "softened" if options.soften else "images")
         shown = names[: figures.PICTURES_SHOWN]

@@ -25,7 +25,7 @@ from config import TrainOptions, parse_train
 from runtime.cli import answer_early
 
 if __name__ == "__main__":
-    answer_early(parse_train)  # --help and a wrong option answer here, before torch is imported
+    answer_early(parse_train)  # --help and option errors exit here, before torch is imported
 
 import torch
 
@@ -74,9 +74,9 @@ def train_epoch(run: Run, views: Views, rows: torch.Tensor, k: int, teacher_logi
 
 
 def save_or_stop(run: Run) -> None:
-    """Save the resume state if that is due; Stopped, on which train_run saves, if a signal came to any process."""
+    """Save the resume state if due; raise Stopped (train_run then saves) if any process received a signal."""
     if run.runtime.world_size > 1 and run.step % 4 and run.step < run.steps_per_epoch:
-        return  # several processes, which wait for one another here, agree after every 4th step
+        return  # processes wait for one another below, so several agree only after every 4th step
     signal_number, save = run.runtime.agree(run.runtime.stop.number, run.save_is_due())
     if signal_number or save:
         run.check_finite()  # a state with NaN must not replace an earlier one
@@ -172,7 +172,7 @@ def train_run(
 def restore_or_begin(run: Run, count: int, resume: bool) -> None:
     """Restore an unfinished run, or start the log of a new one on `count` images."""
     config, runtime = run.config, run.runtime
-    exists = runtime.agree(run.files.unfinished.exists())[0]  # for any process, before the first writes or removes it
+    exists = runtime.agree(run.files.unfinished.exists())[0]  # in any process, before the first writes or removes it
     if exists and resume:
         run.restore()
         runtime.barrier()  # before the first process can finish and remove what the others read
@@ -216,7 +216,7 @@ def train_all(options: TrainOptions) -> None:
 
 
 def prepare_teacher(students: list[RunConfig], finished: dict, options, spec: DataSet, runtime: Runtime) -> Teacher:
-    """The teacher of all students, read from its file; UserError if one does not fit it."""
+    """All students' teacher, read from its file; UserError if a finished student learned from another."""
     teacher = load_teacher(students[0], options, spec, runtime)
     teacher.check_views(students[0].views)
     runtime.print(f"the teacher is {teacher.title}")
@@ -233,7 +233,7 @@ def prepare(options: TrainOptions, runtime: Runtime) -> tuple[Data, list[RunConf
     if options.kd:
         teacher_path(name_of(options), options)  # fail before a download
     if options.precision == "auto" and runtime.device.type == "cuda" and runtime.precision == "fp32":
-        runtime.print("this card has no fast bf16 and trains in fp32; try --precision fp16")
+        runtime.print("this GPU has no fast bf16, so training uses fp32; try --precision fp16")
     data = load_images(options.dataset, options.data_path, runtime, options.flip, options.skip_broken, options.size)
     runtime.print(*data.notes)
     configs = plan(options, data.spec, runtime.precision, runtime.world_size)

@@ -236,7 +236,7 @@ def fingerprint_views() -> str:
 def soft_target_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, temp: float) -> torch.Tensor:
     """T^2 KL(teacher_T || student_T) of logits (B, C), a scalar in nats.
 
-    T^2 keeps the ratio of both gradients about constant over T (Hinton, Vinyals & Dean, 2014, section 2).
+    T^2 keeps the ratio of this term's gradient to CE's about constant (Hinton, Vinyals & Dean, 2014, section 2).
     """
     student = F.log_softmax(student_logits / temp, dim=1)
     teacher = F.log_softmax(teacher_logits / temp, dim=1)
@@ -271,7 +271,7 @@ def topk_correct(logits: torch.Tensor, targets: torch.Tensor, ks: tuple[int, ...
 
 
 def loss_and_accuracies(logits: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
-    """Mean cross-entropy (nats), top-1 and, of more than five classes, top-5 (0 to 1) of logits (B, C)."""
+    """Mean cross-entropy (nats), top-1 and, with more than five classes, top-5 (0 to 1) of logits (B, C)."""
     loss = F.cross_entropy(logits.double(), targets).item()
     top1, top5 = (count / len(targets) for count in topk_correct(logits, targets).tolist())
     return {"loss": loss, "top1": top1} | ({"top5": top5} if logits.shape[1] > 5 else {})
@@ -283,8 +283,8 @@ def compute_logits(
 ) -> torch.Tensor:
     """Logits (count, num_classes), float64 on every process's CPU, of images (B, 3, S, S) = images_of(rows (B,)).
 
-    All batches have one size, whatever the count and the number of processes, which share them: logits depend on
-    neither. With a `title`, progress is shown. Stopped after a signal; UserError if one isn't finite.
+    All batches have one size, so the logits depend neither on the count nor on how many processes share the batches.
+    With a `title`, progress is shown. Stopped after a signal; UserError if a logit isn't finite.
     """
     logits = torch.zeros(count, num_classes, device=runtime.device)
     size = images_of(torch.zeros(1, dtype=torch.int64)).shape[-1]
@@ -296,14 +296,14 @@ def compute_logits(
             rows = torch.arange(start, start + batch_size).clamp(max=count - 1)  # the last batch repeats the last image
             images = images_of(rows).contiguous(memory_format=runtime.memory_format)
             with runtime.autocast():
-                logits[start : start + batch_size] = model(images)[: count - start]  # the device is not waited for
+                logits[start : start + batch_size] = model(images)[: count - start]  # without waiting for the device
             if runtime.stop.number:
                 break
             progress.step()
     if signal_number := runtime.agree(runtime.stop.number)[0]:
         raise Stopped(int(signal_number))
     logits = runtime.total(logits)  # rows of other processes are zeros here
-    if not logits.sum().isfinite():  # the sum is not if one logit is not
+    if not logits.sum().isfinite():  # finite only if every logit is
         raise UserError("the model's logits are not finite: train it again with a lower --lr")
     return logits
 
@@ -327,11 +327,11 @@ COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 LOOKS = matplotlib.cycler(linestyle=["-", "--", ":"]) * matplotlib.cycler(color=COLOURS)
 SETTINGS = {"axes.prop_cycle": LOOKS, "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.3}
 SETTINGS |= {"figure.constrained_layout.use": True, "axes.titlesize": 9, "text.parse_math": False}  # names may hold a $
-figure_style = matplotlib.style.context(["default", SETTINGS])  # of all figures, whatever the user's own is
+figure_style = matplotlib.style.context(["default", SETTINGS])  # for all figures, whatever the user's own style
 
 
 def new_panels(title: str, ylabels: list[str], xlabel: str = "epoch", size: tuple[float, float] = (7, 4.2)) -> list:
-    """A new figure's axes, one for each y label; 7 inches are README's width."""
+    """A new figure's axes, one for each y label; 7 inches are the README's width."""
     figure = Figure(size)
     panels = figure.subplots(1, len(ylabels), squeeze=False)[0].tolist()
     figure.suptitle(textwrap.fill(title, 68))
@@ -362,7 +362,7 @@ def parse_log(text: str) -> tuple[dict, list[dict]]:
 
 @figure_style
 def plot_curves(log_path: Path, out_dir: Path) -> list[Path]:
-    """Draw a run's accuracy (%) and loss (nats) over its epochs from its log; the paths of the two figures."""
+    """Draw a run's accuracy (%) and loss (nats) over its epochs from its log; return the figures' paths."""
     log_path, out_dir = Path(log_path), Path(out_dir)
     header, lines = parse_log(log_path.read_text())
     split, epochs = header["split"], [line["epoch"] for line in lines]

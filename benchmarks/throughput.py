@@ -66,7 +66,7 @@ class Bench:
         return replace(run, num_epochs=100_000)
 
     def ours(self, role: str, loss: str | None = None) -> Job:
-        """A short epoch, images per second; with a loss of distillation the teacher's logits are at hand."""
+        """A short epoch, images per second; with a distillation loss, the teacher's logits are cached."""
         run_config, device = self.config(role, loss), self.runtime.device
         rows = torch.arange(self.steps[role] * self.batch_size) % IMAGES
         views = Views(self.images[: len(rows)], self.spec, device)
@@ -113,7 +113,7 @@ class Bench:
         return self.baseline_rate(count, lambda: list(itertools.islice(self.batches, count)))
 
     def baseline_rate(self, steps: int, work: Callable[[], object]) -> float:
-        """Images per second of the baseline's work; what its workers have prepared is taken first, untimed."""
+        """Images per second of the baseline's work; batches that its workers have prefetched are skipped, untimed."""
         list(itertools.islice(self.batches, 8))
         return self.rate(steps * self.batch_size, work)
 
@@ -181,12 +181,12 @@ def report(options: config.TrainOptions, arguments) -> None:
 
 
 def main() -> int:
-    """The exit code."""
+    """Run the benchmark; return the exit code."""
     parser = Parser("throughput.py", allow_abbrev=False, description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a few minutes: few steps and repeats")
     parser.add_argument("--json", type=file_name, help="file for the rows, the hardware and the version of torch")
     arguments, further = parser.parse_known_args()
-    options = config.parse_train(["--tto", "True", *further])  # refuses what only students can have
+    options = config.parse_train(["--tto", "True", *further])  # rejects options that only students have
     if options.dataset != "cifar10":
         parser.error("the images are CIFAR-10's: leave --dataset out")
     return exit_code(lambda: report(options, arguments))

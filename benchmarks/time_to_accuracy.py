@@ -40,12 +40,12 @@ from utils import Views, epoch_view, evaluate, figure_style, load_images, new_pa
 # Peak learning rates, of which the best result counts, and the fraction of the steps for warm-up: VGG19, which has no
 # shortcuts, learns nothing in few steps at a higher rate or without warm-up.
 BASELINE_LR, BASELINE_WARM_UP = {"teacher": (0.01, 0.02), "student": (0.1, 0.2)}, {"teacher": 0.1, "student": 0.0}
-SETTLED = ("--tto", "--kd", "--all", "--nu", "--sub", "--hold", "--size", "--omit", "--student", "--det")
+FIXED_OPTIONS = ("--tto", "--kd", "--all", "--nu", "--sub", "--hold", "--size", "--omit", "--student", "--det")
 SIDES = {"ours": "ours", "baseline": "baseline loop"}
 
 
 def lr_factor(step: int, total: int, warm_up: float) -> float:
-    """The baseline loop's learning rate at 0 <= step < total, of the peak: a linear rise, then a cosine."""
+    """The baseline loop's learning rate as a fraction of its peak, 0 <= step < total: a linear rise, then a cosine."""
     rising = int(total * warm_up)
     if step < rising:
         return (step + 1) / rising
@@ -114,7 +114,7 @@ class Bench:
 
 
 def read_results(path: Path | None) -> list[dict]:
-    """The runs that a former call finished: {"settings", "seconds", "top1"} each; UserError for another file."""
+    """The runs that an earlier call finished: {"settings", "seconds", "top1"} each; UserError for another file."""
     content = json.loads(path.read_text()) if path and path.exists() else {"trainings": []}
     if "trainings" not in content:
         raise UserError(f"{path} holds no results of this benchmark: give another --json file")
@@ -183,7 +183,7 @@ def tables(best: dict[str, list[tuple]]) -> str:
 
 @figure_style
 def plot(best: dict[str, list[tuple]], title: str, path: Path) -> Path:
-    """Draw top-1 (%) over the seconds of training, one curve per side; the figure's path."""
+    """Draw top-1 (%) over the seconds of training, one curve per side; return the figure's path."""
     (axes,) = new_panels(title, ["top-1 on held-out images (%)"], "seconds of training")
     axes.set_xscale("log")
     axes.margins(0.1)
@@ -208,7 +208,7 @@ def parse(argv: list[str] | None) -> tuple:
     parser.add_argument("--json", type=file_name, help="file for the finished runs")
     parser.add_argument("--figure", type=file_name, help="file for the figure, .png")
     arguments, further = parser.parse_known_args(argv)
-    if fixed := [word for word in further if word.startswith(SETTLED)]:
+    if fixed := [word for word in further if word.startswith(FIXED_OPTIONS)]:
         parser.error(f"{fixed[0]} is set by this benchmark: leave it out")
     words = [*further, f"--tto={arguments.role == 'teacher'}"]
     arguments.lengths = sorted(set(arguments.lengths or (1, 2, 4, 8)))
@@ -237,7 +237,7 @@ def compare(arguments, options: config.TrainOptions) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark with `argv` (None: the command line); the exit code."""
+    """Run the benchmark with `argv` (None: the command line); return the exit code."""
     arguments, options = parse(argv)
     return exit_code(lambda: compare(arguments, options))
 

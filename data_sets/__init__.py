@@ -29,7 +29,7 @@ class DataSet:
 
 
 def padding(size: int) -> int:
-    """Pixels around an image of a size before a random crop."""
+    """Pixels added on each side of an image before a random crop."""
     return size // 8
 
 

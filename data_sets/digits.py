@@ -37,7 +37,7 @@ BLUR, NOISE = 1.2, 20  # largest standard deviations, in pixels and in levels
 
 
 def make_digits(split: str, count: int, seed: int = 0, size: int = SIDE) -> tuple[np.ndarray, np.ndarray]:
-    """Images (count, S, S, 3) uint8 and labels (count,) int64: every ten have each class once; fewer are a prefix."""
+    """Images (count, S, S, 3) uint8, labels (count,) int64: each ten have every class; a smaller count is a prefix."""
     stream = list(FONTS).index(split)
     fonts = [Path(matplotlib.get_data_path(), "fonts", "ttf", f"{name}.ttf") for name in FONTS[split].split()]
     glyphs = [draw_glyphs(ImageFont.truetype(font, 100)) for font in fonts]
@@ -103,7 +103,7 @@ def tint(grey: float, random: np.random.Generator) -> tuple[int, ...]:
 
 
 def place(glyph: Image.Image, centre: np.ndarray, random: np.random.Generator, size: int) -> Image.Image:
-    """A glyph's mask (size, size), grey, at `centre` from the image's, of random height, stretch and rotation."""
+    """A glyph's mask (size, size), grey, `centre` from the image's centre, of random height, stretch and rotation."""
     zoom = glyph.height / random.uniform(*HEIGHT)
     angle = np.deg2rad(random.uniform(-ROTATION, ROTATION))
     rotation = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])

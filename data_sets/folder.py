@@ -73,7 +73,7 @@ def find_files(root: Path) -> tuple[tuple[str, ...], list[File], list[str]]:
     found = {"train": files_by_class(train)}
     classes = tuple(sorted(found["train"]))
     if len(classes) < 2:
-        raise UserError(f"{train} must have two or more class folders and has {', '.join(classes) or 'none'}: {LAYOUT}")
+        raise UserError(f"{train} must have two or more class folders but has {', '.join(classes) or 'none'}: {LAYOUT}")
     test, *unused = [root / name for name in TEST_FOLDERS if (root / name).is_dir()] or [None]
     notes += [f"{folder} is not used: {test} is the test set" for folder in unused]
     if test:
@@ -98,13 +98,13 @@ def listed(folder: Path) -> list[Path]:
 
 
 def files_by_class(folder: Path) -> dict[str, list[Path]]:
-    """All files below each folder in a folder, by its name in one Unicode form; UserError, OSError."""
+    """All files below each subfolder, by the subfolder's name (NFC); UserError, OSError."""
     found: dict[str, list[Path]] = {}
     for path in listed(folder):
         if path.is_dir():
             found.setdefault(unicodedata.normalize("NFC", path.name), []).extend(files_below(path))
         elif not path.exists():
-            raise UserError(f"{path} is a broken link: mend it, or remove it")
+            raise UserError(f"{path} is a broken link: fix or remove it")
     return found
 
 
@@ -144,7 +144,7 @@ def pack(files: list[File], size: int, show_progress: bool, stop: StopSignal | N
 
     progress = Progress("reading pictures", len(files), show_progress, unit="file")
     with progress, ThreadPoolExecutor(os.cpu_count()) as pool:
-        for error in pool.map(read, range(len(files))):  # which cancels what is left when the loop is left
+        for error in pool.map(read, range(len(files))):  # if the loop is left early, the other files are cancelled
             errors.append(error)
             if stop and stop.number:
                 raise Stopped(stop.number)
@@ -161,7 +161,7 @@ def pack(files: list[File], size: int, show_progress: bool, stop: StopSignal | N
 
 
 def hold_out(labels: np.ndarray) -> np.ndarray:
-    """Which images (N,) are held out: of each class the first tenth, and at least one of two."""
+    """Which images (N,) are held out: the first tenth of each class, at least one if it has two or more."""
     is_test = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)

@@ -25,7 +25,7 @@ def square(picture: Image.Image, size: int = SIDE) -> np.ndarray:
     tiff_tags = getattr(picture, "tag_v2", {})
     picture.load()
     with contextlib.suppress(SyntaxError, ValueError):  # EXIF that can't be read gives no orientation
-        picture.getexif()  # is kept: the orientation is read, and other tags, which may be wrong, are not encoded again
+        picture.getexif()  # cached for exif_transpose; other tags, which may be invalid, are dropped, not encoded again
     picture.info.pop("exif", None)
     picture.info.pop("Raw profile type exif", None)
     picture = eight_bits(ImageOps.exif_transpose(picture), picture.format, tiff_tags)
@@ -105,7 +105,7 @@ def add_jpeg_end(file: BinaryIO) -> BinaryIO:
 
 
 def check_memory(images: int, size: int) -> None:
-    """UserError if the memory that images need, padded copy included, is not there."""
+    """UserError if there is too little memory for the images and their padded copy."""
     needed, available = 3 * images * (size**2 + (size + 2 * padding(size)) ** 2), available_memory()
     if needed > available:
         what = f"{images:,} images of {size} x {size} pixels need {needed / 1e9:.1f} GB of memory"

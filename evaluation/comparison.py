@@ -22,7 +22,7 @@ CORRECTED = ("top1", "top1_omitted", "top1_others", "per_class")
 def as_trained(runtime: Runtime, run: RunConfig, precision: str = "auto") -> Runtime:
     """The runtime in the precision that a run was trained in, to repeat its logged accuracy; --precision overrides."""
     if precision != "auto" or run.precision == "bf16":
-        return runtime  # which --precision has set; a bf16 run is evaluated in bf16 only where that is fast
+        return runtime  # set by --precision, or for a bf16 run by auto: bf16 only where that is fast
     return replace(runtime, precision=run.precision if runtime.device.type == "cuda" else "fp32")
 
 
@@ -67,9 +67,9 @@ def measure_all(
         try:
             if why := data_mismatch(content, data.spec) or training_images_mismatch(content, run_name, data.spec):
                 raise UserError(f"{content['path']} {why}")
-            its_runtime = as_trained(runtime, run, precision)
-            model = load_model(content, its_runtime, allowed_student)
-            logits, numbers = measure_checkpoint(model, content, images, data, its_runtime)
+            run_runtime = as_trained(runtime, run, precision)
+            model = load_model(content, run_runtime, allowed_student)
+            logits, numbers = measure_checkpoint(model, content, images, data, run_runtime)
         except UserError as error:
             prefix = "" if str(content["path"]) in str(error) else f"{content['path']}: "
             runtime.print(f"left out: {prefix}{error}")
@@ -79,13 +79,13 @@ def measure_all(
             numbers["fingerprint"] = checkpoint.fingerprint(content["model"])
             teachers[numbers["fingerprint"]] = logits
         else:
-            its_teachers = {run.teacher}
-            if not run.kd:  # that of the students whose baseline it is, else the table's
-                its_teachers = {other.teacher for other in runs if is_baseline_of(run, other)} or {*teachers}
-            if len(its_teachers) == 1 and its_teachers <= teachers.keys():
-                numbers |= fidelity(logits, teachers[its_teachers.pop()], images.labels)
+            fingerprints = {run.teacher}
+            if not run.kd:  # the teacher of the students it is the baseline for, else the table's
+                fingerprints = {other.teacher for other in runs if is_baseline_of(run, other)} or {*teachers}
+            if len(fingerprints) == 1 and fingerprints <= teachers.keys():
+                numbers |= fidelity(logits, teachers[fingerprints.pop()], images.labels)
         if cost and runtime.is_main:
-            numbers |= measure_cost(model, content["path"], its_runtime, run.size)
+            numbers |= measure_cost(model, content["path"], run_runtime, run.size)
         shown.append(content | {"measured": numbers})
     return shown
 
@@ -95,7 +95,7 @@ def rows_of(contents: list[dict]) -> dict[str, list[dict]]:
     rows: dict[tuple, list[dict]] = {}
     copies: Counter[tuple] = Counter()  # how often a run was found in a folder
     for content in contents:
-        run, folder = config_of(content), Path(content["path"]).parent  # a folder of --name may be of other code
+        run, folder = config_of(content), Path(content["path"]).parent  # a folder of --name may come from other code
         row_key = replace(run, seed=0), folder, copies[run, folder]
         rows.setdefault(row_key, []).append(content)
         copies[run, folder] += 1

@@ -21,13 +21,13 @@ from utils import figure_style, new_panels, parse_log, save_figure
 
 PICTURES_SHOWN = 12  # in one figure: more make it too tall
 CLASSES_SHOWN = 10  # beside a picture
-FEW_CLASSES, NAMES_SHOWN = 20, 100  # a figure of more is wide and without numbers, and does not name each
+FEW_CLASSES, NAMES_SHOWN = 20, 100  # with more classes: wide, no numbers; only some are named
 PANELS = 8  # students in one figure of classes
 
 
 @figure_style
 def plot_confusion(numbers: dict, classes: tuple[str, ...], title: str, path: Path) -> Path:
-    """Draw the confusion matrix, each row as percent of its class, without numbers where it is large; the path."""
+    """Draw the confusion matrix, each row as percent of its class, numbers only if it is small; return the path."""
     few = len(classes) <= FEW_CLASSES
     ticks, names, style = class_ticks(classes)
     counts = np.array(numbers["confusion"])
@@ -47,7 +47,7 @@ def plot_confusion(numbers: dict, classes: tuple[str, ...], title: str, path: Pa
 
 @figure_style
 def plot_reliability(logits: torch.Tensor, labels: torch.Tensor, title: str, path: Path) -> Path:
-    """Draw accuracy against confidence (Guo et al., 2017, figure 1) and the share of images; the figure's path."""
+    """Draw accuracy against confidence (Guo et al., 2017, figure 1) and the share of images; return the path."""
     count, confidence, accuracy = (values.numpy() for values in reliability(logits, labels))
     edges = [i / BINS for i in range(BINS + 1)]
     (axes,) = new_panels(title, ["accuracy, or fraction of images"], "confidence")
@@ -89,19 +89,19 @@ def letters_of(path: str) -> set[str]:
 
 
 @figure_style
-def plot_pictures(pixels: list, names: list[str], answers: dict, classes: tuple[str, ...], path: Path) -> Path:
-    """Draw pictures (B, S, S, 3), each beside its likeliest classes and their probabilities by each model; the path."""
+def plot_pictures(pixels: list, names: list[str], by_model: dict, classes: tuple[str, ...], path: Path) -> Path:
+    """Draw pictures (B, S, S, 3), each beside its likeliest classes by each model (probabilities); return the path."""
     titles, labels = drawable([Path(name).name for name in names], "picture", 1), drawable(classes, "class")
     figure = Figure((7, 2.2 * len(names) + 0.4))
     grid = figure.subplots(len(names), 2, squeeze=False, width_ratios=(1, 2.4))
-    height = 0.8 / len(answers)
+    height = 0.8 / len(by_model)
     for i, (left, right) in enumerate(grid):
         left.imshow(pixels[i])
         left.set_title(titles[i])
         left.axis("off")
-        shown = sorted(next(iter(answers.values()))[i].topk(min(CLASSES_SHOWN, len(classes))).indices.tolist())
+        shown = sorted(next(iter(by_model.values()))[i].topk(min(CLASSES_SHOWN, len(classes))).indices.tolist())
         places = np.arange(len(shown))
-        for k, (model, probabilities) in enumerate(answers.items()):
+        for k, (model, probabilities) in enumerate(by_model.items()):
             right.barh(places + k * height, 100 * probabilities[i, shown].numpy(), height, align="edge", label=model)
         right.set_yticks(places + 0.4, [labels[j] for j in shown], fontsize=8)
         right.set(xlim=(0, 100), ylim=(len(shown), -0.2))  # the first class at the top
@@ -137,7 +137,7 @@ def plot_band(axes, x: Sequence[float], values: list[list[float]], **style) -> N
 
 @figure_style
 def plot_omitted(contents: list[dict], path: Path) -> Path | None:
-    """Draw each class's accuracy (%) before and after the correction, in rows that never saw some; None if no row."""
+    """Draw each class's accuracy (%) before and after the correction, of rows with omitted classes; None if no row."""
     rows = [(title, row) for title, row in rows_of(contents).items() if "bias" in row[0]["measured"]][:PANELS]
     if not rows:
         return None

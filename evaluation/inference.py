@@ -60,7 +60,7 @@ def measure_cost(model: torch.nn.Module, path: Path, runtime: Runtime, size: int
 
 
 def export_model(model: torch.nn.Module, path: Path, data: dict) -> float:
-    """Write `model` by torch.export with a dynamic batch; the largest difference of the reloaded program's logits.
+    """Write `model` with torch.export, dynamic batch; return how far the reloaded program's logits differ at most.
 
     `data` describes the data set, for the file's `preprocessing.json`. UserError if torch can't export the model.
     """

@@ -107,7 +107,7 @@ def measure_omitted(logits: torch.Tensor, labels: torch.Tensor, omitted: list[in
 
 
 def two_sided_p(t: float, freedom: int) -> float:
-    """The probability of a t at least as large, up or down, under Student's distribution (A&S, 26.7)."""
+    """The probability of a |t| at least as large under Student's distribution (A&S, 26.7)."""
     angle, odd = math.atan(abs(t) / math.sqrt(freedom)), freedom % 2
     term = math.cos(angle) if odd else 1.0  # of a series in cos(angle)^2
     total = 0.0

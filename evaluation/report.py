@@ -100,13 +100,13 @@ def cost_text(cost: dict[str, float], teacher: dict[str, float] | None) -> str:
     return table(["Cost", *columns], rows)
 
 
-def pictures_text(names: list[str], answers: dict[str, torch.Tensor], classes: tuple[str, ...]) -> str:
+def pictures_text(names: list[str], by_model: dict[str, torch.Tensor], classes: tuple[str, ...]) -> str:
     """The three likeliest classes of each picture by each model, from its probabilities (B, C)."""
-    width = max(map(len, answers))
+    width = max(map(len, by_model))
     lines = []
     for i, name in enumerate(names):
         lines.append(name)
-        for model, probabilities in answers.items():
+        for model, probabilities in by_model.items():
             best = probabilities[i].topk(min(3, len(classes))).indices.tolist()
             words = (f"{classes[j]} {probabilities[i, j]:.1%}" for j in best)
             lines.append(f"  {model:{width}}  {', '.join(words)}")

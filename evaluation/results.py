@@ -20,7 +20,7 @@ ACCURACIES |= {"corrected_top1_others": "Corrected, others"}
 
 
 def collect(contents: list[dict]) -> dict:
-    """Rows, gains and notes from measured checkpoints: means over seeds, of accuracies in percent also deviations."""
+    """Rows, gains and notes from measured checkpoints: means over seeds and, of accuracies in percent, deviations."""
     results = {"rows": [], "gains": [], "gains_over_kd": [], "notes": []}
     rows = rows_of(contents)
     for label, row in rows.items():
@@ -50,7 +50,7 @@ def collect(contents: list[dict]) -> dict:
                 results["gains"].append({"model": label, **paired_gain(gains)})
             else:
                 why = why_no_baseline(runs[0], [config_of(content) for content in contents])
-                results["notes"].append(f"{label}: no baseline, {why}")
+                results["notes"].append(f"{label} has no baseline: {why}")
         for other_label, others in rows.items():
             if gains := paired_differences(row, others, is_kd_baseline_of):
                 results["gains_over_kd"].append({"model": label, "over": other_label, **paired_gain(gains)})
@@ -70,7 +70,7 @@ def table_notes(rows: dict[str, list[dict]]) -> list[str]:
     if len(teachers) > 1:
         notes += [f"teacher {content['measured']['fingerprint'][:8]}: {content['path']}" for content in teachers]
     if len({tuple(config_of(content).seed for content in row) for row in students}) > 1:
-        notes.append("The rows have different seeds: compare only rows of the same seeds.")
+        notes.append("The rows have different seeds: compare only rows with the same seeds.")
     return notes
 
 
@@ -92,7 +92,7 @@ def mean_text(gain: dict) -> str:
 
 
 def points(gain: dict) -> str:
-    """A gain in points with its 95 % interval, which one pair and equal ones lack."""
+    """A gain in points with its 95 % interval, or without one the number of pairs."""
     interval = "{:+.2f} to {:+.2f}".format(*gain["ci"]) if "ci" in gain else pairs_text(gain)
     return f"{mean_text(gain)} ({interval})"
 
@@ -158,7 +158,7 @@ def write_table(contents: list[dict], folder: Path) -> None:
     logs = "".join(content["log"] for content in contents)
     for name, written in (("results.md", text), ("runs.jsonl", logs)):
         with writing(folder / name) as temporary:
-            temporary.write_text(written, encoding="utf-8", errors="replace")  # a file's name may be no text
+            temporary.write_text(written, encoding="utf-8", errors="replace")  # a file's name may not be valid text
     write_json(folder / "results.json", results)
     plot_comparison(contents, folder / "comparison.png")
     for name in ("omitted.png", "images.png", "temperatures.png"):

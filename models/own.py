@@ -43,7 +43,7 @@ def build_own(name: str, num_classes: int, size: int) -> nn.Module:
             raise UserError(f"--student {name} returns {found} for 2 images, not a tensor of {(2, num_classes)}")
     layer = last_linear(model)
     if layer is None or layer.out_features != num_classes:
-        raise UserError(f"--student {name} has no linear layer that can be trained: its last layer must be one")
+        raise UserError(f"--student {name} must end in a trainable nn.Linear with {num_classes} outputs")
     if type(layer) is nn.Linear:
         layer.__class__ = Float32Linear  # the same weights and names, another forward
     return model.train()

@@ -8,7 +8,7 @@ CONFIGURATION_E = ((64, 64), (128, 128), (256,) * 4, (512,) * 4, (512,) * 4)  # 
 
 
 class Conv3x3(nn.Conv2d):
-    """A 3 x 3 convolution, (B, I, H, W) -> (B, O, H, W); of small maps on a CPU as a matrix product (docs/speed.md)."""
+    """A 3 x 3 convolution, (B, I, H, W) -> (B, O, H, W); a matrix product for small maps on a CPU (docs/speed.md)."""
 
     product_up_to = 0  # the largest map side that is computed as a product; see `use_products`
 
@@ -68,7 +68,7 @@ def make_layers(rows: tuple[tuple[int, ...], ...], bias: bool) -> nn.Sequential:
 
 
 class VGG(nn.Module):
-    """Images (B, 3, S, S) -> logits (B, num_classes); the five pools leave S / 32 cells a side, which are averaged."""
+    """Images (B, 3, S, S) -> logits (B, num_classes); five pools leave S / 32 cells per side, which are averaged."""
 
     def __init__(self, rows: tuple[tuple[int, ...], ...], num_classes: int) -> None:
         super().__init__()

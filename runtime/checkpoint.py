@@ -46,7 +46,7 @@ def load(path: Path, or_state_dict: bool = False) -> dict:
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} holds Python objects, not plain tensors and numbers: {advice}") from error
     except UNREADABLE as error:
-        raise UserError(f"{path} is damaged or was not written by torch.save since PyTorch 1.6: {advice}") from error
+        raise UserError(f"{path} is damaged, or not a file of torch.save in PyTorch 1.6 or later: {advice}") from error
     content = content if isinstance(content, dict) else {}
     if or_state_dict and isinstance(content.get("classifier.weight"), torch.Tensor):
         return {"model": content, "path": path}

@@ -117,7 +117,7 @@ def parse_words(script: str, options_class, argv: list | None, needs: dict, excl
 
 
 def answer_early(parse) -> None:
-    """Parse the command line, so that --help and a wrong option answer at once; then check the slow imports."""
+    """Exit at once for --help or a wrong option; else check the versions of the packages, whose import is slow."""
     parse()
     with contextlib.suppress(AttributeError):  # a notebook's stream can't do this
         sys.stdout.reconfigure(errors="replace")  # an ASCII terminal prints ?, not a traceback
@@ -136,10 +136,10 @@ def answer_early(parse) -> None:
         import tqdm  # noqa: F401
     except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision is of another torch
         sys.exit(report(f"can't start: {error}; install the packages with `pip install -U -r requirements.txt pillow`"))
-    except OSError as error:  # they keep caches, and take the folder of temporary files where they can't
+    except OSError as error:  # the packages need a cache or temporary folder that they can write to
         advice = "set TMPDIR to a folder that can be written to, or install the packages again"
         if os.name == "nt":
-            advice = "install the Visual C++ Redistributable of Microsoft, or the packages again"
+            advice = "install Microsoft's Visual C++ Redistributable, or the packages again"
         sys.exit(report(f"can't start: {error}; {advice}"))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

@@ -118,7 +118,7 @@ def pick_device(word: str) -> torch.device:
         kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
-        advice = f"give a number below {count}" if count else "check its driver and this torch (docs/commands.md)"
+        advice = f"give a number below {count}" if count else "check the driver and the torch build (docs/commands.md)"
         found = f"torch {torch.__version__} finds {count} CUDA devices"
         raise UserError(f"--device {word}: {found}: {advice}, or try --device cpu")
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -193,8 +193,8 @@ def device_title(runtime: Runtime) -> str:
 
 
 def keep_freed_memory() -> None:
-    """Reuse freed memory: Linux would zero its pages again, a quarter of a student's time on an Intel Xeon."""
+    """Reuse freed memory: Linux would zero its pages again, which takes a quarter of a student's time on a Xeon."""
     m_trim_threshold, m_mmap_threshold = -1, -3  # of glibc's malloc.h; mallopt(3) refuses the size before glibc 2.35
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt and mallopt(m_mmap_threshold, 1 << 30):  # a larger block is a data set, and no step's
+    if mallopt and mallopt(m_mmap_threshold, 1 << 30):  # only data sets need larger blocks, no step does
         mallopt(m_trim_threshold, -1)  # keep all

@@ -33,7 +33,7 @@ class UserError(Exception):
 
 
 class Stopped(Exception):
-    """The run was asked to stop by a signal; its number is the argument."""
+    """A signal asked the run to stop; the argument is the signal's number."""
 
 
 class StopSignal:
@@ -57,7 +57,7 @@ class StopSignal:
 
 
 def report(text: str) -> int:
-    """Print a user's error as one line on stderr; its exit code."""
+    """Print a user's error as one line on stderr; return its exit code."""
     print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(text.split())}", file=sys.stderr)
     return 2
 
@@ -68,7 +68,7 @@ def reason(error: Exception) -> str:
 
 
 def exit_code(main: Callable[[], None]) -> int:
-    """Call `main`: 0; 2 for what a user can fix or 128 + N for signal N, each with one line on stderr."""
+    """Call `main`; return 0, or with one line on stderr 2 for what a user can fix and 128 + N for signal N."""
     try:
         main()
         sys.stdout.flush()
@@ -90,7 +90,7 @@ def exit_code(main: Callable[[], None]) -> int:
             return report(known)
         if not is_one_of_several():
             raise
-        traceback.print_exc()  # before `leave`: of several processes none ends by itself
+        traceback.print_exc()  # `leave` ends one of several processes without a traceback
         return 1
     return 0
 

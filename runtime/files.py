@@ -66,7 +66,7 @@ def make_folder(folder: Path) -> None:
 
 
 def write_json(path: Path, content: dict) -> Path:
-    """Write plain values to `path` as JSON, atomically; the path."""
+    """Write plain values to `path` as JSON, atomically; return the path."""
     with writing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
     return path

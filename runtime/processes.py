@@ -12,7 +12,7 @@ from runtime.device import Runtime, has_fast_bf16, keep_freed_memory, pick_devic
 from runtime.errors import Stopped, StopSignal, UserError
 
 LONGEST_WAIT = timedelta(days=1)  # while the first process downloads or reads pictures
-# In torch's newer interface to the precision of float32, which --precision fp32 sets for all of them.
+# Operators with fp32_precision, torch's newer switch for TF32: always set to "ieee" here.
 FLOAT32_OPERATORS = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
 FLOAT32_OPERATORS += (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)
 

@@ -106,7 +106,7 @@ WRONG_INPUTS = {
     "device for --sync_bn": (f"{TRAIN} --sync_bn True", "--sync_bn True needs CUDA devices: leave it out"),
     "plots is a file": (f"{TRAIN} --resume False", "can't use plots as a folder: ", lambda at: (at / "plots").touch(),
                         lambda at: damaged(at / f"weights/{STEM}.last.pt")),
-    "a damaged teacher": (KD, "teacher_subset40.pt is damaged .*: train it again",
+    "a damaged teacher": (KD, "teacher_subset40.pt is damaged.*: train it again",
                           lambda at: damaged(at / "weights/digits_teacher_subset40.pt")),
     "plots of a test": ("test.py", "can't use plots as a folder: ", lambda at: (at / "plots").touch()),
     "no teacher": (f"{KD} --holdout 8 --weights_path w --seed 7 --flip True",

@@ -121,10 +121,10 @@ UNUSABLE = {
     "my_models:no_call": "fails with num_classes=10 .*unexpected keyword",
     "my_models:no_module": "returns a list, not a torch.nn.Module",
     "my_models:no_shape": r"returns \(2, 11\) for 2 images, not a tensor of \(2, 10\)",
-    "my_models:no_linear": "has no linear layer that can be trained",
+    "my_models:no_linear": "must end in a trainable nn.Linear with 10 outputs",
     "my_models:no_view": r"and images \(2, 3, 32, 32\): .*Use .reshape",
     "my_models:no_weight_view": r"and images \(2, 3, 32, 32\): .*Use .reshape",
-    "my_models:no_weight": "has no linear layer that can be trained",
+    "my_models:no_weight": "must end in a trainable nn.Linear with 10 outputs",
     "my_models:no_heads": "returns tuple for 2 images",
     "my_models:no_new_weights": "returns the same weights in each call: make a new model",
 }

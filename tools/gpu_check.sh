@@ -6,7 +6,7 @@
 #     EXTRA="--subset 500 --num_epochs 1" ...          a trial of the script itself, on a CPU
 #
 # It needs the packages of requirements.txt; with PEAK=989 (TFLOP/s), kernels.log has the share of that peak.
-# Logs and tables are written to $OUT: eight files, and two of digits, which needs no download and runs if named.
+# Logs and tables are written to $OUT: eight files, and two more if `digits` (no download needed) is named.
 # CIFAR must be unpacked in $DATA where there is no network.
 set -uo pipefail
 cd "$(dirname "$0")/.."

@@ -1,4 +1,4 @@
-"""The losses of distillation that need nothing but logits (docs/losses.md).
+"""The distillation losses that need only logits (docs/losses.md).
 
 Plain KD is `utils.kd_loss`. The others are functions in a table: each takes logits of student and teacher (B, C),
 targets (B,) int64 and a temperature T > 0, and returns its terms, scalars in nats, which `--kd_weight` weights.

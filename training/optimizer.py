@@ -11,7 +11,7 @@ from models.own import last_linear
 from training.runs import RunConfig
 
 MOMENTUM = 0.9
-MUON_MOMENTUM = 0.6  # of its matrices but the last layer's
+MUON_MOMENTUM = 0.6  # of all matrices except the last layer's
 # Of a quintic that is steep at zero: three steps bring singular values near one, not to it (Jordan et al., 2024).
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 3
@@ -82,7 +82,7 @@ def as_matrix(weight: torch.Tensor) -> torch.Tensor:
 
 
 def is_vector(weight: torch.Tensor) -> bool:
-    """Whether a weight is no matrix but one number per channel: a bias, a norm's or a layer's scale."""
+    """Whether a weight is one number per channel, not a matrix: a bias, or the scale of a norm or layer."""
     return weight.ndim == 0 or weight.numel() == len(weight)
 
 
@@ -94,7 +94,7 @@ def is_depthwise(weight: torch.Tensor) -> bool:
 class Muon(torch.optim.Optimizer):
     """SGD with orthogonalised steps, whose size does not depend on the gradient's (docs/recipe.md).
 
-    A weight is viewed as a matrix, (out, in * 3 * 3) for a convolution, and its step is the nearest orthogonal matrix;
+    A weight is a matrix, (out, in * 3 * 3) for a convolution, its step nearly the orthogonal one nearest the momentum;
     a depthwise convolution's step has norm 1 per filter. "keeps_norm": a weight before a batch norm, which cancels its
     scale, is first scaled to norm sqrt(out). "relative": where no batch norm follows, the step has the weight's initial
     norm. Steps of the last layer and of vectors have root mean square 1. The learning rate multiplies all.
@@ -151,7 +151,7 @@ class Muon(torch.optim.Optimizer):
 
 def weights_before_batch_norm(model: nn.Module) -> set[nn.Parameter]:
     """The weights of the layers that a batch norm follows in the order of the modules, so that their scale is free."""
-    # A batch norm of timm has children; one that is kept in eval() cancels no scale.
+    # timm's batch norms have children. A batch norm kept in eval() cancels no scale.
     leaves = [module for module in model.modules() if isinstance(module, _BatchNorm) or not [*module.children()]]
     followed = [a for a, b in itertools.pairwise(leaves) if isinstance(b, _BatchNorm) and b.training]
     return {module.weight for module in followed if hasattr(module, "weight")}

@@ -36,7 +36,7 @@ DIGITS = {
 def recipe_of(dataset: str, role: str, optimizer: str, train_images: int, student_images: int | None = None) -> Recipe:
     """The recipe of a role ("teacher" | "student"), scaled to `student_images`, if given, or to the training images.
 
-    It is not scaled to the training images of CIFAR and of the digits, for which it was made.
+    For all training images of CIFAR or the digits, for which it was made, it is not scaled.
     """
     recipe = (DIGITS if dataset == "digits" else CIFAR)[role, optimizer]
     if student_images is None and dataset in ("cifar10", "cifar100", "digits"):
@@ -55,7 +55,7 @@ def scale_recipe(recipe: Recipe, images: int, made_for: int = 50_000, most: floa
 
 @dataclass(frozen=True)
 class LossDefaults:
-    """Temperatures and weights of a loss: but for kd those of its paper's own code for CIFAR-100 (docs/losses.md)."""
+    """Temperatures and weights of a loss, except for kd from its paper's code for CIFAR-100 (docs/losses.md)."""
 
     function: str  # of training/losses.py
     temps: tuple[float, ...]  # see temps_of

@@ -119,7 +119,7 @@ class Run:
             why = f"a batch of {min(config.batch_size, count)} can't be split over {world} processes"
             how = "train it first, with --tto True and" if config.role == "teacher" else "give"
             raise UserError(f"{config.stem}: {why}: {how} a --batch_size that is a multiple of {world}, or more images")
-        self.steps_per_epoch = count // self.batch_size  # of an epoch; its last, smaller batch is left out
+        self.steps_per_epoch = count // self.batch_size  # the last, smaller batch is left out
         self.total_steps = self.steps_per_epoch * config.num_epochs
         torch.default_generator.manual_seed(config.seed)  # of the initial weights; torch.manual_seed seeds GPUs, too
         self.model = build_model_of(config, runtime)

@@ -33,7 +33,7 @@ class RunName:
     student_images: int | None = None  # how many training images a student sees; None: all
     student: str | None = None  # MODULE:FUNCTION of the user's own; None: ours, or a teacher
     size: int = SIDE  # of the images, in pixels
-    weights_title = ""  # no field; overridden by RunConfig, which has the weights of the loss
+    weights_title = ""  # not a field; overridden by RunConfig, which has the weights of the loss
 
     @property
     def kd(self) -> bool:
@@ -265,7 +265,7 @@ def saw_held_out(run: RunConfig, name: RunName, train_images: int) -> bool:
 
 
 def row_order(run: RunName) -> tuple:
-    """The place of a run in a table: the teacher, then by student, loss (first none), temperature, images and seed."""
+    """A run's place in a table: teacher first, then student, loss (none first), T, omitted classes, images, seed."""
     loss = list(LOSS_DEFAULTS).index(run.loss) if run.kd else -1
     return run.role != "teacher", run.student or "", loss, run.temp or 0.0, run.omit, run.student_images or 0, run.seed
 

@@ -70,7 +70,7 @@ class Teacher:
         if holdout and self.model is None:
             raise UserError(f"{self.folder} has no logits of held-out images: give a checkpoint as --teacher")
         compute = partial(logits_of, self.model, images, self.spec, self.runtime)
-        if holdout:  # not cached, for they depend on --subset, too, but rounded as if they were
+        if holdout:  # not cached, as they depend on --subset, too, but rounded as if they were
             return compute().half().double()
         return self.cached("test.npz", len(images), compute).double()
 
@@ -95,7 +95,7 @@ class Teacher:
 
 
 def read_logits(path: Path, key: str, count: int, classes: int) -> torch.Tensor:
-    """Logits (N, classes) float16, N >= count, of a file; ValueError that says why not if it has none."""
+    """Logits (N, classes) float16, N >= count, of a file; ValueError with the reason if they can't be used."""
     logits = load_arrays(path, key).get("logits", np.empty(0))
     if logits.dtype != np.float16 or logits.shape[1:] != (classes,) or not np.isfinite(logits).all():
         raise ValueError("its logits are not finite float16 of shape (images, classes)")
@@ -116,7 +116,7 @@ def describe_images(spec: DataSet) -> dict:
 
 
 def read_key(folder: Path, spec: DataSet) -> str:
-    """The key of a folder of logits; UserError if it is none, or of other classes or images than `spec`."""
+    """The key of a folder of logits; UserError if it is no such folder, or its images are not those of `spec`."""
     path = folder / "teacher.json"
     try:
         content = json.loads(path.read_text())

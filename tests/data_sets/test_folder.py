@@ -297,7 +297,7 @@ def test_broken_files_are_named_and_counted_or_left_out(root, decoded, monkeypat
 LAYOUT = "--data_path must name a folder with train/<class>/<pictures>"
 REFUSED = {  # by what is done to the folder
     "rm -r train": f"no folder .*/train: {LAYOUT}",
-    "rm -r train/ant train/café": "train must have two or more class folders and has bee",
+    "rm -r train/ant train/café": "train must have two or more class folders but has bee",
     "mkdir train/empty": "train/empty has no pictures: add some, or remove it",
     "mkdir test/dog": "test/dog is not a class of .*/train: rename or remove it",
     "rm -r test/*": "test has no <class>/<pictures>: add some, or remove it",

@@ -94,9 +94,9 @@ def test_a_note_says_why_there_is_no_pair(name, value):
     far, near = content(lr=0.3, num_epochs=2, **{name: value}), content(**{name: value})
     kd = content("--kd")
     found = collect([far, near, kd])
-    note = f"{KD}: no baseline, the nearest student without KD has {name} {value}, not {kd['run'][name]}"
+    note = f"{KD} has no baseline: the nearest student without KD has {name} {value}, not {kd['run'][name]}"
     assert not found["gains"] and found["notes"][0] == note and f"\n{note}\n" in results_text(found)
-    different = "The rows have different seeds: compare only rows of the same seeds."
+    different = "The rows have different seeds: compare only rows with the same seeds."
     assert found["notes"][1:] == [different] * (name == "seed")
     assert collect([content("--tto"), kd])["notes"][-1].endswith("there is no student without KD")
 
