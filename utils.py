@@ -324,7 +324,7 @@ def evaluate(model: torch.nn.Module, images: Images, spec: DataSet, runtime: Run
 # ---------------------------------------------------------------------------------------------- curves
 # Okabe & Ito's colours, which colour-blind people can tell apart; further lines are dashed.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-LOOKS = matplotlib.cycler(linestyle=["-", "--", ":"]) * matplotlib.cycler(color=COLOURS)
+LOOKS = matplotlib.cycler(linestyle=["-", "--", ":", "-."]) * matplotlib.cycler(color=COLOURS)
 SETTINGS = {"axes.prop_cycle": LOOKS, "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.3}
 SETTINGS |= {"figure.constrained_layout.use": True, "axes.titlesize": 9, "text.parse_math": False}  # names may hold a $
 figure_style = matplotlib.style.context(["default", SETTINGS])  # for all figures, whatever the user's own style

@@ -80,8 +80,9 @@ def measure_all(
             teachers[numbers["fingerprint"]] = logits
         else:
             fingerprints = {run.teacher}
-            if not run.kd:  # the teacher of the students it is the baseline for, else the table's
-                fingerprints = {other.teacher for other in runs if is_baseline_of(run, other)} or {*teachers}
+            if not run.kd:  # the teacher of the students beside it that it is the baseline for, else the table's
+                beside = [config_of(c) for c in contents if c["path"].parent == content["path"].parent]
+                fingerprints = {other.teacher for other in beside if is_baseline_of(run, other)} or {*teachers}
             if len(fingerprints) == 1 and fingerprints <= teachers.keys():
                 numbers |= fidelity(logits, teachers[fingerprints.pop()], images.labels)
         if cost and runtime.is_main:

@@ -188,7 +188,7 @@ def plot_rows(
 def plot_images(results: dict, path: Path) -> Path | None:
     """Draw a table's top-1 (%) over the students' images, seeds as a mean on a band; None if no line has two points."""
     panels = {"top-1 accuracy (%)": lambda row: row.get("top1_of_seeds", [row["top1"]])}
-    title, xlabel = "Students of a teacher that has seen all images", "training images of the student"
+    title, xlabel = "Accuracy over the number of the students' images", "training images of the student"
     return plot_rows(results["rows"], "student_images", r", [\d,]+ images", 2, title, xlabel, panels, path)
 
 

@@ -136,7 +136,7 @@ def results_text(results: dict) -> str:
     titles = [title for title in models[0] if any(cells[title] for cells in models)]  # no empty columns
     texts = [table(titles, [[cells[title] for title in titles] for cells in models])]
     texts += [gain_text(gain) for gain in results["gains"] if "ci" in gain]
-    if any("ci" not in gain for gain in results["gains"]):
+    if any(gain["pairs"] == 1 for gain in results["gains"]):
         texts.append("One pair gives no interval: train more seeds (train.py --all True --seeds 3).")
     if results["gains_over_kd"]:
         tested = sum("p" in gain for gain in results["gains_over_kd"])

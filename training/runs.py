@@ -270,15 +270,21 @@ def row_order(run: RunName) -> tuple:
     return run.role != "teacher", run.student or "", loss, run.temp or 0.0, run.omit, run.student_images or 0, run.seed
 
 
-def row_labels(runs: list[RunConfig]) -> list[str]:
-    """A label for each of a table's rows: its run's title, and the fields in which others of that title differ.
+# What titles show. The fields in SCALED follow from the number of a student's images, which a title shows, too.
+TITLE_FIELDS = {f.name for f in fields(RunName)} | {"kd_weights", "ce_weight", "student_layers", "images"}
+TITLE_FIELDS |= {"teacher_unknown"}
+SCALED = {"num_epochs", "batch_size"}
 
-    Runs that differ in T and in other fields get these fields, too: a figure over T joins rows by their labels.
-    """
+
+def row_labels(runs: list[RunConfig]) -> list[str]:
+    """A label for each of a table's rows: its run's title, and what it hides of the differences from other rows."""
     labels = []
     for run in runs:
-        namesakes = [other for other in runs if replace(other, temp=run.temp).title == run.title]
-        names = [name for other in namesakes for name in differences(run, other, {"seed", "temp"})]
+        names = set()
+        for other in runs:
+            if (other.role, other.kd) == (run.role, run.kd):
+                scaled = SCALED if other.student_images != run.student_images else set()
+                names.update(differences(run, other, {"seed"} if other.title == run.title else TITLE_FIELDS | scaled))
         values = [f"{f.name} {value_text(run, f.name)}" for f in fields(RunConfig) if f.name in names]
         labels.append(", ".join([run.title, *values]))
     return labels

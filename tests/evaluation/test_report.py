@@ -75,6 +75,7 @@ def test_runs_of_another_folder_are_another_row_with_its_own_baseline():
     found = collect([*old, *new])
     assert [(row["seeds"], row["top1"]) for row in found["rows"]] == [([42], 60), ([42, 43], 70), ([42, 43], 72)]
     assert found["gains"][0]["mean"] == pytest.approx(2)
+    assert "+2.00 (2 equal pairs)" in results_text(found) and "One pair" not in results_text(found)
 
 
 def test_only_the_same_seed_and_options_are_paired_and_each_teachers_students_have_a_gain():

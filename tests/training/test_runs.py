@@ -180,6 +180,20 @@ def test_whether_a_teacher_was_trained_on_images_that_are_held_out():
         assert training.runs.saw_held_out(run, name, 5000) is saw, (teacher, student)
 
 
+def test_the_labels_of_a_table_tell_what_titles_hide():
+    for first, second, hidden in (
+        ("--kd", "--kd --loss dkd --lr 0.05", "lr 0.1; lr 0.05"),
+        ("--kd", "--kd --temp 2 --alpha 0.5 --views 4", "views 16; views 4"),
+        ("--kd --student_images 500", "--kd --student_images 5000", "; "),  # their recipes are scaled
+        ("--student_images 500", "--student_images 5000 --lr 0.05", "lr 0.1; lr 0.05"),
+        ("", "--kd --lr 0.05", "; "),  # why it has no gain is told
+    ):
+        runs = run_of(first), run_of(second)
+        labels = training.runs.row_labels(runs)
+        pairs = zip(labels, runs, strict=True)
+        assert "; ".join(label.removeprefix(run.title).removeprefix(", ") for label, run in pairs) == hidden, second
+
+
 def test_the_order_of_a_table():
     commands = ("--tto", "", "--seed 43", "--kd", "--kd --temp 20", "--kd --loss ls", "--kd --loss ls --seed 43")
     runs = [*map(run_of, commands), run_of("--kd --loss dkd --temp 1"), run_of("--kd --loss kd_as_ls")]
