@@ -271,8 +271,8 @@ def row_order(run: RunName) -> tuple:
 
 
 # What titles show. The fields in SCALED follow from the number of a student's images, which a title shows, too.
-TITLE_FIELDS = {f.name for f in fields(RunName)} | {"kd_weights", "ce_weight", "student_layers", "images"}
-TITLE_FIELDS |= {"teacher_unknown"}
+TITLE_FIELDS = {f.name for f in fields(RunName)} | {"kd_weights", "ce_weight", "images", "teacher_unknown"}
+TITLE_FIELDS.add("student_layers")  # as those of another student differ
 SCALED = {"num_epochs", "batch_size"}
 
 
@@ -281,10 +281,9 @@ def row_labels(runs: list[RunConfig]) -> list[str]:
     labels = []
     for run in runs:
         names = set()
-        for other in runs:
-            if (other.role, other.kd) == (run.role, run.kd):
-                scaled = SCALED if other.student_images != run.student_images else set()
-                names.update(differences(run, other, {"seed"} if other.title == run.title else TITLE_FIELDS | scaled))
+        for other in (other for other in runs if (other.role, other.kd) == (run.role, run.kd)):
+            ignoring = TITLE_FIELDS if other.student_images == run.student_images else TITLE_FIELDS | SCALED
+            names.update(differences(run, other, {"seed"} if other.title == run.title else ignoring))
         values = [f"{f.name} {value_text(run, f.name)}" for f in fields(RunConfig) if f.name in names]
         labels.append(", ".join([run.title, *values]))
     return labels
