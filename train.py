@@ -36,7 +36,7 @@ from evaluation.report import softness_text
 from evaluation.results import write_table
 from runtime import checkpoint
 from runtime.device import Runtime, device_title
-from runtime.errors import Stopped, StopSignal, UserError, exit_code, leave
+from runtime.errors import Stopped, UserError, exit_code, leave
 from runtime.files import locked, remove
 from runtime.processes import start
 from runtime.progress import Progress
@@ -68,8 +68,8 @@ def train_epoch(run: Run, views: Views, rows: torch.Tensor, k: int, teacher_logi
             loss, ce, kl = training_loss(logits, batch_teacher_logits, labels, config)
             run.backward_and_step(loss)
             run.record(loss, ce, kl, topk_correct(logits, labels), len(labels))
+            save_or_stop(run)  # first: a print may fail, if Ctrl-C ends a `tee`, too
             progress.step(lambda: progress_text(run))
-            save_or_stop(run)
     run.check_finite()
 
 
@@ -185,8 +185,10 @@ def restore_or_begin(run: Run, count: int, resume: bool) -> None:
 
 def train_all(options: TrainOptions) -> None:
     """Train the run that the options name, or with --all every unfinished run, and then write the table."""
-    with StopSignal() as stop, start(options.device, options.precision, options.deterministic, stop) as runtime:
+    with contextlib.ExitStack() as stack:
+        runtime = stack.enter_context(start(options.device, options.precision, options.deterministic))
         data, configs = prepare(options, runtime)
+        stack.enter_context(runtime.stop)  # until here a signal ends the process at once: there is nothing to save
         finished = {config.stem: find_finished(config, options) for config in configs}
         if options.all:
             runtime.print(f"{len(configs)} runs, {sum(map(bool, finished.values()))} of them finished")

@@ -103,7 +103,7 @@ def load_images(
     if not runtime.is_main:
         runtime.barrier()  # the first process downloads, others wait
     if spec.source == "folder":
-        classes, arrays, notes = read_folder(folder, skip_broken, size, runtime.is_main, runtime.stop)
+        classes, arrays, notes = read_folder(folder, skip_broken, size, runtime.is_main)
         spec = replace(spec, classes=classes)
     elif spec.source == "digits":
         check_memory(sum(DIGITS_IMAGES.values()), size)

@@ -14,7 +14,7 @@ import PIL
 
 from data_sets import SIDE
 from data_sets.pictures import check_memory, read_picture
-from runtime.errors import Stopped, StopSignal, UserError
+from runtime.errors import UserError
 from runtime.files import load_arrays, save_arrays
 from runtime.progress import Progress
 
@@ -28,9 +28,9 @@ Arrays = tuple[np.ndarray, np.ndarray]  # pixels (N, size, size, 3) uint8, label
 
 
 def read_folder(
-    root: Path, skip_broken: bool = False, size: int = SIDE, show_progress: bool = True, stop: StopSignal | None = None
+    root: Path, skip_broken: bool = False, size: int = SIDE, show_progress: bool = True
 ) -> tuple[tuple[str, ...], dict[str, Arrays], list[str]]:
-    """Class names, images of "train" and "test", and notes to print; UserError, OSError, or Stopped after a signal."""
+    """Class names, images of "train" and "test", and notes to print; UserError, OSError."""
     classes, files, notes = find_files(root)
     key = files_key(root, files, size)
     check_memory(len(files), size)
@@ -38,7 +38,7 @@ def read_folder(
     with suppress(ValueError):  # missing, damaged or out of date
         packed = load_arrays(root / "packed.npz", key)
     if packed is None or (len(packed["errors"]) and not skip_broken):  # perhaps a drive failed for a moment
-        packed = pack(files, size, show_progress, stop)
+        packed = pack(files, size, show_progress)
         try:
             save_arrays(root / "packed.npz", key, **packed)
         except UserError as error:
@@ -130,7 +130,7 @@ def files_key(root: Path, files: list[File], size: int) -> str:
     return hashlib.sha256(json.dumps([VERSION, PIL.__version__, has_heif, size, rows]).encode()).hexdigest()
 
 
-def pack(files: list[File], size: int, show_progress: bool, stop: StopSignal | None) -> dict[str, np.ndarray]:
+def pack(files: list[File], size: int, show_progress: bool) -> dict[str, np.ndarray]:
     """Pixels (N, size, size, 3) uint8, labels (N,) and is_test (N,), and an error per broken file."""
     pixels, errors = np.empty((len(files), size, size, 3), np.uint8), []
     splits, labels, paths = zip(*files, strict=True)
@@ -146,8 +146,6 @@ def pack(files: list[File], size: int, show_progress: bool, stop: StopSignal | N
     with progress, ThreadPoolExecutor(os.cpu_count()) as pool:
         for error in pool.map(read, range(len(files))):  # if the loop is left early, the other files are cancelled
             errors.append(error)
-            if stop and stop.number:
-                raise Stopped(stop.number)
             progress.step()
     order = [i for i in range(len(files)) if not errors[i]]
     # By a hash of the pixels, so that any prefix mixes the classes and renaming changes nothing.

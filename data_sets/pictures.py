@@ -24,7 +24,7 @@ def square(picture: Image.Image, size: int = SIDE) -> np.ndarray:
     """A picture's centre square (size, size, 3) uint8: upright by its EXIF, transparency on white; see `eight_bits`."""
     tiff_tags = getattr(picture, "tag_v2", {})
     picture.load()
-    with contextlib.suppress(SyntaxError, ValueError):  # EXIF that can't be read gives no orientation
+    with contextlib.suppress(*UNREADABLE):  # EXIF that can't be read gives no orientation
         picture.getexif()  # cached for exif_transpose; other tags, which may be invalid, are dropped, not encoded again
     picture.info.pop("exif", None)
     picture.info.pop("Raw profile type exif", None)

@@ -17,8 +17,8 @@ import numpy as np
 from runtime.errors import UserError, reason
 
 # What reading a damaged or foreign .npz, .pt or picture raises, in zipfile, numpy, torch and Pillow.
-UNREADABLE = (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, RuntimeError, SyntaxError)
-UNREADABLE += (zipfile.BadZipFile, zlib.error, struct.error)
+UNREADABLE = (OSError, ValueError, LookupError, ArithmeticError, EOFError, TypeError, AttributeError, RuntimeError)
+UNREADABLE += (SyntaxError, zipfile.BadZipFile, zlib.error, struct.error)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from runtime.device import Runtime, has_fast_bf16, keep_freed_memory, pick_device
-from runtime.errors import Stopped, StopSignal, UserError
+from runtime.errors import Stopped, UserError
 
 LONGEST_WAIT = timedelta(days=1)  # while the first process downloads or reads pictures
 # Operators with fp32_precision, torch's newer switch for TF32: always set to "ieee" here.
@@ -61,7 +61,7 @@ def pick_precision(word: str, device: torch.device) -> str:
 
 
 @contextlib.contextmanager
-def start(device_name: str, precision: str, deterministic: bool = False, stop: StopSignal | None = None):
+def start(device_name: str, precision: str, deterministic: bool = False):
     """Yield the Runtime of this process; under torchrun it joins and leaves the process group."""
     world_size = int(os.environ.get("WORLD_SIZE") or 1)
     with contextlib.ExitStack() as stack:
@@ -70,7 +70,7 @@ def start(device_name: str, precision: str, deterministic: bool = False, stop: S
         stack.enter_context(torch.autocast(device.type, enabled=False))
         if device.type == "cuda":
             stack.enter_context(torch.cuda.device(device))
-        runtime = Runtime(device, pick_precision(precision, device), stop=stop or StopSignal())
+        runtime = Runtime(device, pick_precision(precision, device))
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         if device.type == "cpu":
             keep_freed_memory()

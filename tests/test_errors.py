@@ -23,6 +23,7 @@ from conftest import REPOSITORY, assert_one_line, forked, snapshot
 from made_up import CPU, damaged, hostile
 
 import config
+import train
 from runtime.errors import StopSignal, UserError, exit_code, known_failure
 from utils import load_images
 
@@ -255,6 +256,15 @@ def test_a_second_signal_interrupts_at_once_but_not_under_torchrun_which_sends_e
         for _ in range(2):
             signal.raise_signal(signal.SIGTERM)
         assert stop.number == signal.SIGTERM
+
+
+def test_before_the_training_a_signal_interrupts_at_once(learn, monkeypatch):
+    monkeypatch.setattr(train, "load_images", lambda *_: signal.raise_signal(signal.SIGINT))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell may ignore
+    try:
+        learn(code=130)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 INTERRUPT = "import os, signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which a shell may ignore

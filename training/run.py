@@ -5,6 +5,7 @@ import time
 from dataclasses import asdict, replace
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from data_sets import DATA_SETS, PICTURES, DataSet
@@ -124,6 +125,9 @@ class Run:
         torch.default_generator.manual_seed(config.seed)  # of the initial weights; torch.manual_seed seeds GPUs, too
         self.model = build_model_of(config, runtime)
         if config.sync_bn:
+            for module in self.model.modules():  # torch drops what a subclass adds, as timm's adds an activation
+                if isinstance(module, _BatchNorm) and not type(module).__module__.startswith("torch."):
+                    raise UserError(f"--sync_bn can't convert {type(module).__name__} of --student: leave it out")
             self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         # Not dynamic: else the kernels, and so the bits, depend on the batch sizes that this process compiled before.
         self.forward = torch.compile(self.model, dynamic=False) if config.compile else self.model

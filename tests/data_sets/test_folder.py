@@ -18,7 +18,7 @@ from PIL import Image, PngImagePlugin
 from data_sets import folder, pictures
 from data_sets.folder import read_folder
 from data_sets.pictures import read_picture, square
-from runtime.errors import Stopped, UserError
+from runtime.errors import UserError
 
 Y, X = np.mgrid[0:64, 0:64]
 GREY = Image.fromarray((X * 4).astype(np.uint8))
@@ -59,8 +59,9 @@ def test_pictures_are_turned_upright_by_their_exif(tmp_path):
     odd = struct.pack("<4sIH HHIHH HHII IQ", b"II*\0", 8, 2, 0x0112, 3, 1, 6, 0, 0x0131, 5, 1, 38, 0, 1)
     COLOURS.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "odd.png", exif=b"Exif\0\0" + odd)
     assert np.array_equal(read_picture(tmp_path / "odd.png"), square(COLOURS)), "the software's name is a fraction"
-    COLOURS.save(tmp_path / "wrong.png", exif=b"Exif\0\0no TIFF header")
-    assert np.array_equal(read_picture(tmp_path / "wrong.png"), square(COLOURS))
+    for wrong in (b"no TIFF header", b"MM\0*\0\0"):
+        COLOURS.save(tmp_path / "wrong.png", exif=b"Exif\0\0" + wrong)
+        assert np.array_equal(read_picture(tmp_path / "wrong.png"), square(COLOURS))
 
 
 def test_transparency_is_put_on_white(tmp_path):
@@ -263,9 +264,7 @@ def test_pictures_are_decoded_again_only_after_a_change_or_damage(root, decoded,
     assert len(decoded) == 3 * 36
 
 
-def test_nothing_is_kept_after_a_signal_or_where_it_cannot_be_written(root):
-    with pytest.raises(Stopped, match="15"):
-        read_folder(root, stop=SimpleNamespace(number=15))
+def test_a_folder_that_cannot_be_written_to_is_read(root):
     (root / "packed.npz").mkdir()  # fails if a file of this name exists
     assert "; the pictures will be decoded again next time" in read_folder(root)[2][1]
 

@@ -255,6 +255,15 @@ def test_processes_must_share_a_batch_evenly(make_run):
     assert any(isinstance(module, torch.nn.SyncBatchNorm) for module in synchronised.modules())
 
 
+def test_sync_bn_rejects_batch_norms_that_do_more(make_run, monkeypatch):
+    class BatchNormAct2d(torch.nn.BatchNorm2d):
+        """As timm's, with an activation, which torch would drop."""
+
+    monkeypatch.setattr(training.run, "build_model_of", lambda *_: torch.nn.Sequential(BatchNormAct2d(3)))
+    with pytest.raises(UserError, match="--sync_bn can't convert BatchNormAct2d of --student: leave it out"):
+        make_run(4, sync_bn=True)
+
+
 def test_the_progress_tells_loss_accuracy_speed_rate_and_the_time_left(make_run, monkeypatch):
     monkeypatch.setattr(training.run.time, "monotonic", lambda: 0.0)
     run = make_run()
