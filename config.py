@@ -12,7 +12,7 @@ from training.recipes import ALPHA, LOSS_DEFAULTS, OPTIMIZERS
 from training.runs import DEFAULT_SEED, name_of
 
 WHAT, DATA, KD = "what to run", "data", "distillation"
-RECIPE, MACHINE, FILES = "recipe (defaults: docs/options.md)", "machine", "files"
+RECIPE, MACHINE, FILES = "recipe; with --all, the students' (defaults: docs/options.md)", "machine", "files"
 FROM_0, FROM_1 = partial(number, int, 0, LARGEST), partial(number, int, 1, LARGEST)
 ABOVE_0, WEIGHT = partial(number, float, 1e-12, 1e30), partial(number, float, 0, 10**6)
 TEMP, TO_1 = partial(number, float, 0.01, 1000), partial(number, float, 0, 1)
@@ -67,8 +67,8 @@ class Options:
         return self.plots_path / (self.name or "")
 
     def changed(self, *names: str) -> dict:
-        """The options among `names` (default: data and files) that differ from their defaults, by name."""
-        names = names or ("data_path", "skip_broken", "teacher", "weights_path", "plots_path", "name")
+        """The options among `names` (default: data, files, device) that differ from their defaults, by name."""
+        names = names or ("data_path", "skip_broken", "teacher", "device", "weights_path", "plots_path", "name")
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name in names}
         return {name: value for name, value in values.items() if value != getattr(type(self), name)}
 
@@ -114,7 +114,7 @@ class TestOptions(Options):
     image: tuple[Path, ...] | None = option(WHAT, "classify these pictures instead of the test images", file_name)
     soften: tuple[float, ...] | None = option(WHAT, "plot pictures' class probabilities at these temperatures", TEMP)
     json: Path | None = option(FILES, "also write the numbers of the report to this .json file", JSON)
-    export: Path | None = option(FILES, "only export the model to this .pt2 file (torch.export)", PT2)
+    export: Path | None = option(FILES, "only export the model, in float32, to this .pt2 file (torch.export)", PT2)
 
     @property
     def weights_folder(self) -> Path:
@@ -203,8 +203,8 @@ def parse_train(argv: list | None = None) -> TrainOptions:
 def parse_test(argv: list | None = None) -> TestOptions:
     """The options of test.py from `argv` (None: the command line); a wrong one exits with code 2."""
     parser, options = parse("test.py", TestOptions, argv, TEST_NEEDS)
-    if options.soften and options.teacher and not options.tto:
-        parser.error("--soften shows one model: give --tto True to show the teacher, or leave --teacher out")
+    if (options.soften or options.export) and options.teacher and not options.tto:
+        parser.error("--soften and --export use one model: leave --teacher out, or give --tto True (not --checkpoint)")
     if options.tto and options.teacher and options.seed != DEFAULT_SEED:
         parser.error("--teacher names the teacher to evaluate: leave --seed out")
     return options

@@ -137,7 +137,7 @@ def results_text(results: dict) -> str:
     texts = [table(titles, [[cells[title] for title in titles] for cells in models])]
     texts += [gain_text(gain) for gain in results["gains"] if "ci" in gain]
     if any(gain["pairs"] == 1 for gain in results["gains"]):
-        texts.append("One pair gives no interval: train more seeds (train.py --all True --seeds 3).")
+        texts.append("One pair gives no interval: add --seeds 3 to the command of --all True.")
     if results["gains_over_kd"]:
         tested = sum("p" in gain for gain in results["gains_over_kd"])
         losses = [[gain["model"], gain["over"], points(gain), verdict(gain)] for gain in results["gains_over_kd"]]

@@ -13,7 +13,7 @@ import torch
 from runtime.errors import UserError, reason
 from runtime.files import UNREADABLE, writing
 
-RETRAIN = "train it again with --resume False, or give another file"
+RETRAIN = "train it again with --resume False (not --all), or give another file"
 
 
 def save(path: Path, content: dict) -> None:

@@ -89,7 +89,7 @@ def build_parser(script: str, options_class: type) -> Parser:
         keywords = {"type": metadata["parse"], "choices": metadata["choices"], "help": metadata["help"]}
         keywords["metavar"] = next(METAVARS[name] for name in METAVARS if name in field_type)
         if "tuple" in field_type:
-            keywords["nargs"] = "+"
+            keywords |= {"nargs": "+", "action": "extend"}  # --temp 5 --temp 20 is --temp 5 20
         elif "bool" in field_type:  # --kd alone is --kd True
             keywords |= {"nargs": "?", "const": True}
         groups[metadata["group"]].add_argument(f"--{f.name}", **keywords)

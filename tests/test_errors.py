@@ -51,7 +51,8 @@ WRONG_OPTIONS = [
           "skip_broken", tells=CLASH),
     *each("test.py --soften 1 5", "json r.json", "export s.pt2", tells=CLASH),
     *each("test.py --export s.pt2", "json r.json", tells=CLASH),
-    ("test.py --soften 5 --teacher my.pt", "--soften shows one model: give --tto True"),
+    ("test.py --soften 5 --teacher my.pt", "--soften and --export use one model: leave --teacher out"),
+    ("test.py --export t.pt2 --teacher my.pt", "--soften and --export use one model: leave --teacher out"),
     ("test.py --tto True --teacher my.pt --seed 7", "--teacher names the teacher to evaluate: leave --seed out"),
     *[(f"{script} --skip_broken", "--skip_broken requires --dataset folder") for script in ("train.py", "test.py")],
     # The student's images.

@@ -191,10 +191,9 @@ class Run:
         """UserError if a loss of this epoch was NaN or infinite, which makes their sum so."""
         loss = self.totals[METRICS.index("loss")].item()
         if not math.isfinite(loss):
-            how = "--tto True " if self.config.role == "teacher" else ""
             what = f"the loss of {self.config.stem} is {loss:g} in epoch {self.epoch + 1}"
-            advice = f"train it again with {how}--lr {self.config.lr / 10:.4g} --resume False (--all: with --name WORD)"
-            raise UserError(f"{what}: {advice}")
+            how, more = ("--tto True ", "") if self.config.role == "teacher" else ("", " (--all: with --name WORD)")
+            raise UserError(f"{what}: train it again with {how}--lr {self.config.lr / 10:.4g} --resume False{more}")
 
     def header(self) -> dict:
         """What a checkpoint and a log begin with."""

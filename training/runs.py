@@ -208,7 +208,7 @@ def config_of(content: dict) -> RunConfig:
         if run.dataset in DATA_SETS and run.loss in (None, *LOSS_DEFAULTS):
             return run
     what = "was saved by code with other settings, losses or data sets"
-    raise UserError(f"{content['path']} {what}: use that code, or train it again with --resume False")
+    raise UserError(f"{content['path']} {what}: use that code, or train it again with --resume False (not --all)")
 
 
 LOSS_FIELDS = {"loss", "temp", "kd_weights", "ce_weight"}

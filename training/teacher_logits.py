@@ -135,7 +135,7 @@ def teacher_path(student: RunName, options) -> Path:
     name = student.teacher_name
     path = options.teacher or options.teacher_file(name.stem)
     if not (options.teacher or path.exists()):
-        changed = options.changed("data_path", "skip_broken", "flip", "weights_path", "plots_path")
+        changed = options.changed("data_path", "skip_broken", "flip", "device", "weights_path", "plots_path")
         train = name.command("train.py", **changed)
         raise UserError(f"no teacher {path}: train one with `{train}`, or name another with --teacher")
     return path

@@ -151,7 +151,7 @@ def test_no_flipped_bit_of_a_checkpoint_goes_unseen(tmp_path):
 
 
 STATE = tiny_student().state_dict()
-ADVICE = ": train it again with --resume False, or give another file"
+ADVICE = r": train it again with --resume False \(not --all\), or give another file"
 DAMAGED = "is damaged, or not a file of torch.save in PyTorch 1.6 or later" + ADVICE
 FOREIGN = r"file.pt is not a checkpoint of this project \(its first key is '\S+'\)" + ADVICE
 WRONG = {
