@@ -164,9 +164,8 @@ def classes_of(parser: Parser, words: tuple[str, ...], classes: tuple[str, ...])
     if not classes:  # of a folder that was not read yet: the words are names
         return tuple(sorted({unicodedata.normalize("NFC", word) for word in words}))
     by_word = {str(i): name for i, name in enumerate(classes)} | {name: name for name in classes}
-    for word in words:
-        if word not in by_word:
-            parser.error(f"--omit: no class {word!r}: give a name such as {', '.join(classes[:10])}, or a number")
+    if unknown := set(words) - by_word.keys():
+        parser.error(f"--omit: no class {min(unknown)!r}: give a name such as {', '.join(classes[:10])}, or a number")
     chosen = {by_word[word] for word in words}
     if len(chosen) == len(classes):
         parser.error("--omit names all classes: name fewer of them")

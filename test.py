@@ -53,16 +53,14 @@ def find_checkpoint(options: TestOptions, runtime: Runtime) -> dict:
     name = name_of(options)
     path = options.checkpoint or (options.teacher if options.tto else None)
     if path is None:
-        own = options.teacher_file(name.stem) if options.tto else options.weights_folder / f"{name.stem}.pt"
-        published = PUBLISHED / options.dataset / own.name
-        if own.exists():
-            path = own
-        elif published.exists() and not options.changed("weights_path", "name"):
+        path = options.teacher_file(name.stem) if options.tto else options.weights_folder / f"{name.stem}.pt"
+        published = PUBLISHED / options.dataset / path.name
+        if not path.exists() and published.exists() and not options.changed("weights_path", "name"):
+            runtime.print(f"{path} does not exist: evaluating the published {published}")
             path = published
-            runtime.print(f"{own} does not exist: evaluating the published {published}")
-        else:
+        elif not path.exists():
             train = name.command("train.py", **options.changed())
-            raise UserError(f"no checkpoint {own}: train it with `{train}`, or name its folder with --weights_path")
+            raise UserError(f"no checkpoint {path}: train it with `{train}`, or name its folder with --weights_path")
     content = require_finished(checkpoint.load(path))
     run = config_of(content)
     if options.checkpoint and options.student and not run.student:
@@ -70,8 +68,7 @@ def find_checkpoint(options: TestOptions, runtime: Runtime) -> dict:
     if options.checkpoint and options.teacher and run.role == "teacher":
         raise UserError(f"{path} is a teacher: leave --teacher out")
     if not options.checkpoint and (run.role, run.teacher_name) != (name.role, name.teacher_name):
-        what = f"{run.title} of {run.dataset}, not {name.title} of {name.dataset}"
-        raise UserError(f"{path} contains {what}: give --checkpoint {path} to evaluate it anyway")
+        raise UserError(f"{path} contains {run.stem}, not {name.stem}: give --checkpoint {path} to evaluate it anyway")
     return content
 
 

@@ -51,14 +51,13 @@ from utils import Data, Images, Views, epoch_order, epoch_view, evaluate, load_i
 def train_epoch(run: Run, views: Views, rows: torch.Tensor, k: int, teacher_logits: torch.Tensor | None) -> None:
     """Train the rest of the current epoch on the k-th views of images `rows` (N,); teacher_logits[i] are image i's."""
     config, runtime = run.config, run.runtime
-    order = epoch_order(rows, config.seed, run.epoch).to(views.storage)
+    batches = epoch_order(rows, config.seed, run.epoch).to(views.storage).split(run.batch_size)
     run.model.train()
     run.clock = time.monotonic()  # what came before (the teacher's logits) is not timed
     title = f"epoch {run.epoch + 1}/{config.num_epochs}"
     with Progress(title, run.steps_per_epoch, runtime.is_main, run.step) as progress:
         while run.step < run.steps_per_epoch:
-            first = run.step * run.batch_size
-            batch_rows = order[first : first + run.batch_size][runtime.rank :: runtime.world_size]  # of this process
+            batch_rows = batches[run.step][runtime.rank :: runtime.world_size]  # of this process
             images = views.images(batch_rows, k).contiguous(memory_format=runtime.memory_format)
             labels = views.labels[batch_rows]
             batch_teacher_logits = teacher_logits[batch_rows] if config.kd else None

@@ -81,10 +81,9 @@ class Data:
 
     def class_indices(self, classes: tuple[str, ...]) -> torch.Tensor:
         """The numbers (K,) of classes; UserError if there is no such class."""
-        for name in classes:
-            if name not in self.spec.classes:
-                known = ", ".join(self.spec.classes[:10])
-                raise UserError(f"--omit: {self.spec.name} has no class {name!r}: give a name such as {known}")
+        if unknown := set(classes) - set(self.spec.classes):
+            known = ", ".join(self.spec.classes[:10])
+            raise UserError(f"--omit: {self.spec.name} has no class {min(unknown)!r}: give a name such as {known}")
         return torch.tensor([self.spec.classes.index(name) for name in classes], dtype=torch.int64)
 
     def held_out(self, subset: int | None, holdout: int) -> Images:
@@ -112,8 +111,7 @@ def load_images(
         arrays = read_torchvision(spec, folder)
     if runtime.is_main:
         runtime.barrier()
-    train = Images(*map(torch.from_numpy, arrays["train"]))  # pixels, labels
-    test = Images(*map(torch.from_numpy, arrays["test"]))
+    train, test = (Images(*map(torch.from_numpy, arrays[split])) for split in ("train", "test"))  # pixels, labels
     digest = hashlib.sha256(repr(spec.classes).encode())
     for tensor in (train.pixels, train.labels, test.pixels, test.labels):
         digest.update(tensor.numpy())
@@ -154,8 +152,7 @@ def epoch_view(count: int, flip: bool, seed: int, epoch: int) -> int:
     cycle, place = divmod(epoch, count)
     views = torch.randperm(count, generator=seeded_generator("views", seed, cycle))
     if flip:  # even and odd k alternate: with an even count, an image is mirrored in every other epoch
-        even, odd = views[views % 2 == 0], views[views % 2 == 1]
-        views[0::2], views[1::2] = even, odd
+        views[0::2], views[1::2] = views[views % 2 == 0], views[views % 2 == 1]
     return int(views[place])
 
 

@@ -93,13 +93,10 @@ def mean_text(gain: dict) -> str:
 
 def points(gain: dict) -> str:
     """A gain in points with its 95 % interval, or without one the number of pairs."""
-    interval = "{:+.2f} to {:+.2f}".format(*gain["ci"]) if "ci" in gain else pairs_text(gain)
+    interval = "one pair" if gain["pairs"] == 1 else f"{gain['pairs']} equal pairs"
+    if "ci" in gain:
+        interval = "{:+.2f} to {:+.2f}".format(*gain["ci"])
     return f"{mean_text(gain)} ({interval})"
-
-
-def pairs_text(gain: dict) -> str:
-    """The pairs of a gain that has no interval."""
-    return "one pair" if gain["pairs"] == 1 else f"{gain['pairs']} equal pairs"
 
 
 def gain_text(gain: dict) -> str:
@@ -113,7 +110,7 @@ def gain_text(gain: dict) -> str:
 def verdict(gain: dict) -> str:
     """Whether a loss beats plain KD."""
     if "p" not in gain:
-        return f"{pairs_text(gain)}: not tested"
+        return "not tested"
     if not gain["significant"]:
         return "not significant"
     return "better" if gain["mean"] > 0 else "worse"

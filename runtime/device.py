@@ -79,9 +79,8 @@ class Runtime:
         number = zlib.crc32(repr(seen).encode())
         highest, minus_lowest = self.agree(number, -number)
         if highest != -minus_lowest:
-            raise UserError(
-                "the processes have different images, checkpoints or precisions: rerun, or give --precision fp32"
-            )
+            what = "the processes have different images, checkpoints or precisions"
+            raise UserError(f"{what}: rerun, or give --precision fp32")
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
         """The sum over all processes, in float64 on the CPU."""

@@ -75,7 +75,5 @@ def training_loss(
         soft = utils.soft_target_loss(student_logits.detach(), teacher_logits, config.temp)  # again, for the log
         return loss, ce.detach(), soft
     terms = LOSSES[function](student_logits, teacher_logits, targets, config.temp)
-    loss = config.ce_weight * ce
-    for weight, term in zip(config.kd_weights, terms, strict=True):
-        loss = loss + weight * term
-    return loss, ce.detach(), sum(terms).detach()
+    weighted = (weight * term for weight, term in zip(config.kd_weights, terms, strict=True))
+    return sum(weighted, config.ce_weight * ce), ce.detach(), sum(terms).detach()

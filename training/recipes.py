@@ -34,10 +34,7 @@ DIGITS = {
 
 
 def recipe_of(dataset: str, role: str, optimizer: str, train_images: int, student_images: int | None = None) -> Recipe:
-    """The recipe of a role ("teacher" | "student"), scaled to `student_images`, if given, or to the training images.
-
-    For all training images of CIFAR or the digits, for which it was made, it is not scaled.
-    """
+    """A role's recipe as it is for all images of CIFAR or digits, else scaled to `student_images` or `train_images`."""
     recipe = (DIGITS if dataset == "digits" else CIFAR)[role, optimizer]
     if student_images is None and dataset in ("cifar10", "cifar100", "digits"):
         return recipe

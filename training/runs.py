@@ -33,7 +33,6 @@ class RunName:
     student_images: int | None = None  # how many training images a student sees; None: all
     student: str | None = None  # MODULE:FUNCTION of the user's own; None: ours, or a teacher
     size: int = SIDE  # of the images, in pixels
-    weights_title = ""  # not a field; overridden by RunConfig, which has the weights of the loss
 
     @property
     def kd(self) -> bool:
@@ -81,20 +80,6 @@ class RunName:
         dataset = "" if self.dataset == "cifar10" else f"{self.dataset}_"
         return f"{dataset}{self.role}{self.student_suffix}{kd}{seed}{self.images_suffix}"
 
-    @property
-    def title(self) -> str:
-        """The run in a table or a figure, without its seed."""
-        student = f"Student {self.student}" if self.student else "Student"
-        kd = "w/o KD"
-        if self.kd:
-            loss = LOSS_DEFAULTS[self.loss].function.upper()
-            kd = f"with {loss}, Temp = {format_number(self.temp)}{self.weights_title}"
-        title = "Teacher (VGG19 with BN)" if self.role == "teacher" else f"{student} ({kd})"
-        title += f", omit {self.omitted}" if self.omit else ""
-        title += f", {self.student_images:,} images" if self.student_images else ""
-        names = [name for name in ("size", "subset", "holdout") if getattr(self, name) != getattr(RunName, name)]
-        return title + "".join(f", {name} {getattr(self, name)}" for name in names)
-
     def command(self, script: str, **more) -> str:
         """The command that trains ("train.py") or evaluates ("test.py") this run; without KD it has no --teacher."""
         options = {"tto": True} if self.role == "teacher" else {}
@@ -133,21 +118,25 @@ class RunConfig(Recipe, RunName):
         return (self.loss, self.kd_weights, self.ce_weight) == ("kd", default.kd_weights, default.ce_weight)
 
     @property
-    def weights_title(self) -> str:
-        """The weighted terms of the loss in a title; nothing for plain KD at its default weights."""
-        if self.is_default_kd:
-            return ""
-        default_terms = (self.loss.upper(),) * len(self.kd_weights)
-        terms = {"kd": ("KL",), "dkd": ("TCKD", "NCKD")}.get(LOSS_DEFAULTS[self.loss].function, default_terms)
-        weighted = zip((*self.kd_weights, self.ce_weight), (*terms, "CE"), strict=True)
-        return ", " + " + ".join(f"{format_number(weight)} {term}" for weight, term in weighted)
-
-    @property
     def title(self) -> str:
-        """The name's title, and what is unknown."""
-        unknown = ", images unknown" if self.images == UNKNOWN else ""
-        unknown = ", teacher's images unknown" if self.teacher_unknown else unknown
-        return super().title + unknown
+        """The run in a table or a figure, without its seed; with the loss's weights unless it is default plain KD."""
+        student = f"Student {self.student}" if self.student else "Student"
+        kd = "w/o KD"
+        if self.kd:
+            function = LOSS_DEFAULTS[self.loss].function
+            kd = f"with {function.upper()}, Temp = {format_number(self.temp)}"
+        if self.kd and not self.is_default_kd:
+            default_terms = (self.loss.upper(),) * len(self.kd_weights)
+            terms = {"kd": ("KL",), "dkd": ("TCKD", "NCKD")}.get(function, default_terms)
+            weighted = zip((*self.kd_weights, self.ce_weight), (*terms, "CE"), strict=True)
+            kd += ", " + " + ".join(f"{format_number(weight)} {term}" for weight, term in weighted)
+        title = "Teacher (VGG19 with BN)" if self.role == "teacher" else f"{student} ({kd})"
+        title += f", omit {self.omitted}" if self.omit else ""
+        title += f", {self.student_images:,} images" if self.student_images else ""
+        names = [name for name in ("size", "subset", "holdout") if getattr(self, name) != getattr(RunName, name)]
+        title += "".join(f", {name} {getattr(self, name)}" for name in names)
+        title += ", images unknown" if self.images == UNKNOWN else ""
+        return title + (", teacher's images unknown" if self.teacher_unknown else "")
 
 
 def name_of(options) -> RunName:

@@ -63,7 +63,7 @@ def test_one_pair_has_a_difference_and_no_interval_or_verdict():
     found = collect([content(), content("--kd", 70.5), content("--kd --loss=dkd", 71.5)])
     text = results_text(found)
     assert cells(text)[3][-1] == "+0.50 (one pair)" and not found["notes"]
-    assert cells(text)[-1] == [DKD, KD, "+1.00 (one pair)", "one pair: not tested"]
+    assert cells(text)[-1] == [DKD, KD, "+1.00 (one pair)", "not tested"]
     assert "\nOne pair gives no interval: add --seeds 3 to the command of --all True.\n" in text
     assert not any(words in text for words in ("seed noise", f"{KD} gains", "Holm"))
 
