@@ -84,7 +84,7 @@ class TrainOptions(Options):
     kd_weight: tuple[float, ...] | None = option(KD, "weight of each soft term (default: docs/losses.md)", WEIGHT)
     ce_weight: float | None = option(KD, "weight of the cross-entropy (default: docs/losses.md)", WEIGHT)
     matched: bool = option(KD, "with --all: also plain kd at each loss's temperature and total weight", boolean, False)
-    optimizer: str = option(RECIPE, "muon or sgd, each with its own recipe", str, "muon", OPTIMIZERS)
+    optimizer: str = option(RECIPE, "muon or sgd, each with a recipe; the teacher's, too", str, "muon", OPTIMIZERS)
     num_epochs: int | None = option(RECIPE, "number of epochs", FROM_1)
     batch_size: int | None = option(RECIPE, "images per step, over all devices", FROM_1)
     lr: float | None = option(RECIPE, "peak learning rate", ABOVE_0)

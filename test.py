@@ -170,9 +170,9 @@ def compare(options: TestOptions, runtime: Runtime) -> None:
 def find_checkpoints(options: TestOptions, name: RunName, runtime: Runtime) -> list[dict]:
     """The finished checkpoints on the images of `name`, in a table's order."""
     contents, paths = [], {*options.weights_folder.rglob("*.pt")}
-    teacher = options.teacher_file(name.teacher_name.stem)
-    if paths and teacher.exists():  # alone it would make a table for a --name that was mistyped
-        paths.add(teacher)
+    own, shared = (folder / f"{name.teacher_name.stem}.pt" for folder in (options.weights_folder, options.weights_path))
+    if paths and own not in paths and shared.exists():  # alone it would make a table for a --name that was mistyped
+        paths.add(shared)
     for path in sorted(paths):
         if path.name.endswith(".last.pt") or path.name.startswith("."):  # macOS keeps ._student.pt on foreign disks
             continue

@@ -368,6 +368,7 @@ def test_compare_shows_the_runs_of_the_folders_and_of_the_images_that_its_option
         _, labels, output = compare(option)
         assert labels == [label] and f"saved plots/{folder}:" in output
     save("--tto", weights=5)
+    Path("weights/a05/teacher.last.pt").write_text("an unfinished teacher")
     _, labels, output = compare("--name=a05")
     assert labels == [TEACHER, half] and f"{half}: its teacher is not in this table\n" in output
     save("--tto", folder="weights/a05", weights=6)

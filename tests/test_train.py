@@ -159,6 +159,7 @@ def stopped(learn, monkeypatch, tmp_path):
     """The path of the resume state of a run that was stopped after two steps."""
     with monkeypatch.context() as patch:
         patch.setattr(train, "save_or_stop", Mock(side_effect=[None, Stopped(15)]))  # called after each step
+        patch.setattr(train.Progress, "step", Mock(side_effect=[None, BrokenPipeError]))  # Ctrl-C ended a `tee`, too
         learn(code=128 + 15)
     return tmp_path / "weights" / f"{STEM}.last.pt"
 

@@ -259,9 +259,9 @@ def row_order(run: RunName) -> tuple:
     return run.role != "teacher", run.student or "", loss, run.temp or 0.0, run.omit, run.student_images or 0, run.seed
 
 
-# What titles show. The fields in SCALED follow from the number of a student's images, which a title shows, too.
-TITLE_FIELDS = {f.name for f in fields(RunName)} | {"kd_weights", "ce_weight", "images", "teacher_unknown"}
-TITLE_FIELDS.add("student_layers")  # as those of another student differ
+# What labels need not tell of runs of different titles, and of students of different numbers of images.
+TITLE_FIELDS = {f.name for f in fields(RunName)} | {"kd_weights", "ce_weight", "student_layers"}
+TITLE_FIELDS |= {"images", "teacher_unknown"}
 SCALED = {"num_epochs", "batch_size"}
 
 
