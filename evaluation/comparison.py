@@ -81,7 +81,8 @@ def measure_all(
         else:
             fingerprints = {run.teacher}
             if not run.kd:  # the teacher of the students beside it that it is the baseline for, else the table's
-                beside = [config_of(c) for c in contents if c["path"].parent == content["path"].parent]
+                folder = content["path"].parent
+                beside = [other for other, c in zip(runs, contents, strict=True) if c["path"].parent == folder]
                 fingerprints = {other.teacher for other in beside if is_baseline_of(run, other)} or {*teachers}
             if len(fingerprints) == 1 and fingerprints <= teachers.keys():
                 numbers |= fidelity(logits, teachers[fingerprints.pop()], images.labels)

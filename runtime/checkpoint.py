@@ -5,13 +5,12 @@ import io
 import pickle
 import textwrap
 import warnings
-import zipfile
 from pathlib import Path
 
 import torch
 
 from runtime.errors import UserError, reason
-from runtime.files import UNREADABLE, writing
+from runtime.files import UNREADABLE, check_archive, writing
 
 RETRAIN = "train it again with --resume False (not --all), or give another file"
 
@@ -33,9 +32,7 @@ def load(path: Path, or_state_dict: bool = False) -> dict:
     if path.is_dir():
         raise UserError(f"{path} is a folder, not a checkpoint: give a file")
     try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip():  # torch itself checks no checksum
-                raise zipfile.BadZipFile
+        check_archive(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # how torch would read this file otherwise
             content = torch.load(path, map_location="cpu", weights_only=True)

@@ -71,6 +71,13 @@ def write_json(path: Path, content: dict) -> Path:
     return path
 
 
+def check_archive(path: Path) -> None:
+    """BadZipFile if a checksum is wrong, OSError; torch checks none, NumPy no more than an array's header asks for."""
+    with zipfile.ZipFile(path) as archive:
+        if archive.testzip():
+            raise zipfile.BadZipFile
+
+
 def save_arrays(path: Path, key: str, **arrays: np.ndarray) -> None:
     """Write arrays and the key of all that they depend on, atomically and with checksums; UserError if that fails."""
     with writing(path) as temporary, open(temporary, "wb") as file:
@@ -80,9 +87,8 @@ def save_arrays(path: Path, key: str, **arrays: np.ndarray) -> None:
 def load_arrays(path: Path, key: str) -> dict[str, np.ndarray]:
     """What `save_arrays` wrote with this key; ValueError with the reason if missing, damaged or of another key."""
     try:
+        check_archive(path)
         with np.load(path) as stored:
-            if stored.zip.testzip():  # NumPy reads, and so checks, no more than an array's header asks for
-                raise zipfile.BadZipFile
             if str(stored["key"]) == key:
                 return {name: stored[name] for name in stored.files if name != "key"}
     except UNREADABLE as error:

@@ -88,10 +88,11 @@ def require_same(content: dict, config: RunConfig) -> dict:
     ignoring = set() if config.teacher else {"teacher", "teacher_unknown"}
     if "metrics" not in content:  # another number of processes may resume it, and sync_bn needs several
         ignoring |= {"processes", "sync_bn"}
-    if why := describe_differences(config_of(content), config, ignoring):
+    found = config_of(content)
+    if why := describe_differences(found, config, ignoring):
         how = "with --tto True, " if config.role == "teacher" else ""  # with --all, --name doesn't reach the teacher
         advice = f"{how}repeat its options, keep both with --name WORD, or replace it with --resume False (not --all)"
-        if config_of(content).images != config.images:
+        if found.images != config.images:
             advice = "the images have changed, so give other --weights_path and --plots_path"
         raise UserError(f"{content['path']} is {kind} with {why}: {advice}")
     return content

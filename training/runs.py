@@ -270,7 +270,8 @@ def row_labels(runs: list[RunConfig]) -> list[str]:
     labels = []
     for run in runs:
         names = set()
-        for other in (other for other in runs if (other.role, other.kd) == (run.role, run.kd)):
+        comparable = [other for other in runs if (other.role, other.kd) == (run.role, run.kd)]
+        for other in comparable:
             ignoring = TITLE_FIELDS if other.student_images == run.student_images else TITLE_FIELDS | SCALED
             names.update(differences(run, other, {"seed"} if other.title == run.title else ignoring))
         values = [f"{f.name} {value_text(run, f.name)}" for f in fields(RunConfig) if f.name in names]
