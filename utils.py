@@ -278,7 +278,7 @@ def loss_and_accuracies(logits: torch.Tensor, targets: torch.Tensor) -> dict[str
 def compute_logits(
     model: torch.nn.Module, images_of: Callable, count: int, num_classes: int, runtime: Runtime, title: str = ""
 ) -> torch.Tensor:
-    """Logits (count, num_classes), float64 on every process's CPU, of images (B, 3, S, S) = images_of(rows (B,)).
+    """Logits (count, num_classes), float32 on every process's CPU, of images (B, 3, S, S) = images_of(rows (B,)).
 
     All batches have one size, so the logits depend neither on the count nor on how many processes share the batches.
     With a `title`, progress is shown. Stopped after a signal; UserError if a logit isn't finite.

@@ -109,7 +109,7 @@ def check_memory(images: int, size: int) -> None:
     needed, available = 3 * images * (size**2 + (size + 2 * padding(size)) ** 2), available_memory()
     if needed > available:
         what = f"{images:,} images of {size} x {size} pixels need {needed / 1e9:.1f} GB of memory"
-        raise UserError(f"{what}, and {available / 1e9:.1f} GB are free: give a smaller --size, or fewer images")
+        raise UserError(f"{what}, and {available / 1e9:.1f} GB are free: give a smaller --size, or remove images")
 
 
 def available_memory() -> float:

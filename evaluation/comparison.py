@@ -70,6 +70,7 @@ def measure_all(
             run_runtime = as_trained(runtime, run, precision)
             model = load_model(content, run_runtime, allowed_student)
             logits, numbers = measure_checkpoint(model, content, images, data, run_runtime)
+            del numbers["confusion"]  # in no table, and large with many classes
         except UserError as error:
             prefix = "" if str(content["path"]) in str(error) else f"{content['path']}: "
             runtime.print(f"left out: {prefix}{error}")

@@ -83,8 +83,8 @@ class Runtime:
             raise UserError(f"{what}: rerun, or give --precision fp32")
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum over all processes, in float64 on the CPU."""
-        summed = values.detach().cpu().to(torch.float64, copy=True)  # MPS lacks float64
+        """The sum over all processes, on the CPU."""
+        summed = values.detach().to("cpu", copy=True)
         if self.world_size > 1:
             dist.all_reduce(summed)
         return summed
@@ -164,6 +164,7 @@ def has_fast_bf16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     has = torch.cpu.get_capabilities()
     amx, avx512 = has.get("amx_tile", False), has.get("avx512_bf16", False)  # which ARM lacks
+    amx = amx and sys.platform == "linux"  # on Windows, oneDNN's AMX kernels may crash (oneDNN #5689)
     return device.type == "cpu" and (amx or (avx512 and "Intel" not in processor()))
 
 

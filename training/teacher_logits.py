@@ -66,13 +66,13 @@ class Teacher:
         return self.cached(f"{k:02}.npz", count, compute).to(self.runtime.device)
 
     def test_logits(self, images: Images, holdout: int = 0) -> torch.Tensor:
-        """Logits (N, C) float64 on the CPU of test or held-out images; UserError if a folder of logits lacks them."""
+        """Logits (N, C) float16 on the CPU of test or held-out images; UserError if a folder of logits lacks them."""
         if holdout and self.model is None:
             raise UserError(f"{self.folder} has no logits of held-out images: give a checkpoint as --teacher")
         compute = partial(logits_of, self.model, images, self.spec, self.runtime)
         if holdout:  # not cached, as they depend on --subset, too, but rounded as if they were
-            return compute().half().double()
-        return self.cached("test.npz", len(images), compute).double()
+            return compute().half()
+        return self.cached("test.npz", len(images), compute)
 
     def cached(self, name: str, count: int, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The first `count` logits, float16, read, or computed and stored; UserError if a folder lacks them."""
