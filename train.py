@@ -138,6 +138,7 @@ def train_run(
     rows = data.rows(config.subset, config.holdout, config.omit, config.student_images)
     held_out = data.held_out(config.subset, config.holdout)
     with locked(files.checkpoint) if runtime.is_main else contextlib.nullcontext():
+        runtime.barrier()  # fails if the first process has no lock; in DDP's constructor the others would wait for it
         run = Run(config, runtime, data.spec, len(rows), files)
         restore_or_begin(run, len(rows), options.resume)
         while run.epoch < config.num_epochs:
@@ -146,7 +147,7 @@ def train_run(
                 teacher_logits = teacher_softness = None
                 if config.kd:
                     teacher_logits = teacher.view_logits(k, views, rows)
-                    teacher_softness = softness(teacher_logits[rows], config.temp)
+                    teacher_softness = softness(teacher_logits[rows[:50_000]], config.temp)  # all may not fit
                     if run.epoch == 0:
                         text = softness_text(teacher_softness, config.temp, config.num_classes)
                         runtime.print(f"the teacher at {text}")

@@ -9,8 +9,8 @@ import threading
 import traceback
 from collections.abc import Callable
 
-MEMORY = "not enough memory: give train.py a smaller --batch_size (the teacher: with --tto True, not --all) or "
-MEMORY += "--size, or --device cpu if another device is full"
+MEMORY = "not enough memory: give train.py a smaller --batch_size (the teacher: with --tto True, not --all), a smaller "
+MEMORY += "--size if the images alone do not fit (docs/own.md), or --device cpu if another device is full"
 FAILURES = {  # our message for a failure of the machine, by a part of torch's message
     "DefaultCPUAllocator": MEMORY,
     "out of memory": MEMORY,  # of CUDA, MPS
@@ -46,9 +46,11 @@ class StopSignal:
         self.previous = {number: signal.signal(number, self._note) for number in caught}
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, exception_type, *exception) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
+        if self.number and exception_type is None:  # it came after the last step
+            raise Stopped(self.number)
 
     def _note(self, number, frame) -> None:
         if self.number and "LOCAL_RANK" not in os.environ:  # torchrun passes on each signal twice

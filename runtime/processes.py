@@ -24,8 +24,9 @@ def change_settings(stack: contextlib.ExitStack, deterministic: bool) -> None:
     stack.callback(torch.set_default_dtype, torch.get_default_dtype())
     stack.callback(torch.set_default_device, None if device.type == "cpu" else device)
     stack.callback(torch.use_deterministic_algorithms, algorithms[0], warn_only=algorithms[1])
-    for name in ("benchmark", "deterministic"):
-        stack.callback(setattr, cudnn, name, getattr(cudnn, name))
+    changed = [(cudnn, "benchmark"), (cudnn, "deterministic"), (torch.utils.deterministic, "fill_uninitialized_memory")]
+    for owner, name in changed:
+        stack.callback(setattr, owner, name, getattr(owner, name))
     for operator in FLOAT32_OPERATORS:
         stack.callback(setattr, operator, "fp32_precision", operator.fp32_precision)
     # torch.compile reads torch's older interface, which fails where the caller has used the newer one.
@@ -37,6 +38,7 @@ def change_settings(stack: contextlib.ExitStack, deterministic: bool) -> None:
     torch.set_default_device(None)
     torch.set_float32_matmul_precision("highest")
     torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # which is slow, and changes no result here
     if deterministic:
         name = "CUBLAS_WORKSPACE_CONFIG"
         before = {name: os.environ[name]} if name in os.environ else {}

@@ -24,7 +24,7 @@ from made_up import CPU, damaged, hostile
 
 import config
 import train
-from runtime.errors import StopSignal, UserError, exit_code, known_failure
+from runtime.errors import Stopped, StopSignal, UserError, exit_code, known_failure
 from utils import load_images
 
 
@@ -253,7 +253,7 @@ def test_a_second_signal_interrupts_at_once_but_not_under_torchrun_which_sends_e
     before = signal.getsignal(signal.SIGINT)
     assert exit_code(work) == 130 and signal.getsignal(signal.SIGINT) == before
     monkeypatch.setenv("LOCAL_RANK", "0")
-    with StopSignal() as stop:
+    with pytest.raises(Stopped), StopSignal() as stop:  # raised at the end, after which nobody would ask
         for _ in range(2):
             signal.raise_signal(signal.SIGTERM)
         assert stop.number == signal.SIGTERM

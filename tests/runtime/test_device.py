@@ -101,6 +101,7 @@ def settings() -> dict:
         "products": torch.get_float32_matmul_precision(), "gradients": torch.is_grad_enabled(),
         "inference": torch.is_inference_mode_enabled(), "autocast": torch.is_autocast_enabled("cpu"),
         "cuBLAS": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+        "fill": torch.utils.deterministic.fill_uninitialized_memory,
     }  # fmt: skip
 
 
@@ -137,7 +138,7 @@ def test_a_run_restores_the_hosts_settings(deterministic, host):
         raise ZeroDivisionError
     assert settings() == host
     expected = {"dtype": torch.float32, "device": "cpu", "products": "highest", "gradients": True, "inference": False}
-    expected |= {"autocast": False, "benchmark": not deterministic}
+    expected |= {"autocast": False, "benchmark": not deterministic, "fill": False}
     assert expected.items() <= during.items() and {*during["float32"]} == {"ieee"}
     if deterministic:
         assert during["deterministic"] and during["algorithms"] and not during["warn only"]

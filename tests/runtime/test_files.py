@@ -124,17 +124,12 @@ def test_one_run_at_a_time_holds_the_lock_and_a_file_system_without_locks_stops_
 
 # ----------------------------------------------------------------------------------------------- checkpoints
 
-CONTENT = {"run": {"role": "student", "seed": 42, "kd_weights": (0.9,)}, "model": {"weight": torch.arange(6.0)}}
-
-
-def same(content: dict) -> bool:
-    return content["run"] == CONTENT["run"] and torch.equal(content["model"]["weight"], CONTENT["model"]["weight"])
-
 
 def test_no_flipped_bit_of_a_checkpoint_goes_unseen(tmp_path):
     # Headers and directory of the archive included: where a flip does no harm, what is read is what was written.
     path, refused = tmp_path / "small.pt", 0
-    checkpoint.save(path, CONTENT)
+    run, weight = {"role": "student", "seed": 42, "kd_weights": (0.9,)}, torch.arange(6.0)
+    checkpoint.save(path, {"run": run, "model": {"weight": weight}})
     whole = path.read_bytes()
     places = [place for place in range(len(whole)) if whole[place]]  # the rest is mostly padding
     for place in places:
@@ -146,7 +141,8 @@ def test_no_flipped_bit_of_a_checkpoint_goes_unseen(tmp_path):
         except UserError:
             refused += 1
         else:
-            assert same(content), f"bit {place % 8} of byte {place}"
+            same = content["run"] == run and torch.equal(content["model"]["weight"], weight)
+            assert same, f"bit {place % 8} of byte {place}"
     assert refused > 100, "all that a checksum is of"
 
 
