@@ -73,7 +73,7 @@ def tiny_models(monkeypatch):
 @pytest.fixture
 def no_figures(monkeypatch):
     """Nothing is drawn of a run, its report and its table."""
-    monkeypatch.setattr(train, "plot_curves", lambda *_: [])
+    monkeypatch.setattr(train, "plot_curves", touch_curves)
     for module, name in ((results, "plot_comparison"), (figures, "plot_confusion"), (figures, "plot_reliability")):
         monkeypatch.setattr(module, name, lambda *arguments: arguments[-1])
 

@@ -53,7 +53,7 @@ def test_an_omitted_class_is_a_name_or_else_a_number():
 def test_compatible_options_are_accepted():
     for command in (
         "train.py --kd True --loss dkd --kd_weight 0 0 --ce_weight 1",
-        "train.py --tto True --kd False --flip False --views 81",
+        "train.py --tto True --kd False --flip False --views 81 --dataset digits --size 224",
         "train.py --student torchvision.models:mobilenet_v3_small",
         "train.py --dataset digits --flip True --views 162 --all True --alpha 0",
         "test.py --checkpoint my.pt --skip_broken True --teacher t.pt --json r.json",

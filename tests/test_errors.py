@@ -41,7 +41,7 @@ WRONG_OPTIONS = [
     *each("train.py", "temp 5", "alpha 0.5", "loss ls", "kd_weight 9", "ce_weight 1", "teacher t.pt", tells=NEED_KD),
     *each("train.py --kd False", "temp 5", tells=NEED_KD),
     *each("train.py --kd True", "seeds 2", "matched True", tells=NEED_ALL),
-    *each("train.py --kd True --alpha 0.5", "kd_weight 2", "ce_weight 2", tells=CLASH),
+    *each("train.py --kd True --alpha 0", "kd_weight 2", "ce_weight 2", tells=CLASH),
     *each("test.py --tto True", "temp 20", "loss ls", tells=" requires --kd True"),
     *each("test.py --checkpoint my.pt", "tto True", "kd True", "temp 5", "loss ls", "seed 7", "dataset digits",
           "size 64", "subset 40", "holdout 8", "compare True", "name a05", "omit 3", "student_images 40", tells=CLASH),

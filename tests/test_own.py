@@ -89,8 +89,10 @@ def test_an_own_student_at_an_own_size(mine, evaluate, digits):
     assert {path.name for path in Path("weights").glob("*.pt")} == files
     table = json.loads(Path("plots/results_digits_my_models.net_size64_subset40/results.json").read_text())
     assert [row["parameters"] for row in table["rows"][1:]] == [570, 570]
-    output = evaluate(data, *words, "--kd")
+    output = evaluate(data, *words, "--kd", "--json=r.json")
     assert output.startswith("test loss") and "top-1 agreement" in output and "images/s in batches" in output
+    numbers = json.loads(Path("r.json").read_text())
+    assert (numbers["macs"], numbers["images_per_second"]) == (31 * 31 * 8 * 27 + 320, 64 / 0.02)
     assert evaluate(*words, "--kd", "--export=s.pt2").startswith("saved s.pt2 of weights/")
     files = {"preprocessing.json": ""}
     exported = torch.export.load("s.pt2", extra_files=files)
@@ -101,6 +103,8 @@ def test_an_own_student_at_an_own_size(mine, evaluate, digits):
     path = "weights/digits_student_my_models.net_kd_t5_size64_subset40.pt"
     left_out = "is a model of my_models:net: give --student my_models:net to use it"
     assert left_out not in evaluate(data, *words, "--compare") and left_out in evaluate(data, *words[:3], "--compare")
+    table = json.loads(Path("plots/comparison_digits_size64_subset40/results.json").read_text())
+    assert table["rows"][0]["macs"] == 31 * 31 * 4 * 27 + 9000
     assert "Teacher" in evaluate(f"--checkpoint={path}", words[3], "--image=a.png")
     for command, tells in (
         ([f"--checkpoint={path}"], "is a model of my_models:net: give --student my_models:net"),
@@ -113,6 +117,10 @@ def test_an_own_student_at_an_own_size(mine, evaluate, digits):
     error = evaluate(data, f"--checkpoint={path}", words[3], code=2)
     assert "does not fit the model Sequential (Unexpected key" in error
     assert "is a finished run with student_layers" in mine(*words[2:], code=2)
+    wider = MODULE.replace("8, 3, 2), nn.BatchNorm2d(8)", "9, 3, 2), nn.BatchNorm2d(9)")
+    Path("my_models.py").write_text(wider.replace("Linear(32,", "Linear(36,"))
+    del sys.modules["my_models"]
+    assert "is a finished run with student_layers" in mine(*words[2:], code=2), "the same names, other shapes"
 
 
 UNUSABLE = {
@@ -163,7 +171,7 @@ def test_a_plain_state_dict_teaches_and_its_images_are_unknown(learn):
 
 
 def test_what_does_not_fit_into_memory_is_said_before_it_is_read(learn, monkeypatch):
-    monkeypatch.setattr(pictures, "available_memory", lambda: 10**6)
+    monkeypatch.setattr(pictures, "available_memory", lambda: 8 * 10**6)
     tells = "120 images of 96 x 96 pixels need 0.0 GB of memory, and 0.0 GB are free"
     assert tells in learn("--size=96", code=2)
 
@@ -236,6 +244,7 @@ def test_the_commands_work_and_only_training_needs_the_folder(root, train_on_pic
     assert "Student (with KD, Temp = 5)" in evaluate(*PICTURES, "--compare")
     (root / "train" / CLASSES[0] / "broken.png").write_text("no picture")
     told = train_on_pictures("--seed=43", "--skip_broken", "--flip=False", "--weights_path=w w", "--name=a")
+    assert checkpoint.load(Path("w w/a/folder_student_seed43.pt"))["run"]["flip"] is False
     command = re.search("evaluate it with `python test.py (.*)`", told)[1]
     assert evaluate(*shlex.split(command)).startswith("test loss ")
     (root / "train" / CLASSES[0] / "broken.png").unlink()

@@ -18,6 +18,7 @@ from evaluation.measures import paired_gain
 from evaluation.results import points, results_text
 from runtime import checkpoint
 from runtime.cli import typed
+from training import optimizer
 from training.recipes import LOSS_DEFAULTS
 from training.run import load_model, spec_of
 from training.runs import RunConfig, config_of, is_baseline_of
@@ -255,3 +256,8 @@ def test_the_pages_are_short_and_the_options_page_is_generated():
     assert PAGES["README.md"].count("\n") <= 150
     assert sum(text.count("\n") for text in PAGES.values()) - PAGES["README.md"].count("\n") <= 600
     assert PAGES["options.md"] == options_page.page()
+
+
+def test_the_momenta_on_the_page_are_the_optimizers():
+    said = re.findall(r"The momentum is (\d\.\d+)", PAGES["recipe.md"])
+    assert said == [str(optimizer.MUON_MOMENTUM), str(optimizer.MOMENTUM)]

@@ -76,7 +76,7 @@ def fingerprint_of(path: Path) -> str:
 def test_the_first_line_repeats_the_logs_last_line(learn, output_of, digits):
     words = ["--dataset=digits", f"--data_path={digits}", "--subset=40", "--device=cpu", "--precision=fp32"]
     for which, split in (("--tto", "test"), ("--kd", "test"), ("--holdout=6", "holdout")):
-        learn(which, "--num_epochs=2")
+        told = learn(which, "--num_epochs=2")
         output = output_of(test_script.main, [*words, which, "--json=report.json"])
         name = name_of(config.parse_test([*words, which])).stem
         _, lines = parse_log(Path("plots", f"{name}.jsonl").read_text())
@@ -84,6 +84,7 @@ def test_the_first_line_repeats_the_logs_last_line(learn, output_of, digits):
         assert numbers["images"] == (6 if split == "holdout" else 8)
         assert logged == {"loss": numbers["loss"], "top1": 100 * numbers["top1"], "top5": 100 * numbers["top5"]}
         first = f"{split} loss {logged['loss']:.4f} top1 {logged['top1']:.2f}% top5 {logged['top5']:.2f}%\n"
+        assert f" top1 {lines[-1]['train']['top1']:.2f}%, {first[:-1]}, " in told, "the epoch's line, too"
         assert output.startswith(first) and f"plots/{name}_confusion.png, plots/{name}_reliability.png" in output
 
 
@@ -165,8 +166,10 @@ def test_a_teacher_that_cannot_be_used_is_left_out_and_a_named_one_is_an_error(e
 
 def test_a_folder_of_logits_is_a_teacher_without_a_cost(evaluate):
     teacher = save("--tto", weights=3)
-    save("--kd", weights=2, teacher="of its model")
-    assert "ratio |" in evaluate("--kd", f"--teacher={teacher}", "--json=report.json")
+    path = save("--kd", weights=2, teacher="of its model")
+    costs = {row[0]: row[1:] for row in cells(evaluate("--kd", f"--teacher={teacher}", "--json=report.json"))}
+    sizes = [f"{file.stat().st_size / 1e6:,.2f} MB" for file in (path, teacher)]
+    assert costs["parameters"] == ["322", "9,130", "1/28.4"] and costs["checkpoint"][:2] == sizes
     beside_its_model = report()
     model = TinyTeacher()
     model.load_state_dict(checkpoint.load(teacher)["model"])
@@ -335,7 +338,8 @@ def test_compare_shows_of_each_checkpoint_the_numbers_of_its_report(report_of, c
     Path("weights/student.last.pt").write_text("the resume state of an unfinished run")
     reports = [report_of(*words) for words in (["--tto"], [], ["--kd"])]
     rows, labels, output = compare()
-    assert "left out" not in output and "plots/comparison_cifar10" in output
+    assert not any(one["notes"] for one in reports)
+    assert "left out" not in output and "not in this table" not in output and "plots/comparison_cifar10" in output
     assert labels == [TEACHER, STUDENT, KD]
     lines = cells(output)
     titles = "Gain of KD|ECE|NLL|Agreement|KL|MACs|Training|Size|Latency|Images/s"
@@ -397,7 +401,7 @@ def test_students_of_two_teachers_are_two_rows_each_beside_its_own(report_of, co
     assert kl == pytest.approx(second, rel=0.01), "a baseline is compared with the teacher of its student with KD"
 
 
-def test_what_cannot_be_compared_is_named_and_left_out(compare):
+def test_what_cannot_be_compared_is_named_and_left_out(compare, evaluate):
     save()
     Path("weights/a.pt").write_text("notes")
     unfinished = content_of(run_of("--tto"))
@@ -416,3 +420,4 @@ def test_what_cannot_be_compared_is_named_and_left_out(compare):
     lines = [line for line in output.splitlines() if line.startswith("left out: ")]
     assert labels == [STUDENT] and len(lines) == 7
     assert sorted(re.search(r"weights/(\w)\.pt", line)[1] for line in lines) == [*"adefghj"]
+    assert "weights/f.pt is an unfinished run: rerun" in evaluate("--checkpoint=weights/f.pt", code=2)

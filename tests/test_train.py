@@ -148,8 +148,9 @@ def test_a_finished_run_is_skipped_even_of_another_machine_and_not_overwritten_w
     assert learn("--lr=0.3", "--name=lr03") and before.items() <= snapshot(tmp_path).items()
     learn("--lr=1e20", "--resume=False", code=2)  # the loss is not finite
     assert checkpoint.load(tmp_path / "weights" / f"{STEM}.pt")["run"]["lr"] == 0.1, "until the new run has ended"
-    learn("--lr=0.3", "--resume=False")
-    assert checkpoint.load(tmp_path / "weights" / f"{STEM}.pt")["run"]["lr"] == 0.3
+    learn("--lr=0.3", "--resume=False", "--precision=auto")
+    run = checkpoint.load(tmp_path / "weights" / f"{STEM}.pt")["run"]
+    assert run["lr"] == 0.3 and run["precision"] in ("bf16", "fp32"), "what auto was"
     change(tmp_path / "weights" / f"{STEM}.pt", "run", dropout=0.5)
     assert f"{STEM}.pt was saved by code with other settings, losses or data sets: use" in learn("--lr=0.3", code=2)
 

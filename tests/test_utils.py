@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import REPOSITORY
 from made_up import CPU, TinyTeacher, random_images, run_of
 
 import utils
@@ -266,3 +267,5 @@ def test_a_row_is_what_the_real_data_say_without_the_file_of_class_names(name, r
     assert data.spec.mean == pytest.approx(mean, abs=5e-4) and data.spec.std == pytest.approx(std, abs=5e-4)
     assert (len(data.train), len(data.test), data.spec.train_images) == (50_000, 10_000, 50_000)
     assert torch.bincount(data.test.labels).tolist() == [10_000 // len(data.spec.classes)] * len(data.spec.classes)
+    log = (REPOSITORY / "results" / name / "runs.jsonl").read_text()
+    assert f'"images": "{data.spec.fingerprint}"' in log, "pixels, labels and names of classes are the published ones"

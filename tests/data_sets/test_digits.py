@@ -23,6 +23,10 @@ def test_every_ten_images_contain_each_class_once_and_fewer_are_a_prefix_of_more
 
 def test_splits_and_seeds_share_no_image_and_splits_no_font(monkeypatch):
     assert not set(digits.FONTS["train"].split()) & set(digits.FONTS["test"].split())
+    used, real = [], digits.ImageFont.truetype
+    monkeypatch.setattr(digits.ImageFont, "truetype", lambda path, size: used.append(path.stem) or real(path, size))
+    digits.make_digits("test", 0)
+    assert used == digits.FONTS["test"].split()
     monkeypatch.setitem(digits.FONTS, "test", digits.FONTS["train"])  # the fonts must not be the only difference
     drawn = [digits.make_digits(split, 100, seed) for split, seed in (("train", 0), ("test", 0), ("train", 1))]
     assert len({image.tobytes() for pixels, _ in drawn for image in pixels}) == 300
@@ -36,17 +40,19 @@ def test_an_image_shows_its_label(monkeypatch):
     pixels, labels = digits.make_digits("train", 200)
     grey = pixels.mean(axis=3).reshape(200, -1)
     grey = abs(grey - grey[:, :1])  # the digit, lighter or darker than the background
+    assert grey.max(axis=1).mean() > 80, "most digits are clearly lighter or darker than the background"
     grey /= np.linalg.norm(grey, axis=1, keepdims=True)
     means = np.stack([grey[:100][labels[:100] == label].mean(axis=0) for label in range(10)])
     nearest = (grey[100:] @ (means / np.linalg.norm(means, axis=1, keepdims=True)).T).argmax(axis=1)
     assert (nearest == labels[100:]).mean() > 0.9
 
 
-def test_a_larger_image_shows_the_same_picture(monkeypatch):
+def test_a_larger_image_shows_the_same_picture_and_noise_does_not_wrap_around(monkeypatch):
+    noisy = digits.make_digits("train", 20)[0].astype(float)
     monkeypatch.setattr(digits, "NOISE", 0)
     small, large = (digits.make_digits("train", 20, size=size)[0].astype(float) for size in (32, 64))
     difference = large.reshape(20, 32, 2, 32, 2, 3).mean(axis=(2, 4)) - small
-    assert abs(difference).mean() < 2, "levels of 255"
+    assert abs(difference).mean() < 2 and abs(noisy - small).max() < 150, "levels of 255"
 
 
 def test_the_labelled_digit_is_drawn_last_and_in_the_middle(monkeypatch):

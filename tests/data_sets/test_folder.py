@@ -41,6 +41,8 @@ def test_a_picture_becomes_its_centre_square(tmp_path, size):
     pixels, half = read_picture(tmp_path / "wide.png", size=size), size // 2
     assert pixels.shape == (size, size, 3) and pixels.dtype == np.uint8
     assert (pixels[:, 2 : half - 2] == (255, 0, 0)).all() and (pixels[:, half + 2 : -2] == (0, 255, 0)).all()
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    assert np.array_equal(square(noise, size), np.asarray(noise.resize((size, size), Image.Resampling.BICUBIC)))
 
 
 def test_black_and_white_in_every_mode(tmp_path):
@@ -79,6 +81,7 @@ def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(tmp_path, monkeypatch
     COLOURS.resize((2048, 2048)).save(tmp_path / "large.jpg")
     monkeypatch.setattr(pictures, "square", lambda picture, size: picture.size)
     assert read_picture(tmp_path / "large.jpg") == (256, 256)
+    assert read_picture(tmp_path / "large.jpg", 224) == (1024, 1024), "of 4 x 224 pixels or more"
 
 
 def test_16_bit_grey_keeps_its_upper_8_bits_and_inverted_tiffs_come_out_right(tmp_path):

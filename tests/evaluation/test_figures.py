@@ -73,6 +73,9 @@ def test_the_comparison_shows_runs_that_differ_in_the_seed_alone_as_one_mean_and
     assert drawn[0].figure.get_suptitle() == "Accuracy and loss on the test images of cifar10"
     plot_comparison(tmp_path, {"--tto": (60.0,), "--holdout=8": (50.0,)})
     assert [line.get_marker() for line in drawn[1].lines] == ["."]
+    teacher, student = (content_of(run_of(c), model=tiny_student()) | {"path": "x.pt"} for c in ("--tto", ""))
+    figures.plot_comparison([teacher | {"log": ""}, student], tmp_path / "comparison.png")  # of a plain state dict
+    assert len(drawn[2].lines) == 1
     assert drawn[1].figure.get_suptitle() == "Accuracy and loss on the held-out images of cifar10"
 
 
@@ -96,10 +99,14 @@ def test_confusion_and_reliability_show_the_numbers(drawn, tmp_path):
     assert texts == [(0, 0, "75"), (1, 0, "25"), (2, 2, "100")]
     assert drawn[0].images[0].get_array().tolist() == [[75, 25, 0], [0, 0, 0], [0, 0, 100]]
     assert drawn[0].get_xlabel() == "predicted" and drawn[0].get_ylabel() == "class"
-    logits = torch.tensor([[9.0, 0.0, 0.0], [9.0, 0.0, 0.0]]).double()
-    figures.plot_reliability(logits, torch.tensor([0, 1]), "title", tmp_path / "reliability.png")
+    logits = torch.tensor([[9.0, 0.0, 0.0], [9.0, 0.0, 0.0], [0.0, 0.0, 0.0]]).double()
+    figures.plot_reliability(logits, torch.tensor([0, 1, 1]), "title", tmp_path / "reliability.png")
     (bars,) = drawn[1].containers
     assert [bar.get_height() for bar in bars] == [0] * 14 + [0.5]
+    points = drawn[1].lines[0].get_xydata()[[4, 14]].ravel().tolist()
+    assert points == pytest.approx([1 / 3, 0, 0.99975, 0.5], abs=1e-4)
+    fractions = drawn[1].patches[-1].get_data().values.tolist()
+    assert fractions == pytest.approx([0] * 4 + [1 / 3] + [0] * 9 + [2 / 3])
 
 
 def test_a_table_is_drawn_over_the_number_of_images_and_over_the_temperature(drawn, tmp_path):
@@ -123,6 +130,10 @@ def test_a_table_is_drawn_over_the_number_of_images_and_over_the_temperature(dra
     assert drawn[1].figure.axes[1].lines[0].get_ydata().tolist() == [0.1, 0.5, 2.0]
     few = {"rows": rows[1:3], "gains": gains}
     assert figures.plot_images(few, path) is None is figures.plot_temperatures(few, path)
+    for row in rows:  # of one seed
+        del row["top1_of_seeds"]
+    figures.plot_images(results, path)
+    assert [line.get_xydata().tolist() for line in drawn[2].lines] == points and not drawn[2].collections
 
 
 def test_the_users_matplotlib_style_changes_no_figure_and_is_not_changed(tmp_path):
@@ -154,15 +165,18 @@ def test_a_confusion_of_many_classes_stays_readable(count, named, numbers, tmp_p
 
 def test_of_many_classes_the_likeliest_are_shown_beside_a_picture(drawn, tmp_path):
     classes, generator = tuple(f"${i}" for i in range(100)), torch.Generator().manual_seed(0)
-    answers = torch.rand(8, 1, 100, generator=generator)  # more than there are colours
+    answers = torch.rand(8, 2, 100, generator=generator)  # more than there are colours
+    pixels = np.concatenate((PIXELS, 255 - PIXELS))
     student = "Student my_models:resnet8 (with KD, Temp = 5)"
     by_title = {f"{student}, T = {i}": answer for i, answer in enumerate(answers)}
-    figures.plot_pictures(PIXELS, ["a.png"], by_title, classes, tmp_path / "p.png")
-    beside = drawn[0].figure.axes[1]
-    likeliest = sorted(answers[0, 0].argsort(descending=True)[:10].tolist())
-    assert [name.get_text() for name in beside.get_yticklabels()] == [f"${i}" for i in likeliest]
-    for bars, answer in zip(beside.containers, answers, strict=True):
-        assert [bar.get_width() for bar in bars] == pytest.approx((100 * answer[0, likeliest]).tolist())
+    figures.plot_pictures(pixels, ["a.png", "b.png"], by_title, classes, tmp_path / "p.png")
+    for i in (0, 1):
+        picture, beside = drawn[0].figure.axes[2 * i : 2 * i + 2]
+        assert (picture.images[0].get_array() == pixels[i]).all()
+        likeliest = sorted(answers[0, i].argsort(descending=True)[:10].tolist())
+        assert [name.get_text() for name in beside.get_yticklabels()] == [f"${j}" for j in likeliest]
+        for bars, answer in zip(beside.containers, answers, strict=True):
+            assert [bar.get_width() for bar in bars] == pytest.approx((100 * answer[i, likeliest]).tolist())
 
 
 @pytest.mark.filterwarnings("error")  # as of a missing glyph

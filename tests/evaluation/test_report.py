@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from made_up import KD, STUDENT, TEACHER, cells, content_of, run_of, tiny_student
 
 from evaluation import report
@@ -105,7 +106,10 @@ def test_a_note_says_why_there_is_no_pair(name, value):
 def test_runs_of_another_machine_are_paired_and_a_row_of_two_machines_is_marked():
     without = [content(f"--seed={seed}", 70.0, device="a GPU" if seed == 2 else "a CPU") for seed in (1, 2)]
     kd = [content(f"--kd --seed={seed}", 71.0 + seed, device="a GPU") for seed in (1, 2)]
+    for one, number in zip(kd, (0.5, 0.7), strict=True):
+        one["measured"] |= {"loss": number, "bias": [number]}
     found = collect([*without, *kd])
+    assert found["rows"][1]["loss"] == pytest.approx(0.6) and found["rows"][1]["bias"] == pytest.approx([0.6])
     assert found["gains"][0]["pairs"] == 2
     text = results_text(found)
     assert [row[0] for row in cells(text)[2:]] == [f"{STUDENT} †", KD]
@@ -158,7 +162,11 @@ def test_of_many_classes_the_worst_are_listed():
 
 def test_reports_tell_the_class_from_the_prediction_and_the_teacher_from_the_student():
     numbers = {"images": 4, "top1": 0.75, "per_class": [1.0, 0.0, 1.0], "ece": 0.25}
-    text = report.accuracy_text(numbers | {"confusion": [[2, 0, 0], [1, 0, 0], [0, 0, 1]]}, ("a", "b", "c"))
-    assert "top-1 30.06% to 95.44%" in text and "worst confusions: b predicted as a 1 times\n" in text
+    text = report.accuracy_text(numbers | {"confusion": [[2, 1, 0], [3, 0, 0], [0, 2, 1]]}, ("a", "b", "c"))
+    worst = "worst confusions: b predicted as a 3 times, c predicted as b 2 times, a predicted as b 1 times\n"
+    assert "top-1 30.06% to 95.44%" in text and worst in text and "calibration error 25.00% (15 bins)" in text
     text = report.fidelity_text({"agreement": 0.5, "kl_to_teacher": 1.0, "contingency": [[1, 2], [3, 4]]})
     assert ["images: teacher right, student wrong", "2"] in cells(text)
+    by_model = {"A": torch.tensor([[0.1, 0.2, 0.7, 0.0], [0.6, 0.3, 0.1, 0.0]])}
+    text = report.pictures_text(["x.png", "y.png"], by_model, tuple("abcd"))
+    assert text == "x.png\n  A  c 70.0%, b 20.0%, a 10.0%\ny.png\n  A  a 60.0%, b 30.0%, c 10.0%"

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,10 +59,22 @@ def test_costs_are_what_the_docstrings_say():
     assert said in vgg19_bn.__doc__
 
 
+def test_a_pass_is_timed_with_all_its_images_in_the_runs_precision(monkeypatch):
+    clock, seen, seconds = [0.0], [], iter((9.0, 1.0, 2.0, 4.0))
+
+    def model(images):
+        seen.append((images.shape, torch.is_autocast_enabled("cpu")))
+        clock[0] += next(seconds)
+
+    monkeypatch.setattr(inference, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    assert inference.pass_seconds(model, 2, device.Runtime(torch.device("cpu"), "bf16"), 64) == 2.0
+    assert seen == 4 * [((2, 3, 64, 64), True)]
+
+
 def test_the_cost_is_told_beside_the_teachers():
     cost = {"parameters": 300, "macs": 2e6, "bytes": 1000, "latency_ms": 2.0, "images_per_second": 20.0}
     text = report.cost_text(cost, cost | {"parameters": 3000, "latency_ms": 0.5})
-    assert "1/10 " in text and "4 x" in text and "2.00 ms" in text
+    assert all(word in text for word in ("1/10 ", "4 x", "2.00 ms", "2.0 M"))
 
 
 def test_an_exported_model_runs_without_the_project_by_the_code_on_the_page(tmp_path):

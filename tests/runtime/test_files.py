@@ -152,6 +152,7 @@ DAMAGED = "is damaged, or not a file of torch.save in PyTorch 1.6 or later" + AD
 FOREIGN = r"file.pt is not a checkpoint of this project \(its first key is '\S+'\)" + ADVICE
 WRONG = {
     "missing": (lambda at: None, "no checkpoint .*file.pt"),
+    "a link to itself": (lambda at: at.symlink_to(at), "can't read .*file.pt: Too many levels of symbolic links"),
     "a folder": (lambda at: at.mkdir(), "file.pt is a folder, not a checkpoint: give a file"),
     "text": (lambda at: at.write_text("these are my notes\n"), DAMAGED),
     "a state dict": (lambda at: torch.save(STATE, at), FOREIGN),

@@ -134,7 +134,10 @@ def test_two_processes_make_the_table(tmp_path, options):
     assert codes == [0, 0] and output.count("test loss ") == 1, errors
 
 
-def test_processes_that_have_seen_different_things_end():
+def test_processes_that_have_seen_different_things_end(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda numbers, operation=None: asked.append(operation))
+    assert Runtime(CPU.device, world_size=2).agree(3, -1) == [3, -1] and asked == [torch.distributed.ReduceOp.MAX]
     Runtime.check_same(SimpleNamespace(agree=lambda *numbers: numbers), "a", 1)
     with pytest.raises(UserError, match="the processes have different images"):
         Runtime.check_same(SimpleNamespace(agree=lambda number, minus: (number, minus + 1)), "a", 1)

@@ -185,3 +185,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(learn, tmp_path, mo
     state = checkpoint.load(path)
     assert state["epoch"] == 0 and state["totals"].isfinite().all()
     assert all(tensor.isfinite().all() for tensor in state["model"].values())
+    before = path.read_bytes()
+    monkeypatch.setattr(Run, "save_is_due", lambda run: False)
+    monkeypatch.setattr("runtime.errors.StopSignal.number", 15)  # as if a signal came in the step that diverges
+    assert re.fullmatch(tells, learn("--lr=1e20", code=2)) and path.read_bytes() == before

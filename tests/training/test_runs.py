@@ -32,6 +32,7 @@ NAMES = [
     ("--kd True --temp 1e3 --seed 0", "student_kd_t1000_seed0", "Student (with KD, Temp = 1000)"),
     ("--kd --loss dkd --size 64 --dataset digits", "digits_student_dkd_t4_size64",
      "Student (with DKD, Temp = 4, 1 TCKD + 8 NCKD + 1 CE), size 64"),
+    ("--kd --student my_models:net", "student_my_models.net_kd_t5", "Student my_models:net (with KD, Temp = 5)"),
     ("--kd True --loss kd_as_ls", "student_kd_as_ls_t2", "Student (with KD, Temp = 2, 9 KL + 0.1 CE)"),
     ("--subset 40 --holdout 8 --seed 7", "student_seed7_subset40_holdout8", "Student (w/o KD), subset 40, holdout 8"),
     ("--omit dog 3 --student_images 1500", "student_omit_cat_dog_images1500",
@@ -213,6 +214,16 @@ def make_run(tiny_models, tmp_path, monkeypatch):
         return Run(config, runtime, SPEC, 40, RunFiles(config, options))
 
     return make
+
+
+def test_each_seed_epoch_step_and_process_draws_numbers_of_its_own(make_run):
+    drawn = set()
+    for seed, epoch, place, rank in ((42, 0, 0, 0), (7, 0, 0, 0), (42, 1, 0, 0), (42, 0, 1, 0), (42, 0, 0, 1)):
+        run = make_run(2, f"--seed={seed}")
+        run.epoch, run.step, run.runtime = epoch, place, replace(run.runtime, rank=rank)
+        run.seed_step()
+        drawn.add(torch.rand(1).item())
+    assert len(drawn) == 5
 
 
 def step(run: Run, right: int) -> None:

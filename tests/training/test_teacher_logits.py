@@ -165,7 +165,8 @@ def test_a_folder_of_logits_teaches_like_the_checkpoint(mine, learn, monkeypatch
     learn("--kd")
     monkeypatch.setattr(TinyTeacher, "forward", None)
     before = snapshot(mine)
-    learn("--kd", f"--teacher={mine}", "--name=mine")
+    output = learn("--kd", f"--teacher={mine}", "--plots_path=p", "--name=mine")
+    assert f" --teacher {mine} --device cpu --plots_path p --name mine`\n" in output
     (expected, weights), (found, weights_of_mine) = student_in("weights"), student_in("weights/mine")
     assert weights_of_mine == weights
     assert found["teacher"] == "resnet18-1" != expected["teacher"] and snapshot(mine) == before
@@ -174,7 +175,10 @@ def test_a_folder_of_logits_teaches_like_the_checkpoint(mine, learn, monkeypatch
     assert len(rows) == 2 and all("agreement" in row for row in rows)
     (mine / "test.npz").unlink()
     output = learn("--all", "--temp", "5", f"--teacher={mine}", "--name=all")
+    assert output.startswith("2 runs, 2 of them finished\n"), "the student without KD is no teacher"
     assert f"\nno student is compared with the teacher: can't use {mine / 'test.npz'}: No such file" in output
+    output = learn("--all", "--temp", "5", "--holdout=4", f"--teacher={mine}", "--name=all")
+    assert f"no student is compared with the teacher: {mine} has no logits of held-out images" in output
 
 
 def describe(folder: Path, **changes) -> None:
