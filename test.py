@@ -81,7 +81,7 @@ def find_teacher(run: RunConfig, options, spec: DataSet, runtime: Runtime, tell:
             raise
         tell(f"not compared with the teacher: {error}")
         return None
-    if teacher and run.kd and teacher.model and run.teacher != teacher.fingerprint:  # a folder of logits has a key
+    if teacher and run.kd and teacher.model and run.teacher != teacher.fingerprint:  # a folder has a key in its place
         tell(f"{teacher.path} is not the teacher that this student learned from")
     return teacher
 

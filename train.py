@@ -67,7 +67,7 @@ def train_epoch(run: Run, views: Views, rows: torch.Tensor, k: int, teacher_logi
             loss, ce, kl = training_loss(logits, batch_teacher_logits, labels, config)
             run.backward_and_step(loss)
             run.record(loss, ce, kl, topk_correct(logits, labels), len(labels))
-            save_or_stop(run)  # first: a print may fail, if Ctrl-C ends a `tee`, too
+            save_or_stop(run)  # before printing, which fails if Ctrl-C has also ended a `tee`
             progress.step(lambda: progress_text(run))
     run.check_finite()
 
@@ -134,11 +134,12 @@ def train_run(
     config: RunConfig, data: Data, teacher: Teacher | None, options: TrainOptions, runtime: Runtime, later_epochs: int
 ) -> dict:
     """Do one run, new or resumed, and write its checkpoint, log and figures; return the checkpoint's content."""
-    views, files = Views(data.train, data.spec, runtime.device), RunFiles(config, options)
-    rows = data.rows(config.subset, config.holdout, config.omit, config.student_images)
-    held_out = data.held_out(config.subset, config.holdout)
+    files = RunFiles(config, options)
     with locked(files.checkpoint) if runtime.is_main else contextlib.nullcontext():
         runtime.barrier()  # fails if the first process has no lock; in DDP's constructor the others would wait for it
+        views = Views(data.train, data.spec, runtime.device)
+        rows = data.rows(config.subset, config.holdout, config.omit, config.student_images)
+        held_out = data.held_out(config.subset, config.holdout)
         run = Run(config, runtime, data.spec, len(rows), files)
         restore_or_begin(run, len(rows), options.resume)
         while run.epoch < config.num_epochs:
@@ -161,8 +162,8 @@ def train_run(
                 raise
         content = run.finished_state()
         if runtime.is_main:
-            checkpoint.save(files.checkpoint, content)
             figures = plot_curves(files.log, files.log.parent)
+            checkpoint.save(files.checkpoint, content)
             remove(files.unfinished)
             print(f"saved {files.checkpoint}, {files.log} and {', '.join(path.name for path in figures)}")
         runtime.barrier()
@@ -172,7 +173,7 @@ def train_run(
 def restore_or_begin(run: Run, count: int, resume: bool) -> None:
     """Restore an unfinished run, or start the log of a new one on `count` images."""
     config, runtime = run.config, run.runtime
-    exists = runtime.agree(run.files.unfinished.exists())[0]  # in any process, before the first writes or removes it
+    exists = runtime.agree(run.files.unfinished.exists())[0]  # in any process; all look before the first can change it
     if exists and resume:
         run.restore()
         runtime.barrier()  # before the first process can finish and remove what the others read
@@ -196,9 +197,9 @@ def train_all(options: TrainOptions) -> None:
         for i, config in enumerate(configs):
             if teacher is None and config.role == "student" and (options.kd or options.all):
                 teacher = prepare_teacher(configs[i:], finished, options, data.spec, runtime)
-                contents = [teacher.content] if teacher.content else []  # read from the file, also if just trained
+                contents = [teacher.content] if teacher.content else []  # replaces the one just trained, if any
             config = teacher.added_to(config) if teacher else config
-            content = finished[config.stem] or find_finished(config, options)  # which may have finished meanwhile
+            content = finished[config.stem] or find_finished(config, options)  # by another command meanwhile
             runtime.check_same(config, bool(content))
             if content:
                 advice = "" if options.all else "; --resume False trains it again"
@@ -243,7 +244,7 @@ def prepare(options: TrainOptions, runtime: Runtime) -> tuple[Data, list[RunConf
         configs = configs[1:]  # an existing teacher is used, whatever its recipe
     if len(data.spec.classes) == 2 and any(config.loss == "ls" for config in configs):
         raise UserError("--loss ls standardises two logits to 1 and -1, which teaches nothing: leave it out")
-    counts = [len(data.rows(c.subset, c.holdout, c.omit, c.student_images)) for c in configs]  # or UserError
+    counts = [len(data.rows(c.subset, c.holdout, c.omit, c.student_images)) for c in configs]  # UserError if too few
     if options.all or options.student:  # make a student, to fail before the teacher is trained and not after it
         model = Run(configs[-1], runtime, data.spec, counts[-1], files=None).model
         layers = checkpoint.fingerprint({}, [(name, tuple(t.shape)) for name, t in model.state_dict().items()])

@@ -363,17 +363,18 @@ def plot_curves(log_path: Path, out_dir: Path) -> list[Path]:
     log_path, out_dir = Path(log_path), Path(out_dir)
     header, lines = parse_log(log_path.read_text())
     split, epochs = header["split"], [line["epoch"] for line in lines]
-    # By figure, panel (its y label) and curve: the key in a line of the log. On `split`, "loss" is the cross-entropy.
+    # Figure -> panel (its y label) -> curve -> key in a line of the log. On `split`, "loss" is the cross-entropy.
     figures = {
         "accuracy": {"top-1 (%)": {"train": "top1", split: "top1"}, "top-5 (%)": {"train": "top5", split: "top5"}},
         "loss": {"cross-entropy (nats)": {"train": "ce", split: "loss"}, "soft term (nats)": {"train": "kl"}},
     }
     paths = []
-    for name, curves in figures.items():
-        shown = {label: keys for label, keys in curves.items() if all(keys["train"] in line["train"] for line in lines)}
-        panels = new_panels(f"{header['title']} on {header['run']['dataset']}: {name}", list(shown))
-        for axes, keys in zip(panels, shown.values(), strict=True):
-            for which, key in keys.items():
+    for name, panels in figures.items():
+        # Only what the log has: top-5 with more than five classes, the soft term with KD.
+        shown = [ylabel for ylabel, curves in panels.items() if all(curves["train"] in line["train"] for line in lines)]
+        drawn = new_panels(f"{header['title']} on {header['run']['dataset']}: {name}", shown)
+        for axes, ylabel in zip(drawn, shown, strict=True):
+            for which, key in panels[ylabel].items():
                 axes.plot(epochs, [line[which][key] for line in lines], marker=".", label=which)
-        paths.append(save_figure(panels[0], out_dir / f"{log_path.stem}_{name}.png"))
+        paths.append(save_figure(drawn[0], out_dir / f"{log_path.stem}_{name}.png"))
     return paths

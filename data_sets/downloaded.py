@@ -10,6 +10,7 @@ import torchvision
 from data_sets import DataSet
 from data_sets.pictures import check_memory, square
 from runtime.errors import UserError
+from runtime.files import locked
 
 
 def read_torchvision(spec: DataSet, folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -29,7 +30,8 @@ def read_torchvision(spec: DataSet, folder: Path) -> dict[str, tuple[np.ndarray,
             try:
                 found = dataset_class(folder, download=False, **which)
             except (OSError, RuntimeError):  # missing or incomplete
-                found = dataset_class(folder, download=True, **which)
+                with locked(folder / spec.source):  # two downloads at once would damage each other
+                    found = dataset_class(folder, download=True, **which)
             check_memory(len(found), spec.size)
             arrays[split] = as_arrays(found, spec.size)
         except ImportError as error:  # SciPy

@@ -74,8 +74,9 @@ def find_files(root: Path) -> tuple[tuple[str, ...], list[File], list[str]]:
     classes = tuple(sorted(found["train"]))
     if len(classes) < 2:
         raise UserError(f"{train} must have two or more class folders but has {', '.join(classes) or 'none'}: {LAYOUT}")
-    test, *unused = [root / name for name in TEST_FOLDERS if (root / name).is_dir()] or [None]
-    notes += [f"{folder} is not used: {test} is the test set" for folder in unused]
+    test_folders = [root / name for name in TEST_FOLDERS if (root / name).is_dir()]
+    test = test_folders[0] if test_folders else None
+    notes += [f"{folder} is not used: {test} is the test set" for folder in test_folders[1:]]
     if test:
         found["test"] = files_by_class(test)
         if test.name != "test":

@@ -22,7 +22,7 @@ CORRECTED = ("top1", "top1_omitted", "top1_others", "per_class")
 def as_trained(runtime: Runtime, run: RunConfig, precision: str = "auto") -> Runtime:
     """The runtime in the precision that a run was trained in, to repeat its logged accuracy; --precision overrides."""
     if precision != "auto" or run.precision == "bf16":
-        return runtime  # set by --precision, or for a bf16 run by auto: bf16 only where that is fast
+        return runtime  # --precision was given, or auto has chosen: bf16 only where it is fast
     return replace(runtime, precision=run.precision if runtime.device.type == "cuda" else "fp32")
 
 
@@ -80,13 +80,14 @@ def measure_all(
             numbers["fingerprint"] = checkpoint.fingerprint(content["model"])
             teachers[numbers["fingerprint"]] = logits
         else:
-            fingerprints = {run.teacher}
-            if not run.kd:  # the teacher of the students beside it that it is the baseline for, else the table's
+            candidates = {run.teacher}  # fingerprints: the student is compared only if there is just one
+            if not run.kd:  # the teachers of the KD students in its folder whose baseline it is, else all in the table
                 folder = content["path"].parent
-                beside = [other for other, c in zip(runs, contents, strict=True) if c["path"].parent == folder]
-                fingerprints = {other.teacher for other in beside if is_baseline_of(run, other)} or {*teachers}
-            if len(fingerprints) == 1 and fingerprints <= teachers.keys():
-                numbers |= fidelity(logits, teachers[fingerprints.pop()], images.labels)
+                in_folder = [other for other, c in zip(runs, contents, strict=True) if c["path"].parent == folder]
+                candidates = {other.teacher for other in in_folder if is_baseline_of(run, other)} or set(teachers)
+            if len(candidates) == 1 and candidates <= teachers.keys():
+                (fingerprint,) = candidates
+                numbers |= fidelity(logits, teachers[fingerprint], images.labels)
         if cost and runtime.is_main:
             numbers |= measure_cost(model, content["path"], run_runtime, run.size)
         shown.append(content | {"measured": numbers})

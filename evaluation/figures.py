@@ -69,13 +69,12 @@ def class_ticks(classes: tuple[str, ...]) -> tuple[range, list[str], dict]:
 
 
 def drawable(names: Sequence[str], what: str, first: int = 0) -> list[str]:
-    """Names as the caller's next figure shows them, cut to 24 letters; `what` and a number if no font has them."""
+    """Names cut to 24 letters; fonts for missing letters are added to rcParams, else a name is `what` and a number."""
     missing = set("".join(names)) - letters_of(findfont(FontProperties()))
     for face in sorted(fontManager.ttflist, key=lambda face: face.name):
-        is_regular = (face.style, face.weight) == ("normal", 400) and "LastResort" not in face.fname  # all boxes
-        found = missing & letters_of(face.fname) if missing and is_regular else set()
-        if found:
-            missing -= found
+        is_regular = (face.style, face.weight) == ("normal", 400) and "LastResort" not in face.fname  # it draws boxes
+        if missing and is_regular and missing & letters_of(face.fname):
+            missing -= letters_of(face.fname)
             matplotlib.rcParams["font.family"] = [*matplotlib.rcParams["font.family"], face.name]  # of the style in use
     shown = [f"{what} {i}" if missing & set(name) else name for i, name in enumerate(names, first)]
     return [name if len(name) <= 24 else f"{name[:23]}…" for name in shown]
@@ -90,16 +89,17 @@ def letters_of(path: str) -> set[str]:
 
 @figure_style
 def plot_pictures(pixels: list, names: list[str], by_model: dict, classes: tuple[str, ...], path: Path) -> Path:
-    """Draw pictures (B, S, S, 3), each beside its likeliest classes by each model (probabilities); return the path."""
+    """Draw pictures (B, S, S, 3), each beside every model's probabilities for the first model's likeliest classes."""
     titles, labels = drawable([Path(name).name for name in names], "picture", 1), drawable(classes, "class")
     figure = Figure((7, 2.2 * len(names) + 0.4))
     grid = figure.subplots(len(names), 2, squeeze=False, width_ratios=(1, 2.4))
     height = 0.8 / len(by_model)
+    first_model = next(iter(by_model.values()))
     for i, (left, right) in enumerate(grid):
         left.imshow(pixels[i])
         left.set_title(titles[i])
         left.axis("off")
-        shown = sorted(next(iter(by_model.values()))[i].topk(min(CLASSES_SHOWN, len(classes))).indices.tolist())
+        shown = sorted(first_model[i].topk(min(CLASSES_SHOWN, len(classes))).indices.tolist())
         places = np.arange(len(shown))
         for k, (model, probabilities) in enumerate(by_model.items()):
             right.barh(places + k * height, 100 * probabilities[i, shown].numpy(), height, align="edge", label=model)
@@ -122,7 +122,8 @@ def plot_comparison(contents: list[dict], path: Path) -> Path:
         logs = [parse_log(content["log"])[1] for content in row]
         seeds = f" (mean of {len(row)})" if len(row) > 1 else ""
         for axes, key in zip(panels, ("top1", "loss"), strict=True):
-            values = [[line[last.split][key] for line in lines] for lines in zip(*logs, strict=True)]  # of each epoch
+            # A list per epoch, a value per seed.
+            values = [[line[last.split][key] for line in epoch] for epoch in zip(*logs, strict=True)]
             label = f"{name}: {statistics.mean(values[-1]):.2f}{seeds}"
             plot_band(axes, range(1, len(values) + 1), values, marker="." if len(values) == 1 else None, label=label)
     return save_figure(panels[0], path)

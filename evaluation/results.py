@@ -42,7 +42,8 @@ def collect(contents: list[dict]) -> dict:
             numbers["bias"] = [statistics.mean(values) for values in zip(*(m["bias"] for m in measured), strict=True)]
         if runs[0].kd:
             numbers["temp"] = runs[0].temp
-            softness = [parse_log(content["log"])[1][0]["teacher"] for content in row]  # in the first epochs
+            logs = [parse_log(content["log"]) for content in row]
+            softness = [lines[0]["teacher"] for _, lines in logs]  # of each seed, in its first epoch
             numbers |= {f"teacher_{key}": statistics.mean(values[key] for values in softness) for key in softness[0]}
             if "agreement" not in numbers and any(content["run"]["role"] == "teacher" for content in contents):
                 results["notes"].append(f"{label}: its teacher is not in this table")
@@ -74,15 +75,15 @@ def table_notes(rows: dict[str, list[dict]]) -> list[str]:
     return notes
 
 
-def paired_differences(row: list[dict], others: list[dict], are_paired: Callable) -> list[float]:
-    """The differences in top-1 (points) between the runs of a row and their partners among `others`."""
+def paired_differences(row: list[dict], others: list[dict], is_baseline: Callable) -> list[float]:
+    """The differences in top-1 (points) between the runs of a row and their baselines among `others`."""
     found = []
     for content in row:
         run, folder = config_of(content), Path(content["path"]).parent
-        partners = [other for other in others if are_paired(config_of(other), run)]
-        partner = min(partners, key=lambda other: Path(other["path"]).parent != folder, default=None)
-        if partner:
-            found.append(100 * (content["measured"]["top1"] - partner["measured"]["top1"]))
+        baselines = [other for other in others if is_baseline(config_of(other), run)]
+        baselines.sort(key=lambda other: Path(other["path"]).parent != folder)  # those in the run's own folder first
+        if baselines:
+            found.append(100 * (content["measured"]["top1"] - baselines[0]["measured"]["top1"]))
     return found
 
 
@@ -127,8 +128,8 @@ def results_text(results: dict) -> str:
             cells[title] = f"{row[key]:.2f}%{deviation}" if key in row else ""
         numbers = row | gains.get(row["model"], {})
         for key, (title, _, form) in NUMBERS.items():
-            is_known = key in numbers and (numbers[key] or key not in ("epochs", "seconds"))  # 0: of a state dict
-            cells[title] = form(numbers[key]) if is_known else ""
+            is_unknown = key in ("epochs", "seconds") and numbers.get(key) == 0  # of a plain state dict
+            cells[title] = "" if is_unknown or key not in numbers else form(numbers[key])
         models.append(cells)
     titles = [title for title in models[0] if any(cells[title] for cells in models)]  # no empty columns
     texts = [table(titles, [[cells[title] for title in titles] for cells in models])]

@@ -28,7 +28,7 @@ def load(path: Path, or_state_dict: bool = False) -> dict:
 
     With `or_state_dict` also a plain state dict with the teacher's keys, as `model` and `path` alone.
     """
-    advice = "give a state dict of our VGG19-BN, or logits (docs/own.md)" if or_state_dict else RETRAIN
+    advice = "give a state dict of our VGG19-BN (one Linear), or logits (docs/own.md)" if or_state_dict else RETRAIN
     if path.is_dir():
         raise UserError(f"{path} is a folder, not a checkpoint: give a file")
     try:

@@ -30,7 +30,7 @@ def boolean(text: str) -> bool:
 def number(kind: type, least: float, most: float, text: str):
     """A number of a kind, int or float, from `least` to `most`."""
     with contextlib.suppress(ValueError):
-        if least <= kind(text) <= most:  # which a NaN is not
+        if least <= kind(text) <= most:  # False for NaN
             return kind(text)
     name = "whole number" if kind is int else "number"
     raise argparse.ArgumentTypeError(f"expected a {name} from {least} to {most}, not {text!r}")

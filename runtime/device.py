@@ -153,7 +153,7 @@ def training_error(device: torch.device) -> str:
     expected = gradients(torch.device("cpu"))
     largest = max(gradient.norm() for gradient in expected)  # the first bias's, which batch norm cancels, is noise
     errors = [float((got - wanted).norm() / largest) for got, wanted in zip(found, expected, strict=True)]
-    if all(error < 0.01 for error in errors):  # which a NaN is not
+    if all(error < 0.01 for error in errors):  # False for NaN
         return ""
     return f"gradients differ from the CPU's by {100 * max(errors):.0f}%"
 

@@ -72,7 +72,7 @@ def write_json(path: Path, content: dict) -> Path:
 
 
 def check_archive(path: Path) -> None:
-    """BadZipFile if a checksum is wrong, OSError; torch checks none, NumPy no more than an array's header asks for."""
+    """BadZipFile if a checksum is wrong, OSError; torch verifies none, NumPy only those of data it reads to the end."""
     with zipfile.ZipFile(path) as archive:
         if archive.testzip():
             raise zipfile.BadZipFile

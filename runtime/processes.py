@@ -96,9 +96,9 @@ def process_group(runtime: Runtime, world_size: int):
         yield replace(runtime, rank=rank, world_size=world_size)
     except Exception as error:
         # All processes fail, by the same error or by losing a failed peer: the first one here reports it.
-        own = 0 if isinstance(error, RuntimeError) and "gloo" in str(error) else 1  # the library that misses a peer
-        reported_by_others = store.add("failed", own) - own
-        if reported_by_others:
+        lost_peer = isinstance(error, RuntimeError) and "gloo" in str(error)
+        own_errors = 0 if lost_peer else 1
+        if store.add("failed", own_errors) > own_errors:  # another process has an error of its own, and reports it
             raise SystemExit(128 + error.args[0] if isinstance(error, Stopped) else 2) from error
         raise
     else:  # after an error in one process, NCCL would wait for the others here

@@ -164,7 +164,7 @@ def test_a_plain_state_dict_teaches_and_its_images_are_unknown(learn):
     for teacher, size, tells in (
         ("state7.pt", 32, "does not fit the model"),
         ("half.pt", 32, "does not fit the model"),
-        ("resnet.pt", 32, "(its first key is 'fc.weight'): give a state dict of our VGG19-BN, or logits (docs/own.md)"),
+        ("resnet.pt", 32, "(its first key is 'fc.weight'): give a state dict of our VGG19-BN (one Linear), or"),
         ("weights/digits_teacher_subset40.pt", 64, "was trained on images of 32 x 32 pixels, not 64 x 64"),
     ):
         assert tells in learn("--kd", f"--size={size}", f"--teacher={teacher}", code=2)

@@ -94,10 +94,11 @@ def is_depthwise(weight: torch.Tensor) -> bool:
 class Muon(torch.optim.Optimizer):
     """SGD with orthogonalised steps, whose size does not depend on the gradient's (docs/recipe.md).
 
-    A weight is a matrix, (out, in * 3 * 3) for a convolution, its step nearly the orthogonal one nearest the momentum;
-    a depthwise convolution's step has norm 1 per filter. "keeps_norm": a weight before a batch norm, which cancels its
-    scale, is first scaled to norm sqrt(out). "relative": where no batch norm follows, the step has the weight's initial
-    norm. Steps of the last layer and of vectors have root mean square 1. The learning rate multiplies all.
+    A weight is treated as a matrix, (out, in * 3 * 3) for a convolution. Its step is nearly the orthogonal matrix
+    nearest to the momentum; that of a depthwise convolution has norm 1 per filter. In a group with "keeps_norm", a
+    batch norm follows and cancels the weights' scale: before each step they are scaled to norm sqrt(out). In a group
+    with "relative", none follows: a step has its weight's initial norm. Steps of the last layer and of vectors have
+    root mean square 1. All steps are multiplied by the learning rate.
     """
 
     def __init__(self, groups: list[dict], dtype: torch.dtype, lr: float) -> None:
@@ -153,7 +154,7 @@ def weights_before_batch_norm(model: nn.Module) -> set[nn.Parameter]:
     """The weights of the layers that a batch norm follows in the order of the modules, so that their scale is free."""
     # timm's batch norms have children. A batch norm kept in eval() cancels no scale.
     leaves = [module for module in model.modules() if isinstance(module, _BatchNorm) or not [*module.children()]]
-    followed = [a for a, b in itertools.pairwise(leaves) if isinstance(b, _BatchNorm) and b.training]
+    followed = [leaf for leaf, after in itertools.pairwise(leaves) if isinstance(after, _BatchNorm) and after.training]
     return {module.weight for module in followed if hasattr(module, "weight")}
 
 

@@ -34,7 +34,7 @@ DIGITS = {
 
 
 def recipe_of(dataset: str, role: str, optimizer: str, train_images: int, student_images: int | None = None) -> Recipe:
-    """A role's recipe as it is for all images of CIFAR or digits, else scaled to `student_images` or `train_images`."""
+    """A role's recipe, scaled to `student_images` or `train_images` except for all images of CIFAR or digits."""
     recipe = (DIGITS if dataset == "digits" else CIFAR)[role, optimizer]
     if student_images is None and dataset in ("cifar10", "cifar100", "digits"):
         return recipe

@@ -224,9 +224,9 @@ def value_text(run: RunConfig, name: str) -> str:
     return typed(value) or "none"  # an empty tuple
 
 
-def is_baseline_of(run: RunConfig, other: RunConfig) -> bool:
-    """Whether `run` is the same-seed baseline without KD of the run `other` with KD."""
-    return other.kd and not run.kd and not differences(run, other, KD_FIELDS)
+def is_baseline_of(baseline: RunConfig, run: RunConfig) -> bool:
+    """Whether `baseline` is the same-seed baseline without KD of `run`, which has KD."""
+    return run.kd and not baseline.kd and not differences(baseline, run, KD_FIELDS)
 
 
 def why_no_baseline(run: RunConfig, others: list[RunConfig]) -> str:
@@ -238,12 +238,12 @@ def why_no_baseline(run: RunConfig, others: list[RunConfig]) -> str:
     return f"the nearest student without KD has {describe_differences(nearest, run, KD_FIELDS)}"
 
 
-def is_kd_baseline_of(run: RunConfig, other: RunConfig) -> bool:
-    """Whether `run`, plain KD at default weights or matched to `other`, is the baseline of `other`, another loss."""
-    matched = (run.temp, sum(run.kd_weights), run.ce_weight) == (other.temp, sum(other.kd_weights), other.ce_weight)
-    is_plain_kd = run.is_default_kd or (run.loss == f"kd_as_{other.loss}" and matched)
-    has_other_loss = other.kd and LOSS_DEFAULTS[other.loss].function != "kd"
-    return is_plain_kd and has_other_loss and not differences(run, other, LOSS_FIELDS)
+def is_kd_baseline_of(baseline: RunConfig, run: RunConfig) -> bool:
+    """Whether `baseline`, plain KD at default weights or matched to `run`, is the baseline of `run`, another loss."""
+    same_weights = sum(baseline.kd_weights) == sum(run.kd_weights) and baseline.ce_weight == run.ce_weight
+    is_matched = baseline.loss == f"kd_as_{run.loss}" and baseline.temp == run.temp and same_weights
+    has_other_loss = run.kd and LOSS_DEFAULTS[run.loss].function != "kd"
+    return (baseline.is_default_kd or is_matched) and has_other_loss and not differences(baseline, run, LOSS_FIELDS)
 
 
 def saw_held_out(run: RunConfig, name: RunName, train_images: int) -> bool:
@@ -259,21 +259,22 @@ def row_order(run: RunName) -> tuple:
     return run.role != "teacher", run.student or "", loss, run.temp or 0.0, run.omit, run.student_images or 0, run.seed
 
 
-# What labels need not tell of runs of different titles, and of students of different numbers of images.
+# A label does not list these fields for runs whose titles differ: the titles say enough.
 TITLE_FIELDS = {f.name for f in fields(RunName)} | {"kd_weights", "ce_weight", "student_layers"}
 TITLE_FIELDS |= {"images", "teacher_unknown"}
-SCALED = {"num_epochs", "batch_size"}
+SCALED = {"num_epochs", "batch_size"}  # nor these, if the students' numbers of images differ: recipe_of scales them
 
 
 def row_labels(runs: list[RunConfig]) -> list[str]:
-    """A label for each of a table's rows: its run's title, and what it hides of the differences from other rows."""
+    """A label for each of a table's rows: its run's title, then other fields in which it differs from similar rows."""
     labels = []
     for run in runs:
         names = set()
         comparable = [other for other in runs if (other.role, other.kd) == (run.role, run.kd)]
         for other in comparable:
             ignoring = TITLE_FIELDS if other.student_images == run.student_images else TITLE_FIELDS | SCALED
-            names.update(differences(run, other, {"seed"} if other.title == run.title else ignoring))
+            ignoring = {"seed"} if other.title == run.title else ignoring
+            names.update(differences(run, other, ignoring))
         values = [f"{f.name} {value_text(run, f.name)}" for f in fields(RunConfig) if f.name in names]
         labels.append(", ".join([run.title, *values]))
     return labels

@@ -159,8 +159,7 @@ def load_teacher(student: RunConfig, options, spec: DataSet, runtime: Runtime) -
 
 def complete_state_dict(content: dict, student: RunConfig, spec: DataSet) -> dict:
     """A checkpoint of an unknown run, made from a plain state dict with the teacher's keys."""
-    unknown = {"images": UNKNOWN, "num_epochs": 0, "kd_weights": (), "ce_weight": 1.0, "student_layers": ""}
-    unknown |= {"teacher": None, "teacher_unknown": False}
-    run = replace(student, **asdict(student.teacher_name), **unknown)
-    words = {"title": run.title, "data": describe_data(spec), "machine": {}, "log": "", "seconds": 0.0, "metrics": {}}
-    return content | {"run": asdict(run)} | words
+    no_kd = {"kd_weights": (), "ce_weight": 1.0, "student_layers": "", "teacher": None, "teacher_unknown": False}
+    run = replace(student, **asdict(student.teacher_name), **no_kd, images=UNKNOWN, num_epochs=0)
+    header = {"run": asdict(run), "title": run.title, "data": describe_data(spec), "machine": {}}
+    return content | header | {"log": "", "seconds": 0.0, "metrics": {}}
