@@ -100,7 +100,7 @@ def end_epoch(run: Run, held_out: Images, teacher_softness: dict | None, later_e
     """Evaluate, log and print the epoch, begin the next; `later_epochs` are the epochs of all later runs."""
     config, runtime = run.config, run.runtime
     seen = run.steps_per_epoch * run.batch_size  # images, by all processes
-    means = (runtime.total(run.totals) / seen).tolist()
+    means = [total / seen for total in runtime.total(run.totals).tolist()]
     run.count_time()  # after total(), which waits for the device
     train = percent(dict(zip(METRICS, means, strict=True)))
     test = percent(evaluate(run.model, held_out, run.spec, runtime))

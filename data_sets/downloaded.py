@@ -32,16 +32,16 @@ def read_torchvision(spec: DataSet, folder: Path) -> dict[str, tuple[np.ndarray,
             except (OSError, RuntimeError):  # missing or incomplete
                 with locked(folder / spec.source):  # two downloads at once would damage each other
                     found = dataset_class(folder, download=True, **which)
-            check_memory(len(found), spec.size)
-            arrays[split] = as_arrays(found, spec.size)
         except ImportError as error:  # SciPy
             raise UserError(f"{spec.source} needs another package: {error}") from error
-        except (OSError, RuntimeError, EOFError, HTTPException) as error:  # a network, a disk, an archive
+        except (UserError, OSError, RuntimeError, EOFError, HTTPException) as error:  # a network, a disk, an archive
             url = getattr(dataset_class, "url", "its source")
             download = f"the download from {url} failed: {str(error) or type(error).__name__}"
             archive = f"put {dataset_class.filename} into {folder}, " if hasattr(dataset_class, "filename") else ""
             advice = f"rerun with a network, {archive}or give its folder with --data_path"
             raise UserError(f"no complete {spec.source} in {folder}, and {download}; {advice}") from error
+        check_memory(len(found), spec.size)
+        arrays[split] = as_arrays(found, spec.size)
     return arrays
 
 

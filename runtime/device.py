@@ -159,12 +159,12 @@ def training_error(device: torch.device) -> str:
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether this run's device multiplies bfloat16 matrices faster than float32: on CPUs AMX and AMD's AVX512-BF16."""
+    """Whether a device multiplies bfloat16 matrices faster than float32: of CPUs, AMX (Linux) and AMD's AVX512-BF16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     has = torch.cpu.get_capabilities()
-    amx, avx512 = has.get("amx_tile", False), has.get("avx512_bf16", False)  # which ARM lacks
-    amx = amx and sys.platform == "linux"  # on Windows, oneDNN's AMX kernels may crash (oneDNN #5689)
+    avx512 = has.get("avx512_bf16", False)  # ARM has neither key
+    amx = has.get("amx_tile", False) and sys.platform == "linux"  # on Windows it may crash (oneDNN #5689)
     return device.type == "cpu" and (amx or (avx512 and "Intel" not in processor()))
 
 
@@ -196,5 +196,5 @@ def keep_freed_memory() -> None:
     """Reuse freed memory: Linux would zero its pages again, which takes a quarter of a student's time on a Xeon."""
     m_trim_threshold, m_mmap_threshold = -1, -3  # of glibc's malloc.h; mallopt(3) refuses the size before glibc 2.35
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt and mallopt(m_mmap_threshold, 1 << 30):  # only data sets need larger blocks, no step does
+    if mallopt and mallopt(m_mmap_threshold, 1 << 30):  # at 32 x 32 pixels no step needs larger blocks
         mallopt(m_trim_threshold, -1)  # keep all

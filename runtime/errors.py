@@ -37,7 +37,10 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """SIGINT and SIGTERM; `number` is the one that came, or 0. Outside the main thread nothing is caught."""
+    """SIGINT and SIGTERM; `number` is the one that came, or 0. Leaving the block raises Stopped for it.
+
+    Outside the main thread nothing is caught.
+    """
 
     number = 0  # noted when it comes, acted on between two steps
 
@@ -49,7 +52,7 @@ class StopSignal:
     def __exit__(self, exception_type, *exception) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
-        if self.number and exception_type is None:  # it came after the last step
+        if self.number and exception_type is None:
             raise Stopped(self.number)
 
     def _note(self, number, frame) -> None:

@@ -38,7 +38,7 @@ def change_settings(stack: contextlib.ExitStack, deterministic: bool) -> None:
     torch.set_default_device(None)
     torch.set_float32_matmul_precision("highest")
     torch.use_deterministic_algorithms(deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # which is slow, and changes no result here
+    torch.utils.deterministic.fill_uninitialized_memory = False  # filling is slow, and changes no result here
     if deterministic:
         name = "CUBLAS_WORKSPACE_CONFIG"
         before = {name: os.environ[name]} if name in os.environ else {}
@@ -95,7 +95,7 @@ def process_group(runtime: Runtime, world_size: int):
         dist.init_process_group(backend, store=store, timeout=LONGEST_WAIT, rank=rank, world_size=world_size)
         yield replace(runtime, rank=rank, world_size=world_size)
     except Exception as error:
-        # All processes fail, by the same error or by losing a failed peer: the first one here reports it.
+        # Others may fail, too, by the same error or by losing a failed peer: the first one here reports it.
         lost_peer = isinstance(error, RuntimeError) and "gloo" in str(error)
         own_errors = 0 if lost_peer else 1
         if store.add("failed", own_errors) > own_errors:  # another process has an error of its own, and reports it

@@ -119,7 +119,7 @@ WRONG_INPUTS = {
     "a damaged resume state": (TRAIN, "last.pt is damaged", lambda at: damaged(at / f"weights/{STEM}.last.pt")),
     "never trained": ("test.py --weights_path w",
                       "no checkpoint w/student.pt: train it with `python train.py --weights_path w`, or name its"),
-    "data is a file": ("train.py", "can't use data as a folder: ", lambda at: (at / "data").touch()),
+    "data is a file": ("train.py", f"{NO_CIFAR10}can't use data as a folder: ", lambda at: (at / "data").touch()),
 }  # fmt: skip
 
 

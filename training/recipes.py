@@ -38,7 +38,7 @@ def recipe_of(dataset: str, role: str, optimizer: str, train_images: int, studen
     recipe = (DIGITS if dataset == "digits" else CIFAR)[role, optimizer]
     if student_images is None and dataset in ("cifar10", "cifar100", "digits"):
         return recipe
-    if dataset == "digits":  # to at most 30 epochs, as in the recipe for CIFAR
+    if dataset == "digits":  # to at most ten times as many epochs
         return scale_recipe(recipe, student_images, made_for=5000, most=10)
     return scale_recipe(recipe, student_images or train_images)
 

@@ -157,7 +157,7 @@ class Run:
     def begin_epoch(self, epoch: int) -> None:
         """Move to the first step of an epoch, counted from 0."""
         self.epoch, self.step, self.seconds = epoch, 0, 0.0
-        dtype = torch.float32 if self.runtime.device.type == "mps" else torch.float64
+        dtype = torch.float32 if self.runtime.device.type == "mps" else torch.float64  # which MPS lacks
         self.totals = torch.zeros(len(METRICS), dtype=dtype, device=self.runtime.device)
         self.clock = time.monotonic()
 

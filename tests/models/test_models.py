@@ -179,3 +179,5 @@ def test_where_products_are_used(monkeypatch, kind, precision, amx, name, side):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_tile": amx, "avx512_bf16": True})
     monkeypatch.setattr(device, "processor", lambda: name)
     assert device.Runtime(torch.device(kind), precision).max_product_side == side
+    monkeypatch.setattr(device.sys, "platform", "win32")
+    assert kind == "cuda" or device.has_fast_bf16(torch.device(kind)) == (name == "AMD"), "AMX is for Linux"
