@@ -206,7 +206,8 @@ def train_all(options: TrainOptions) -> None:
                 ended = f"already finished ({content['metrics']['top1']:.2f}% top-1), skipping"
                 runtime.print(f"{config.stem}: {ended}{advice}")
             else:
-                later = configs[i + 1 :] if teacher else []  # a teacher's epochs take longer than the students'
+                epochs_are_alike = teacher and len(options.student_images or ()) < 2  # a teacher's take longer, too
+                later = configs[i + 1 :] if epochs_are_alike else []
                 later_epochs = sum(other.num_epochs for other in later if not finished[other.stem])
                 content = train_run(config, data, teacher, options, runtime, later_epochs)
             contents.append(content)

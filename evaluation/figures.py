@@ -22,7 +22,6 @@ from utils import figure_style, new_panels, parse_log, save_figure
 PICTURES_SHOWN = 12  # in one figure: more make it too tall
 CLASSES_SHOWN = 10  # beside a picture
 FEW_CLASSES, NAMES_SHOWN = 20, 100  # with more classes: wide, no numbers; only some are named
-PANELS = 8  # students in one figure of classes
 
 
 @figure_style
@@ -139,7 +138,7 @@ def plot_band(axes, x: Sequence[float], values: list[list[float]], **style) -> N
 @figure_style
 def plot_omitted(contents: list[dict], path: Path) -> Path | None:
     """Draw each class's accuracy (%) before and after the correction, of rows with omitted classes; None if no row."""
-    rows = [(title, row) for title, row in rows_of(contents).items() if "bias" in row[0]["measured"]][:PANELS]
+    rows = [(title, row) for title, row in rows_of(contents).items() if "bias" in row[0]["measured"]]
     if not rows:
         return None
     classes = contents[0]["data"]["classes"]
