@@ -26,10 +26,10 @@ from utils import load_images
 
 torch.set_num_threads(1)  # as in the processes that tests start: bits may depend on it
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # no test needs a GPU
+# Nothing may be downloaded by a test: no proxy listens there, so the network is always "missing".
+os.environ |= {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "no_proxy": "127.0.0.1"}
 os.fsync = lambda descriptor: None  # slow on shared disks; tests/runtime/test_files.py sees when it is called
 REPOSITORY = Path(__file__).resolve().parent.parent
-# Nothing may be downloaded by a test: no proxy listens there, so the network is always "missing".
-NO_NETWORK = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "no_proxy": "127.0.0.1"}
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
@@ -127,13 +127,10 @@ def snapshot(folder: Path) -> dict[str, str]:
     return links | {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def assert_one_line(done: subprocess.CompletedProcess, tells: str) -> None:
-    """Exit code 2 and one line, which matches `tells`."""
-    assert done.returncode == 2, done.stdout + done.stderr
-    lines = done.stderr.splitlines()
-    assert len(lines) == 1, done.stderr
-    assert re.match(r"(train|test)\.py: error: ", lines[0])
-    assert re.search(tells, lines[0], re.IGNORECASE), lines[0]
+def assert_one_line(code: int, err: str, tells: str) -> None:
+    """Exit code 2 and one line on stderr, which matches `tells`."""
+    assert code == 2 and err.count("\n") == 1, err
+    assert re.match(r"(train|test)\.py: error: ", err) and re.search(tells, err, re.IGNORECASE), err
 
 
 # Importing torch takes seconds, a run here less: a process that did it once forks, and the fork runs the script as
@@ -152,14 +149,11 @@ def pytest_sessionstart() -> None:
         forkserver.ensure_running()
 
 
-def forked(name: str, *words: str, folder: Path, **changes) -> subprocess.CompletedProcess:
-    """`python NAME WORDS` in `folder`, in a fork; `changes` are run_as_main's."""
-    (code,), out, err = run_together(1, name, words, folder, **changes)
-    return subprocess.CompletedProcess([], code, out, err)
-
-
 def run_together(count: int, name: str, words: Sequence[str], folder: Path, **changes) -> tuple[list[int], str, str]:
-    """A script in `count` forks, as torchrun does: exit codes (negative: of a signal), stdout, stderr together."""
+    """A script in `count` forks, as torchrun does: exit codes (negative: of a signal), stdout, stderr together.
+
+    `changes` are run_as_main's.
+    """
     environments = [{}]
     if count > 1:  # as with torchrun, the store where they meet outlives them
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -190,13 +184,13 @@ def touch_curves(log: Path, folder: Path) -> list[Path]:
     return paths
 
 
-def run_as_main(name, words, folder, outputs, environment, tiny=False, stdout="kept", prepare=None) -> None:
-    """In the fork: run the script in `folder`, perhaps with models of a few thousand weights under the names of the
-    real ones, or a standard output that is "full", whose reader has "gone", or that knows "ascii" alone; `prepare` is
+def run_as_main(name, words, folder, outputs, environment, stdout="kept", prepare=None) -> None:
+    """In the fork: run the script in `folder` with models of a few thousand weights under the names of the real ones,
+    perhaps with a standard output that is "full", whose reader has "gone", or that knows "ascii" alone; `prepare` is
     called before."""
     for descriptor, stream in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(outputs / stream, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
-    os.environ |= NO_NETWORK | ONE_THREAD | environment
+    os.environ |= ONE_THREAD | environment
     torch.set_num_threads(1)
     os.chdir(folder)
     if stdout == "full":
@@ -207,9 +201,8 @@ def run_as_main(name, words, folder, outputs, environment, tiny=False, stdout="k
         os.dup2(writer, 1)
     encoding = "ascii" if stdout == "ascii" else "utf-8"
     sys.stdout = open(1, "w", encoding=encoding, closefd=False)  # noqa: SIM115 - the one before knew another file
-    if tiny:
-        models.BUILDERS |= TINY_MODELS
-        utils.plot_curves = touch_curves
+    models.BUILDERS |= TINY_MODELS
+    utils.plot_curves = touch_curves
     if prepare:
         prepare()
     sys.argv = [name, *words]

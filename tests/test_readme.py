@@ -174,7 +174,7 @@ def test_the_times_and_accuracies_in_the_text_are_those_of_the_logs():
     assert f"this one has {after_16:.2f} % after 16 and {after_32:.2f} % after 32" in one_line(PAGES["results.md"])
 
 
-def test_the_published_students_are_as_accurate_as_their_logs_say(cifar10):
+def test_the_published_students_and_logits_are_as_accurate_as_the_logs_say(cifar10):
     logs, data = (RESULTS / "cifar10" / "runs.jsonl").read_text(), load_images("cifar10", cifar10, CPU)
     for name in ("student", "student_kd_t5", "student_kd_t20"):
         content = checkpoint.load(test.PUBLISHED / "cifar10" / f"{name}.pt")
@@ -183,10 +183,6 @@ def test_the_published_students_are_as_accurate_as_their_logs_say(cifar10):
         assert content["run"]["images"] == data.spec.fingerprint
         found = evaluate(load_model(content, CPU), data.test[:400], spec_of(content), CPU)
         assert 100 * found["top1"] == pytest.approx(content["metrics"]["top1"], abs=4.5)  # of a few images
-
-
-def test_the_published_logits_are_the_published_teachers(cifar10):
-    data = load_images("cifar10", cifar10, CPU)
     teacher = Teacher(RESULTS / "cifar10" / "teacher_logits", data.spec, CPU, REPOSITORY / "weights", None)
     teacher.check_views(8)
     views = Views(data.train, data.spec, CPU.device)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import forked
+from conftest import run_together
 from made_up import CPU, KD, STUDENT, TEACHER, TinyTeacher, cells, content_of, random_images, run_of, tiny_student
 from PIL import Image
 
@@ -260,12 +260,12 @@ def test_a_table_that_cannot_be_printed_is_in_its_file(stdout, code, stderr, dig
     for seed in (42, 43):
         save(f"--dataset=digits --subset=40 --seed={seed}", folder=tmp_path / "weights", images=spec.fingerprint)
     words = ["--compare", "--dataset=digits", "--subset=40", f"--data_path={digits}", "--device=cpu"]
-    done = forked("test.py", *words, folder=tmp_path, tiny=True, stdout=stdout)
-    assert (done.returncode, done.stderr) == (code, stderr)
+    codes, output, errors = run_together(1, "test.py", words, tmp_path, stdout=stdout)
+    assert (codes, errors) == ([code], stderr)
     table = (tmp_path / "plots" / "comparison_digits_subset40" / "results.md").read_text(encoding="utf-8")
     assert "% ± " in table
     if stdout == "ascii":
-        assert "% ? " in done.stdout and "saved " in done.stdout and done.stdout.isascii()
+        assert "% ? " in output and "saved " in output and output.isascii()
 
 
 def test_a_picture_is_classified_by_student_and_teacher_without_a_data_set(evaluate, monkeypatch):

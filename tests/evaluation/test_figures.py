@@ -35,7 +35,7 @@ def drawn(monkeypatch) -> list:
     return drawn
 
 
-@pytest.mark.parametrize("command, split", [("", "test"), ("--kd", "test"), ("--holdout 8", "holdout")])
+@pytest.mark.parametrize("command, split", [("", "test"), ("--kd --holdout 8", "holdout")])
 def test_curves_show_what_the_log_says(command, split, tmp_path, drawn):
     path, run = tmp_path / "run.jsonl", run_of(command)
     path.write_text(content_of(run, (40.0, 60.0), tiny_student())["log"])

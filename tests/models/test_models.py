@@ -13,7 +13,7 @@ from conftest import REPOSITORY
 
 from data_sets import DATA_SETS, SIDE
 from evaluation import inference, report
-from models import BUILDERS, StudentCNN, build_model, vgg19_bn
+from models import StudentCNN, build_model, vgg19_bn
 from models.vgg import Conv3x3, use_products
 from runtime import device
 from runtime.errors import UserError
@@ -38,9 +38,8 @@ def test_vgg_features_are_torchvisions():
     assert expected.shape == (2, 512, 1, 1) and expected.std() > 0
 
 
-@pytest.mark.parametrize("role", BUILDERS)
-def test_a_model_can_be_cast(role):
-    assert build_model(role).double()(torch.zeros(1, 3, 32, 32, dtype=torch.float64)).dtype == torch.float64
+def test_a_model_can_be_cast():
+    assert build_model("student").double()(torch.zeros(1, 3, 32, 32, dtype=torch.float64)).dtype == torch.float64
 
 
 def test_costs_are_what_the_docstrings_say():
@@ -104,8 +103,8 @@ def test_logits_are_float32_whatever_the_precision(role):
 
 def test_build_model_builds_each_role_and_refuses_others():
     assert isinstance(build_model("student"), StudentCNN)
-    for role, size in (("teacher", SIDE), ("teacher", 96), ("student", SIDE), ("student", 96)):
-        assert build_model(role, 7)(torch.zeros(2, 3, size, size)).shape == (2, 7)
+    for role in ("teacher", "student"):
+        assert build_model(role, 7)(torch.zeros(2, 3, 96, 96)).shape == (2, 7)
     with pytest.raises(ValueError, match="pupil"):
         build_model("pupil")
 
@@ -138,11 +137,11 @@ def test_the_student_starts_at_random():
             assert module.weight.std().item() == pytest.approx(0.01, rel=0.1) and not module.bias.any()
 
 
-@pytest.mark.parametrize("side", [1, 2, 3, 4])
-def test_product_passes_gradcheck_and_equals_a_convolution(side):
+@pytest.mark.parametrize("size", [(1, 1), (4, 3)])
+def test_product_passes_gradcheck_and_equals_a_convolution(size):
     torch.manual_seed(0)
     convolution = Conv3x3(3, 5, bias=True).double()
-    images = torch.randn(2, 3, side, side, dtype=torch.double, requires_grad=True)
+    images = torch.randn(2, 3, *size, dtype=torch.double, requires_grad=True)
     expected = convolution(images)
     use_products(convolution, 4)
     torch.testing.assert_close(convolution(images), expected, rtol=1e-12, atol=1e-12)
