@@ -37,10 +37,7 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """SIGINT and SIGTERM; `number` is the one that came, or 0. Leaving the block raises Stopped for it.
-
-    Outside the main thread nothing is caught.
-    """
+    """Notes SIGINT and SIGTERM in `number` (0: none came); the end of the block raises Stopped. Main thread only."""
 
     number = 0  # noted when it comes, acted on between two steps
 
