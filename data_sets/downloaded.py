@@ -41,7 +41,10 @@ def read_torchvision(spec: DataSet, folder: Path) -> dict[str, tuple[np.ndarray,
             advice = f"rerun with a network, {archive}or give its folder with --data_path"
             raise UserError(f"no complete {spec.source} in {folder}, and {download}; {advice}") from error
         check_memory(len(found), spec.size)
-        arrays[split] = as_arrays(found, spec.size)
+        try:
+            arrays[split] = as_arrays(found, spec.size)
+        except OSError as error:  # a damaged picture
+            raise UserError(f"can't read {spec.source} in {folder}: {error}; remove it to download it again") from error
     return arrays
 
 

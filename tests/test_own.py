@@ -6,6 +6,7 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ import train
 from data_sets import DATA_SETS, DataSet, pictures
 from models import build_own
 from runtime import checkpoint
+from runtime.errors import UserError
 from utils import load_images, plot_curves
 
 MODULE = """
@@ -208,6 +210,9 @@ def test_a_row_as_the_docs_show_it_is_all_that_a_new_data_set_takes(tiny_models,
     assert images.labels.tolist() == drawn.labels[order].tolist(), "SVHN's labels are not sorted, others' are"
     assert np.array_equal(images.pixels, drawn.data.transpose(0, 2, 3, 1)[order])
     assert load_images("svhn", tmp_path, CPU, size=64).test.pixels.shape == (60, 64, 64, 3)
+    monkeypatch.setattr(DrawnSVHN, "__getitem__", Mock(side_effect=OSError("image file is truncated")))
+    with pytest.raises(UserError, match="can't read SVHN in .*: image file is truncated; remove it"):
+        load_images("svhn", tmp_path, CPU)
 
 
 # ---------------------------------------------------------------------------------------------- own pictures
