@@ -72,8 +72,8 @@ def drawable(names: Sequence[str], what: str, first: int = 0) -> list[str]:
     missing = set("".join(names)) - letters_of(findfont(FontProperties()))
     for face in sorted(fontManager.ttflist, key=lambda face: face.name):
         is_regular = (face.style, face.weight) == ("normal", 400) and "LastResort" not in face.fname  # it draws boxes
-        if missing and is_regular and missing & letters_of(face.fname):
-            missing -= letters_of(face.fname)
+        if missing and is_regular and (found := missing & letters_of(face.fname)):
+            missing -= found
             matplotlib.rcParams["font.family"] = [*matplotlib.rcParams["font.family"], face.name]  # of the style in use
     shown = [f"{what} {i}" if missing & set(name) else name for i, name in enumerate(names, first)]
     return [name if len(name) <= 24 else f"{name[:23]}…" for name in shown]

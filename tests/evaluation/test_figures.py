@@ -73,10 +73,10 @@ def test_the_comparison_shows_runs_that_differ_in_the_seed_alone_as_one_mean_and
     assert drawn[0].figure.get_suptitle() == "Accuracy and loss on the test images of cifar10"
     plot_comparison(tmp_path, {"--tto": (60.0,), "--holdout=8": (50.0,)})
     assert [line.get_marker() for line in drawn[1].lines] == ["."]
+    assert drawn[1].figure.get_suptitle() == "Accuracy and loss on the held-out images of cifar10"
     teacher, student = (content_of(run_of(c), model=tiny_student()) | {"path": "x.pt"} for c in ("--tto", ""))
     figures.plot_comparison([teacher | {"log": ""}, student], tmp_path / "comparison.png")  # of a plain state dict
     assert len(drawn[2].lines) == 1
-    assert drawn[1].figure.get_suptitle() == "Accuracy and loss on the held-out images of cifar10"
 
 
 LOSSES = ["--kd"] + [f"--kd --loss={loss} --temp={temp}" for loss in ("ls", "dkd", "wttm") for temp in (2, 4, 8)]
